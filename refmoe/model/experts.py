@@ -1,0 +1,68 @@
+"""SwiGLU, and the mixture: a shared expert for every token, routed experts for those who chose.
+
+    E(x) = W_down (silu(W_gate x) · W_up x)             silu(z) = z·sigmoid(z)         [T, D]
+    y    = Σ_k g[k] · E_top[k](x) + E_shared(x)                                        [T, D]
+
+Sources: Shazeer, arXiv:2002.05202, eq. 6 (SwiGLU); DeepSeek-V3 (arXiv:2412.19437), eq. 12.
+Checkpoint: `mlp.experts.E.{gate,up,down}_proj`, `mlp.shared_experts.*` (n_shared_experts stored
+as one matrix of that many times the width), and `mlp.{gate,up,down}_proj` in the first
+`first_k_dense_replace` layers, which are dense. K2: 384 routed experts of width 2048, INT4.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from refmoe.config import Config
+from refmoe.model.matrix import Matrix
+from refmoe.model.numerics import Numerics, array_module
+from refmoe.model.router import GateWeights, Routing, route, sigmoid
+
+
+class MlpWeights(NamedTuple):
+    gate_proj: Matrix  # [F, D]
+    up_proj: Matrix  # [F, D]
+    down_proj: Matrix  # [D, F]
+
+
+class MoeWeights(NamedTuple):
+    gate: GateWeights
+    shared_experts: MlpWeights | None
+
+
+Experts = Callable[[int], MlpWeights]  # expert index → its matrices
+
+
+def swiglu(x: np.ndarray, w: MlpWeights, nx: Numerics) -> np.ndarray:
+    """x [T, D] → [T, D]."""
+    gate = nx.point("gate_proj", nx.linear(x, w.gate_proj))  # [T, F]
+    up = nx.point("up_proj", nx.linear(x, w.up_proj))  # [T, F]
+    act = nx.point("act", gate * sigmoid(gate) * up)
+    return nx.point("down_proj", nx.linear(act, w.down_proj))
+
+
+def routed_experts(x: np.ndarray, routing: Routing, expert: Experts, nx: Numerics) -> np.ndarray:
+    """The routed sum, [T, D]: expert by expert in index order, each with all rows that chose it.
+
+    This is the definition of the `nx.experts` seam. `experts.E#rows` tells which rows the points
+    of expert E belong to. A row that names an expert twice gets it twice.
+    """
+    xp = array_module(x)
+    y = xp.zeros_like(x)
+    for e in xp.unique(routing.experts).tolist():
+        rows, slot = xp.nonzero(routing.experts == e)  # [n], [n]
+        nx.tap(f"experts.{e}#rows", rows)
+        out = swiglu(x[rows], expert(e), nx.within(f"experts.{e}."))  # [n, D]
+        weight = routing.weights[rows, slot].astype(x.dtype, copy=False)
+        xp.add.at(y, rows, weight[:, None] * out)
+    return y
+
+
+def moe(x: np.ndarray, w: MoeWeights, expert: Experts, cfg: Config, nx: Numerics) -> np.ndarray:
+    """x [T, D] → [T, D]."""
+    y = nx.point("experts", nx.experts(x, route(x, w.gate, cfg, nx), expert, nx))
+    if w.shared_experts is None:
+        return y
+    shared = swiglu(x, w.shared_experts, nx.within("shared_experts."))
+    return y + nx.point("shared_experts", shared)
