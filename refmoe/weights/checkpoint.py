@@ -1,0 +1,425 @@
+"""A checkpoint folder → a `Decoder`: names, shards and shapes, all checked before any computation.
+
+    folder/config.json                        what tensors there must be, and their shapes
+    folder/model.safetensors.index.json       tensor → shard; without it every *.safetensors counts
+    folder/*.safetensors                      8 bytes length, JSON header, then the raw tensors
+
+Weights are views of the mapped files: opening copies nothing, and a tensor is read when it is
+used. The reader is ours because safetensors' NumPy side has no bf16; the library writes, and
+reads the same files in the tests. A linear module is INT4 where `quantization_config` targets it
+and does not ignore it, as vllm-project/compressed-tensors matches names.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from refmoe.config import Config, InputError, Int4Scheme, as_ids
+from refmoe.model.decoder import Decoder, LayerWeights
+from refmoe.model.experts import MlpWeights, MoeWeights
+from refmoe.model.matrix import BF16, Int4, Matrix
+from refmoe.model.mla import AttentionWeights
+from refmoe.model.numerics import Numerics
+from refmoe.model.router import GateWeights
+
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+    "F8_E4M3": np.uint8,
+    "F8_E5M2": np.uint8,
+    "U16": np.uint16,
+    "U32": np.uint32,
+    "U64": np.uint64,
+}
+FLOATS = ("BF16", "F16", "F32", "F64")
+HEADER_LIMIT = 100_000_000  # bytes, the limit of the safetensors library
+INDEX = "model.safetensors.index.json"
+
+
+class Stored(NamedTuple):
+    """One tensor of one shard, not yet read."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int  # bytes from the beginning of the file
+    nbytes: int
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file; `InputError` unless they tile its data exactly."""
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if size < 8 or length > min(HEADER_LIMIT, size - 8):
+            raise InputError(
+                f"{file}: header of {length} bytes in a file of {size}; "
+                "truncated, or not safetensors"
+            )
+        try:
+            header = json.loads(f.read(length))
+            header.pop("__metadata__", None)
+            found = {
+                name: (str(t["dtype"]), tuple(t["shape"]), *t["data_offsets"])
+                for name, t in header.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise InputError(f"{file}: the header is not that of safetensors ({e!r})") from None
+    end = 0
+    out = {}
+    for name, (dtype, shape, start, stop) in sorted(found.items(), key=lambda t: t[1][2:]):
+        where = f"{file}: {name}"
+        if dtype not in DTYPES:
+            raise InputError(f"{where} has dtype {dtype}; supported: {', '.join(DTYPES)}")
+        if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop)):
+            raise InputError(
+                f"{where}: shape {list(shape)} or offsets [{start}, {stop}] are not counts"
+            )
+        nbytes = prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+        if stop - start != nbytes:
+            raise InputError(
+                f"{where} is {dtype} {list(shape)}, {nbytes} bytes, "
+                f"but its offsets hold {stop - start}"
+            )
+        if start != end:
+            raise InputError(
+                f"{where} begins at {start}, the tensor before it ends at {end}: "
+                f"{'overlapping' if start < end else 'a gap'}; the file is damaged"
+            )
+        end = stop
+        out[name] = Stored(file, dtype, shape, 8 + length + start, nbytes)
+    if 8 + length + end != size:
+        raise InputError(
+            f"{file}: the header describes {8 + length + end} bytes, the file has {size}: "
+            "truncated or damaged; copy this shard again"
+        )
+    return out
+
+
+@dataclass
+class Checkpoint:
+    """The tensors of a folder by name. `missing`, `unread` and `stray` say what does not fit.
+
+    missing: in the config's list, in no shard. unread: in a shard, but nothing reads it.
+    stray: in another shard than the index says, or in none of it.
+    """
+
+    path: Path
+    cfg: Config
+    tensors: dict[str, Stored]
+    generation_eos: tuple[int, ...] = ()
+    missing: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+    stray: list[str] = field(default_factory=list)
+    _maps: dict[Path, np.ndarray] = field(default_factory=dict, repr=False)
+    _experts: dict[tuple[int, int], MlpWeights] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Checkpoint":
+        """Read config, index and headers, and compare every name, dtype and shape.
+
+        A wrong shape or dtype is an `InputError` here; missing tensors are when the model is made.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise InputError(f"{path}: no such folder; --model takes a checkpoint's folder")
+        cfg = Config.load(path)
+        tensors, stray = _shards(path)
+        out = cls(path, cfg, tensors, _generation_eos(path), stray=stray)
+        out._compare()
+        return out
+
+    def _compare(self) -> None:
+        unread = dict.fromkeys(self.tensors)
+        for name, shape, dtypes in expected(self.cfg):
+            stored = self.tensors.get(name)
+            if stored is None:
+                self.missing.append(name)
+                continue
+            del unread[name]
+            if stored.shape != shape:
+                raise InputError(
+                    f"{stored.file}: {name} is {list(stored.shape)}, "
+                    f"config.json makes it {list(shape)}; this shard belongs to another model"
+                )
+            if stored.dtype not in dtypes:
+                raise InputError(
+                    f"{stored.file}: {name} is {stored.dtype}, expected {' or '.join(dtypes)}"
+                )
+        self.unread = [name for name in unread if not known_extra(name, self.cfg)]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a user should know, a line each."""
+        return [
+            f"{len(names)} tensors {what}: {', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
+            for names, what in (
+                (self.unread, "are never read"),
+                (self.stray, f"are not where {INDEX} says"),
+            )
+            if names
+        ]
+
+    def array(self, name: str) -> np.ndarray:
+        """The tensor as a read-only view of the mapped file; bf16 as its bits."""
+        stored = self.tensors[name]
+        file = self._maps.get(stored.file)
+        if file is None:
+            file = self._maps[stored.file] = np.memmap(stored.file, np.uint8, "r")
+        raw = file[stored.start : stored.start + stored.nbytes]
+        return np.asarray(raw).view(DTYPES[stored.dtype]).reshape(stored.shape)
+
+    def matrix(self, module: str) -> Matrix:
+        """The weight of a module, as stored."""
+        if module + ".weight_packed" not in self.tensors:
+            return self._plain(module + ".weight")
+        weight = Int4(self.array(module + ".weight_packed"), self.array(module + ".weight_scale"))
+        shape = self.array(module + ".weight_shape").tolist()
+        if shape != list(weight.shape):
+            raise InputError(
+                f"{self.tensors[module + '.weight_shape'].file}: {module}.weight_shape says "
+                f"{shape}, weight_packed holds {list(weight.shape)}"
+            )
+        return weight
+
+    def _plain(self, name: str) -> Matrix:
+        values = self.array(name)
+        return BF16(values) if self.tensors[name].dtype == "BF16" else values
+
+    def mlp(self, prefix: str) -> MlpWeights:
+        return MlpWeights(*(self.matrix(f"{prefix}{part}_proj") for part in ("gate", "up", "down")))
+
+    def expert(self, layer: int, e: int) -> MlpWeights:
+        """The matrices of one routed expert; views, remembered."""
+        key = (layer, e)
+        if key not in self._experts:
+            self._experts[key] = self.mlp(f"model.layers.{layer}.mlp.experts.{e}.")
+        return self._experts[key]
+
+    def layer(self, i: int) -> LayerWeights:
+        at = f"model.layers.{i}."
+        a = at + "self_attn."
+        low_rank = self.cfg.q_lora_rank is not None
+        attention = AttentionWeights(
+            q_proj=None if low_rank else self.matrix(a + "q_proj"),
+            q_a_proj=self.matrix(a + "q_a_proj") if low_rank else None,
+            q_a_layernorm=self.matrix(a + "q_a_layernorm") if low_rank else None,
+            q_b_proj=self.matrix(a + "q_b_proj") if low_rank else None,
+            kv_a_proj_with_mqa=self.matrix(a + "kv_a_proj_with_mqa"),
+            kv_a_layernorm=self.matrix(a + "kv_a_layernorm"),
+            kv_b_proj=self.matrix(a + "kv_b_proj"),
+            o_proj=self.matrix(a + "o_proj"),
+        )
+        mlp: MlpWeights | MoeWeights
+        if self.cfg.is_moe(i):
+            bias = self._plain(f"{at}mlp.gate.e_score_correction_bias")
+            gate = GateWeights(self.matrix(f"{at}mlp.gate"), bias)
+            shared = self.mlp(f"{at}mlp.shared_experts.") if self.cfg.n_shared_experts else None
+            mlp = MoeWeights(gate, shared)
+        else:
+            mlp = self.mlp(f"{at}mlp.")
+        return LayerWeights(
+            self.matrix(at + "input_layernorm"),
+            attention,
+            self.matrix(at + "post_attention_layernorm"),
+            mlp,
+        )
+
+    def decoder(self, nx: Numerics) -> Decoder:
+        """The whole network as views; `InputError` if a tensor is missing."""
+        if self.missing:
+            raise InputError(
+                f"{self.path}: {len(self.missing)} tensors are missing, first "
+                f"{', '.join(self.missing[:3])}; is a shard missing?"
+            )
+        return Decoder(
+            self.cfg,
+            nx,
+            self.matrix("model.embed_tokens"),
+            [self.layer(i) for i in range(self.cfg.num_hidden_layers)],
+            self.expert,
+            self.matrix("model.norm"),
+            self.matrix("lm_head"),
+        )
+
+
+def _shards(path: Path) -> tuple[dict[str, Stored], list[str]]:
+    """All tensors of the folder, and those that stand where the index does not say."""
+    index = path / INDEX
+    if not index.exists():
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise InputError(f"{path}: no *.safetensors file")
+        tensors: dict[str, Stored] = {}
+        for file in files:
+            for name, stored in read_header(file).items():
+                if name in tensors:
+                    raise InputError(f"{name} is in {tensors[name].file.name} and in {file.name}")
+                tensors[name] = stored
+        return tensors, []
+    try:
+        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"{index}: no usable weight_map ({e!r})") from None
+    tensors, stray = {}, []
+    for shard in names:
+        plain = PurePosixPath(shard)
+        if plain.is_absolute() or len(plain.parts) != 1 or plain.parts[0] in ("..", "."):
+            raise InputError(f"{index}: shard {shard!r} is not a file of this folder")
+        if not (path / shard).is_file():
+            count = sum(f == shard for f in weight_map.values())
+            raise InputError(
+                f"{index}: shard {shard} is not there; {count} tensors should be in it"
+            )
+        for name, stored in read_header(path / shard).items():
+            if weight_map.get(name) == shard:
+                tensors[name] = stored
+            else:
+                stray.append(name)
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            raise InputError(f"{path / shard}: {name} is not in it, though {INDEX} says so")
+    return tensors, stray
+
+
+def _generation_eos(path: Path) -> tuple[int, ...]:
+    file = path / "generation_config.json"
+    if not file.exists():
+        return ()
+    try:
+        return as_ids(json.loads(file.read_text("utf-8")).get("eos_token_id"))
+    except (ValueError, TypeError, AttributeError) as e:
+        raise InputError(f"{file}: not a generation config ({e!r})") from None
+
+
+Expected = tuple[str, tuple[int, ...], tuple[str, ...]]  # name, shape, dtypes
+
+
+def expected(cfg: Config) -> Iterator[Expected]:
+    """Every tensor the config calls for: name, shape, and the dtypes that can be read."""
+    D, H, C, R = cfg.hidden_size, cfg.num_attention_heads, cfg.kv_lora_rank, cfg.qk_rope_head_dim
+    A, F, E = cfg.q_lora_rank, cfg.moe_intermediate_size, cfg.n_routed_experts
+    linear = partial(_linear, cfg.quantization)
+
+    def mlp(prefix: str, width: int) -> Iterator[Expected]:
+        yield from linear(prefix + "gate_proj", width, D)
+        yield from linear(prefix + "up_proj", width, D)
+        yield from linear(prefix + "down_proj", D, width)
+
+    yield "model.embed_tokens.weight", (cfg.vocab_size, D), FLOATS
+    for i in range(cfg.num_hidden_layers):
+        at = f"model.layers.{i}."
+        a = at + "self_attn."
+        yield at + "input_layernorm.weight", (D,), FLOATS
+        if A is None:
+            yield from linear(a + "q_proj", H * cfg.qk_head_dim, D)
+        else:
+            yield from linear(a + "q_a_proj", A, D)
+            yield a + "q_a_layernorm.weight", (A,), FLOATS
+            yield from linear(a + "q_b_proj", H * cfg.qk_head_dim, A)
+        yield from linear(a + "kv_a_proj_with_mqa", C + R, D)
+        yield a + "kv_a_layernorm.weight", (C,), FLOATS
+        yield from linear(a + "kv_b_proj", H * (cfg.qk_nope_head_dim + cfg.v_head_dim), C)
+        yield from linear(a + "o_proj", D, H * cfg.v_head_dim)
+        yield at + "post_attention_layernorm.weight", (D,), FLOATS
+        m = at + "mlp."
+        if not cfg.is_moe(i):
+            yield from mlp(m, cfg.intermediate_size)
+            continue
+        yield m + "gate.weight", (E, D), FLOATS
+        yield m + "gate.e_score_correction_bias", (E,), FLOATS
+        if cfg.n_shared_experts:
+            yield from mlp(m + "shared_experts.", F * cfg.n_shared_experts)
+        for e in range(E):
+            yield from mlp(f"{m}experts.{e}.", F)
+    yield "model.norm.weight", (D,), FLOATS
+    yield from linear("lm_head", cfg.vocab_size, D)
+
+
+def _linear(scheme: Int4Scheme | None, module: str, O: int, I: int) -> Iterator[Expected]:
+    if scheme is None or not is_quantized(module, scheme):
+        yield module + ".weight", (O, I), FLOATS
+        return
+    if I % scheme.group_size:
+        raise InputError(f"{module}: {I} columns are no whole groups of {scheme.group_size}")
+    yield module + ".weight_packed", (O, I // 8), ("I32",)
+    yield module + ".weight_scale", (O, I // scheme.group_size), ("BF16",)
+    yield module + ".weight_shape", (2,), ("I32", "I64")
+
+
+def is_quantized(module: str, scheme: Int4Scheme) -> bool:
+    """Whether the scheme packs this linear module."""
+
+    def matches(entry: str) -> bool:
+        if entry.startswith("re:"):
+            return re.match(entry[3:], module) is not None
+        return entry == module
+
+    targeted = any(t == "Linear" or matches(t) for t in scheme.targets)
+    return targeted and not any(matches(entry) for entry in scheme.ignore)
+
+
+def known_extra(name: str, cfg: Config) -> bool:
+    """Tensors that published checkpoints carry and the graph does not use.
+
+    A left-over `rotary_emb.inv_freq` (K2-Instruct's has the wrong length), and the multi-token
+    prediction layer behind the last one (DeepSeek-V3).
+    """
+    if name.endswith("rotary_emb.inv_freq"):
+        return True
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return layer is not None and int(layer[1]) >= cfg.num_hidden_layers
+
+
+def tensor_class(name: str) -> str:
+    """The class of a tensor in summaries: by what it does, not by its format."""
+    for mark, kind in (
+        (".mlp.experts.", "routed experts"),
+        (".mlp.shared_experts.", "shared experts"),
+        (".mlp.gate.", "router"),
+        ("layernorm.", "norms"),
+        ("model.norm.", "norms"),
+        (".self_attn.", "attention"),
+        (".mlp.", "dense mlp"),
+        ("embed_tokens.", "embedding"),
+        ("lm_head.", "head"),
+    ):
+        if mark in name:
+            return kind
+    return "other"
+
+
+def summary(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Bytes by class, and parameters in total and those one token uses."""
+    cfg = checkpoint.cfg
+    bytes_by_class: dict[str, int] = {}
+    count = {"once": 0, "routed": 0, "embedding": 0}
+    for name, stored in checkpoint.tensors.items():
+        kind = "other" if known_extra(name, cfg) else tensor_class(name)
+        bytes_by_class[kind] = bytes_by_class.get(kind, 0) + stored.nbytes
+        if kind == "other" or name.endswith((".weight_scale", ".weight_shape")):
+            continue
+        use = {"routed experts": "routed", "embedding": "embedding"}.get(kind, "once")
+        count[use] += prod(stored.shape) * (8 if name.endswith(".weight_packed") else 1)
+    chosen = count["routed"] * cfg.num_experts_per_tok // cfg.n_routed_experts
+    active = count["once"] + chosen + cfg.hidden_size  # a token looks up one row of the embedding
+    return {
+        "bytes": bytes_by_class,
+        "parameters": {"total": sum(count.values()), "active": active},
+    }

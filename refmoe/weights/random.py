@@ -1,0 +1,235 @@
+"""Random checkpoints in Hugging Face layout, small, finite, and with no two axes alike.
+
+What equal axes hide (a transposed matrix, two swapped heads) cannot pass on these. The same
+shape, format and seed give the same bytes on every machine: PCG64 and a fixed order.
+"""
+
+import base64
+import json
+import os
+import re
+from collections.abc import Mapping
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import TensorSpec, serialize_file
+
+from refmoe.config import Config, InputError
+from refmoe.weights.checkpoint import INDEX, expected, tensor_class
+
+SINGLE = "model.safetensors"
+FORMATS = ("bf16", "f16", "f32", "int4")
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 96,
+    "num_hidden_layers": 4,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 5,
+    "q_lora_rank": 56,
+    "kv_lora_rank": 72,
+    "qk_nope_head_dim": 26,
+    "qk_rope_head_dim": 12,
+    "v_head_dim": 40,
+    "intermediate_size": 160,
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 11,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "vocab_size": 530,
+}
+FIXED: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "kimi_k2",
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.827,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 50000.0,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 4.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.7,
+    },
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+RESERVED = 256  # ids behind the ranks
+INT4_CONFIG: dict[str, Any] = {
+    "config_groups": {
+        "group_0": {
+            "input_activations": None,
+            "output_activations": None,
+            "targets": ["Linear"],
+            "weights": {
+                "actorder": None,
+                "dynamic": False,
+                "group_size": 32,
+                "num_bits": 4,
+                "observer": "minmax",
+                "strategy": "group",
+                "symmetric": True,
+                "type": "int",
+            },
+        }
+    },
+    "format": "pack-quantized",
+    "ignore": [
+        "lm_head",
+        "re:.*self_attn.*",
+        "re:.*shared_experts.*",
+        r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
+    ],
+    "kv_cache_scheme": None,
+    "quant_method": "compressed-tensors",
+    "quantization_status": "compressed",
+}
+
+
+def write_random(
+    folder: str | Path,
+    format: str = "bf16",
+    seed: int = 0,
+    shape: Mapping[str, Any] | None = None,
+    shards: int = 1,
+) -> None:
+    """Write a random checkpoint into a new folder; `shape` replaces fields of config.json.
+
+    format: bf16, f16, f32, or int4 (routed experts packed, the rest bf16). The vocabulary is the
+    256 bytes, then pairs of bytes, then K2's special tokens.
+    """
+    folder = Path(folder)
+    if format not in FORMATS:
+        raise InputError(f"format {format!r}; supported: {', '.join(FORMATS)}")
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} exists and is not empty; give a new folder")
+    dtype = {"f16": "float16", "f32": "float32"}.get(format, "bfloat16")
+    raw = {**FIXED, **SHAPE, "torch_dtype": dtype, **(shape or {})}
+    ranks = raw["vocab_size"] - RESERVED
+    if not 256 <= ranks <= 256 + 256**2:
+        raise InputError(f"vocab_size = {raw['vocab_size']}, expected 512 to {512 + 256**2}")
+    raw |= {"bos_token_id": ranks, "eos_token_id": ranks + 2, "pad_token_id": ranks + 255}
+    raw["num_key_value_heads"] = raw["num_attention_heads"]
+    if format == "int4":
+        raw["quantization_config"] = INT4_CONFIG
+    cfg = Config.from_dict(raw)
+    rng = np.random.Generator(np.random.PCG64(seed))
+    tensors: dict[str, tuple[str, np.ndarray]] = {}
+    for name, size, _ in expected(cfg):
+        if name.endswith(".weight_packed"):
+            O, words = size
+            packed, scale = pack_int4(rng.standard_normal((O, words * 8)) / sqrt(words * 8))
+            tensors[name] = ("int32", packed)
+            tensors[name.replace("_packed", "_scale")] = ("bfloat16", scale)
+            tensors[name.replace("_packed", "_shape")] = ("int32", np.array([O, words * 8], "<i4"))
+        elif name not in tensors:
+            tensors[name] = _encode(_draw(name, size, rng), name, dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_shards(folder, tensors, cfg, shards)
+    _dump(folder / "config.json", raw)
+    _write_vocabulary(folder, ranks)
+
+
+def axes(cfg: Config) -> dict[str, int]:
+    """The sizes along which an array may be laid out, derived ones included."""
+    H, N, R, V = (
+        cfg.num_attention_heads,
+        cfg.qk_nope_head_dim,
+        cfg.qk_rope_head_dim,
+        cfg.v_head_dim,
+    )
+    own = {key: getattr(cfg, key) for key in SHAPE if key != "first_k_dense_replace"}
+    return {
+        **own,
+        "nope + rope": N + R,
+        "heads (nope + rope)": H * (N + R),
+        "heads (nope + v)": H * (N + V),
+        "heads v": H * V,
+        "kv_lora + rope": cfg.kv_lora_rank + R,
+        "rope / 2": R // 2,
+        "shared width": cfg.moe_intermediate_size * cfg.n_shared_experts,
+    }
+
+
+def pack_int4(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """w [O, I] → packed [O, I/8] int32, scale [O, I/32] as bits of bf16; scale = max|w|/7."""
+    groups = w.reshape(len(w), -1, 32)
+    scale = bf16_bits(np.abs(groups).max(axis=-1) / 7)
+    wide = (scale.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    q = np.clip(np.rint(groups / np.maximum(wide, 1e-30)[..., None]), -8, 7).astype(np.int64) + 8
+    words = q.reshape(len(w), -1, 8) << np.arange(0, 32, 4)
+    return words.sum(axis=-1).astype(np.uint32).view(np.int32), scale
+
+
+def bf16_bits(x: np.ndarray) -> np.ndarray:
+    """The nearest bf16, as bits."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+
+
+def _draw(name: str, size: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    z = rng.standard_normal(size)
+    if name.endswith("e_score_correction_bias"):
+        return 0.1 * z
+    if tensor_class(name) == "norms":
+        return 1 + 0.2 * z
+    return z / sqrt(size[-1]) if "embed_tokens" not in name else z
+
+
+def _encode(x: np.ndarray, name: str, dtype: str) -> tuple[str, np.ndarray]:
+    if name.endswith("e_score_correction_bias") or dtype == "float32":
+        return "float32", x.astype("<f4")
+    return (dtype, x.astype("<f2")) if dtype == "float16" else (dtype, bf16_bits(x))
+
+
+def _write_shards(
+    folder: Path, tensors: dict[str, tuple[str, np.ndarray]], cfg: Config, shards: int
+) -> None:
+    """Layers dealt to shards in order; embedding first, norm and head last."""
+    parts: list[dict[str, TensorSpec]] = [{} for _ in range(shards)]
+    weight_map = {}
+    for name, (dtype, x) in tensors.items():
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        at = int(layer[1]) * shards // cfg.num_hidden_layers if layer else shards - 1
+        at = 0 if "embed_tokens" in name else at
+        parts[at][name] = TensorSpec(
+            dtype=dtype, shape=x.shape, data_ptr=x.ctypes.data, data_len=x.nbytes
+        )
+        weight_map[name] = f"model-{at + 1:05d}-of-{shards:05d}.safetensors"
+    for i, part in enumerate(parts):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors" if shards > 1 else SINGLE
+        serialize_file(part, folder / file, {"format": "pt"})
+    if shards > 1:
+        size = sum(x.nbytes for _, x in tensors.values())
+        _dump(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+def _write_vocabulary(folder: Path, ranks: int) -> None:
+    single = [bytes([b]) for b in range(256)]
+    pairs = [a + b for a in single[97:] + single[:97] for b in single[97:] + single[:97]]
+    lines = (base64.b64encode(t) + b" %d\n" % i for i, t in enumerate((single + pairs)[:ranks]))
+    (folder / "tiktoken.model").write_bytes(b"".join(lines))
+    names = {0: "[BOS]", 1: "[EOS]", 2: "<|im_end|>", 3: "<|im_user|>", 4: "<|im_assistant|>"}
+    names |= {10: "<|im_system|>", 17: "<|im_middle|>", 254: "[UNK]", 255: "[PAD]"}
+    added = {str(ranks + i): {"content": name, "special": True} for i, name in names.items()}
+    _dump(
+        folder / "tokenizer_config.json",
+        {"added_tokens_decoder": added, "bos_token": "[BOS]", "eos_token": "[EOS]"},
+    )
+
+
+def _dump(file: Path, value: object) -> None:
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+    os.replace(part, file)
