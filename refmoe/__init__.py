@@ -1,0 +1,15 @@
+"""refmoe: the reference engine for Moonshot's Kimi K2 family.
+
+model = refmoe.load()                        the embedded tiny-k2, or a checkpoint's folder
+model.logits(tokens)                         [T, Z]
+refmoe.generate(model, "ROMEO:")             text, piece by piece
+refmoe.trace(model, tokens, ["lm_head"])     {point: array}
+"""
+
+from refmoe.config import InputError
+from refmoe.oracle.trace import trace
+from refmoe.run.generate import generate
+from refmoe.run.model import Model, load
+
+__version__ = "0.1.0"
+__all__ = ["InputError", "Model", "__version__", "generate", "load", "trace"]

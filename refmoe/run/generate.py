@@ -1,0 +1,96 @@
+"""Prompt → tokens, one at a time, over a latent cache.
+
+The prompt goes through in chunks of rows, which bounds the scratch and changes no number beyond
+rounding; then each token alone. Generation ends at a stop id (config.json, generation_config.json
+and the tokenizer each name some: K2-Instruct's two configs disagree), at `max_new_tokens`, or at
+the end of the context.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from refmoe.config import InputError
+from refmoe.model.cache import LatentCache
+from refmoe.model.decoder import Decoder, check_tokens
+from refmoe.run.model import Model
+from refmoe.run.sampler import Sampling, sample
+
+CHUNK = 512  # rows of a prompt at a time
+
+
+def prefill(
+    decoder: Decoder, tokens: Sequence[int], memory: Sequence[LatentCache], chunk: int = CHUNK
+) -> np.ndarray:
+    """Put the tokens into `memory`, chunk by chunk → the logits [Z] after the last one."""
+    check_tokens(tokens, memory[0].length, decoder.cfg)
+    for start in range(0, len(tokens), chunk):
+        x = decoder.hidden([tokens[start : start + chunk]], [memory])
+    return decoder.head(x[-1:])[0]
+
+
+def generate_tokens(
+    decoder: Decoder,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    seed: int = 0,
+    stop: Collection[int] = (),
+    memory: Sequence[LatentCache] | None = None,
+    chunk: int = CHUNK,
+) -> Iterator[int]:
+    """New tokens, the stop id not among them. `memory` may hold what came before the prompt."""
+    memory = decoder.caches() if memory is None else memory
+    if max_new_tokens is not None and max_new_tokens < 0:
+        raise InputError(f"max_new_tokens = {max_new_tokens}, expected 0 or more")
+    rng = np.random.default_rng(seed)
+    logits = prefill(decoder, prompt, memory, chunk)
+    made = 0
+    while max_new_tokens is None or made < max_new_tokens:
+        token = sample(logits, sampling, rng)
+        if token in stop:
+            return
+        yield token
+        made += 1
+        if made == max_new_tokens or memory[0].length == decoder.cfg.max_position_embeddings:
+            return
+        logits = decoder.logits([token], memory)[0]
+
+
+def generate(
+    model: Model,
+    prompt: str | Sequence[int],
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Yield the continuation of a prompt, piece by piece as its characters become complete.
+
+    The same seed gives the same text. Special tokens in the text count as such; pass token ids to
+    have them plain (`model.tokenizer.encode(text, allowed_special=())`).
+    """
+    ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    text = model.tokenizer.stream()
+    how = Sampling(temperature, top_p, min_p)
+    for token in generate_tokens(
+        working(model),
+        ids,
+        max_new_tokens=max_new_tokens,
+        sampling=how,
+        seed=seed,
+        stop=model.stop_ids,
+    ):
+        if piece := text.feed(token):
+            yield piece
+    if piece := text.finish():
+        yield piece
+
+
+def working(model: Model) -> Decoder:
+    """The decoder with whichever form of attention costs less at each step."""
+    return model.decoder.using(replace(model.nx, attention="auto"))

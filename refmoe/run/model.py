@@ -1,0 +1,79 @@
+"""`load`: a folder → a `Model` that computes logits and knows its own words."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refmoe.config import Config, Conventions
+from refmoe.fast.linear import engine
+from refmoe.model.decoder import Decoder, policy
+from refmoe.model.numerics import Numerics
+from refmoe.text.tokenizer import Tokenizer
+from refmoe.weights.checkpoint import Checkpoint
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def golden_folder() -> Path:
+    """`golden/`: inside the installed package, or beside it in a working tree."""
+    inside = PACKAGE / "golden"
+    return inside if inside.is_dir() else PACKAGE.parent / "golden"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint, and the decoder over its mapped weights."""
+
+    checkpoint: Checkpoint
+    decoder: Decoder
+
+    @property
+    def cfg(self) -> Config:
+        return self.decoder.cfg
+
+    @property
+    def nx(self) -> Numerics:
+        return self.decoder.nx
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Read when text is first needed: a checkpoint without a vocabulary still computes."""
+        return Tokenizer.load(self.checkpoint.path)
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Every id that some file of the checkpoint calls an end."""
+        own = (*self.cfg.eos_token_id, *self.checkpoint.generation_eos)
+        has_words = (self.checkpoint.path / "tiktoken.model").is_file()
+        return frozenset(own + (self.tokenizer.stop_ids if has_words else ()))
+
+    def using(self, nx: Numerics) -> "Model":
+        """The same weights under other numerics; nothing is opened again."""
+        return replace(self, decoder=self.decoder.using(nx))
+
+    def logits(self, tokens: Any) -> np.ndarray:
+        """tokens: T ids → [T, Z] in nx.dtype."""
+        return self.decoder.logits(tokens)
+
+
+def load(
+    path: str | Path | None = None,
+    numerics: str = "float32",
+    reference: bool = False,
+    conventions: Conventions | str = "refmoe",
+) -> Model:
+    """Open a checkpoint's folder; without a path the embedded tiny-k2.
+
+    numerics     float64 (the truth), float32 (working), bfloat16, float16 (emulated)
+    reference    True: the definition in `model/` alone; False: with the quicker seams of `fast/`
+    conventions  whose sides to take where engines differ: refmoe, moonshot, transformers, vllm,
+                 sglang, llama.cpp, mlx
+
+    Raises `InputError` for whatever does not fit: config, names, shapes, dtypes, missing tensors.
+    """
+    nx = (policy if reference else engine)(numerics, conventions)
+    checkpoint = Checkpoint.open(golden_folder() / "tiny-k2" if path is None else path)
+    return Model(checkpoint, checkpoint.decoder(nx))

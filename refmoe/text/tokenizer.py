@@ -1,0 +1,169 @@
+"""Text ↔ tokens: `tiktoken.model` and `tokenizer_config.json`, with K2's pre-tokeniser.
+
+Text is cut into pieces by one regular expression, each piece's bytes are merged by rank. Behind
+the ranks come 256 reserved ids: the named special tokens of tokenizer_config.json, the others
+print as `<|reserved_token_ID|>`. No BOS or EOS is ever added. Long text is cut first: every
+400,000 characters, and within runs of more than 25,000 characters that are all white space or all
+not (so that no piece is too long for the merger; a cut can change merges, in Moonshot's too).
+
+Sources: Moonshot's `tokenization_kimi.py` for the pattern, the reserved ids and the cutting;
+openai/tiktoken merges. Its own file loader caches by path and can return stale bytes, so the file
+is parsed here. K2: 163,584 ranks, [BOS] 163584, <|im_end|> 163586.
+"""
+
+import base64
+import binascii
+import codecs
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import tiktoken
+
+from refmoe.config import InputError
+
+RESERVED = 256
+CHUNK = 400_000  # characters
+RUN = 25_000  # characters
+
+# K2's pattern: && is the intersection of classes, which tiktoken's engine knows.
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+PATTERN = "|".join(
+    (
+        r"[\p{Han}]+",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+_LONG_RUN = re.compile(rf"\s{{{RUN + 1},}}|\S{{{RUN + 1},}}")
+
+
+class Tokenizer:
+    """A K2 vocabulary. `special` maps the named and reserved special tokens to their ids."""
+
+    def __init__(self, ranks: dict[bytes, int], names: dict[int, str], eos: str | None = None):
+        first = len(ranks)
+        outside = [i for i in names if not first <= i < first + RESERVED]
+        if outside:
+            raise InputError(
+                f"special token {names[outside[0]]!r} has id {outside[0]}, "
+                f"the reserved ids are {first} to {first + RESERVED - 1}"
+            )
+        reserved = range(first, first + RESERVED)
+        self.special = {names.get(i, f"<|reserved_token_{i}|>"): i for i in reserved}
+        if len(self.special) != RESERVED:
+            raise InputError("tokenizer_config.json gives two ids to one special token")
+        self.size = first + RESERVED
+        stops = (eos, "<|im_end|>")
+        self.stop_ids = tuple(self.special[name] for name in stops if name in self.special)
+        self._encoding = tiktoken.Encoding(
+            "k2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.special
+        )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Tokenizer":
+        """From a checkpoint's folder."""
+        folder = Path(folder)
+        vocabulary, config = folder / "tiktoken.model", folder / "tokenizer_config.json"
+        for file in (vocabulary, config):
+            if not file.is_file():
+                raise InputError(f"{file}: no such file; text needs it, --tokens works without")
+        try:
+            raw = json.loads(config.read_text("utf-8"))
+            added = raw.get("added_tokens_decoder", {})
+            names = {int(i): str(token["content"]) for i, token in added.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise InputError(f"{config}: not a tokenizer config ({e!r})") from None
+        try:
+            return cls(read_ranks(vocabulary), names, _text(raw.get("eos_token")))
+        except InputError as e:
+            raise InputError(f"{folder}: {e}") from None
+
+    def encode(
+        self, text: str, allowed_special: Literal["all"] | Collection[str] = "all"
+    ) -> list[int]:
+        """Special tokens in the text become their ids where allowed, plain text elsewhere.
+
+        Moonshot's tokenizer allows all by default; text from strangers wants `allowed_special=()`.
+        """
+        allowed: Any = allowed_special if allowed_special == "all" else set(allowed_special)
+        return [
+            i
+            for piece in cut(text)
+            for i in self._encoding.encode(piece, allowed_special=allowed, disallowed_special=())
+        ]
+
+    def token_bytes(self, i: int) -> bytes:
+        if not 0 <= i < self.size:
+            raise InputError(f"token {i}: the vocabulary has ids 0 to {self.size - 1}")
+        return self._encoding.decode_single_token_bytes(i)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Bytes that are no UTF-8 become U+FFFD."""
+        return b"".join(self.token_bytes(i) for i in ids).decode("utf-8", "replace")
+
+    def stream(self) -> "StreamDecoder":
+        return StreamDecoder(self)
+
+
+class StreamDecoder:
+    """Tokens one by one → text, never half a character."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token: int) -> str:
+        """The characters that this token completes."""
+        return self._utf8.decode(self._tokenizer.token_bytes(token))
+
+    def finish(self) -> str:
+        """What is left of an unfinished character: U+FFFD, or nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+def read_ranks(file: Path) -> dict[bytes, int]:
+    """`tiktoken.model`: on each line a token in base64, a space and its rank, in order from 0."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(file.read_bytes().splitlines()):
+        try:
+            token, rank = line.split(b" ")
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise InputError(
+                f"{file}:{number + 1}: {line[:40]!r}, expected a token in base64, a space, its rank"
+            ) from None
+        if int(rank) != number or len(ranks) != number + 1:
+            raise InputError(f"{file}:{number + 1}: rank {int(rank)} or token seen before")
+    if not ranks:
+        raise InputError(f"{file}: empty")
+    single = sum(len(token) == 1 for token in ranks)
+    if single != 256:
+        raise InputError(f"{file}: {single} of the 256 single bytes; not every text can be encoded")
+    return ranks
+
+
+def cut(text: str) -> Iterator[str]:
+    """The text in pieces that are encoded apart."""
+    for start in range(0, len(text), CHUNK):
+        chunk = text[start : start + CHUNK]
+        at = 0
+        for run in _LONG_RUN.finditer(chunk):
+            for end in range(run.start() + RUN, run.end(), RUN):
+                yield chunk[at:end]
+                at = end
+        yield chunk[at:]
+
+
+def _text(token: Any) -> str | None:
+    """`eos_token` is a string, or an object that holds it."""
+    return token.get("content") if isinstance(token, dict) else token
