@@ -6,10 +6,10 @@ refmoe.generate(model, "ROMEO:")             text, piece by piece
 refmoe.trace(model, tokens, ["lm_head"])     {point: array}
 """
 
-from refmoe.config import InputError
+from refmoe.config import Config, InputError
 from refmoe.oracle.trace import trace
 from refmoe.run.generate import generate
 from refmoe.run.model import Model, load
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "Model", "__version__", "generate", "load", "trace"]
+__all__ = ["Config", "InputError", "Model", "__version__", "generate", "load", "trace"]

@@ -99,11 +99,14 @@ class Decoder:
         ids = np.concatenate([np.asarray(t, np.intp) for t in prompts])
         before = [[cache.length for cache in layers] for layers in memory]
         try:
-            x = embed(ids, self.embed_tokens, self.nx)
-            for i, w in enumerate(self.layers):
-                segments = [Segment(s, layers[i]) for s, layers in zip(spans, memory, strict=True)]
-                nx = self.nx.within(f"model.layers.{i}.")
-                x = layer(x, w, partial(self.experts, i), segments, self.cfg, nx)
+            with np.errstate(over="ignore", invalid="ignore"):  # points name what is not finite
+                x = embed(ids, self.embed_tokens, self.nx)
+                for i, w in enumerate(self.layers):
+                    segments = [
+                        Segment(s, layers[i]) for s, layers in zip(spans, memory, strict=True)
+                    ]
+                    nx = self.nx.within(f"model.layers.{i}.")
+                    x = layer(x, w, partial(self.experts, i), segments, self.cfg, nx)
         except BaseException:  # also Ctrl-C: a half-done step leaves no rows behind
             for layers, lengths in zip(memory, before, strict=True):
                 for cache, length in zip(layers, lengths, strict=True):

@@ -387,8 +387,10 @@ def known_extra(name: str, cfg: Config) -> bool:
     return layer is not None and int(layer[1]) >= cfg.num_hidden_layers
 
 
-def tensor_class(name: str) -> str:
+def tensor_class(name: str, cfg: Config) -> str:
     """The class of a tensor in summaries: by what it does, not by its format."""
+    if known_extra(name, cfg):
+        return "other"
     for mark, kind in (
         (".mlp.experts.", "routed experts"),
         (".mlp.shared_experts.", "shared experts"),
@@ -411,7 +413,7 @@ def summary(checkpoint: Checkpoint) -> dict[str, Any]:
     bytes_by_class: dict[str, int] = {}
     count = {"once": 0, "routed": 0, "embedding": 0}
     for name, stored in checkpoint.tensors.items():
-        kind = "other" if known_extra(name, cfg) else tensor_class(name)
+        kind = tensor_class(name, cfg)
         bytes_by_class[kind] = bytes_by_class.get(kind, 0) + stored.nbytes
         if kind == "other" or name.endswith((".weight_scale", ".weight_shape")):
             continue

@@ -134,7 +134,7 @@ def write_random(
             tensors[name.replace("_packed", "_scale")] = ("bfloat16", scale)
             tensors[name.replace("_packed", "_shape")] = ("int32", np.array([O, words * 8], "<i4"))
         elif name not in tensors:
-            tensors[name] = _encode(_draw(name, size, rng), name, dtype)
+            tensors[name] = _encode(_draw(name, size, cfg, rng), name, dtype)
     folder.mkdir(parents=True, exist_ok=True)
     _write_shards(folder, tensors, cfg, shards)
     _dump(folder / "config.json", raw)
@@ -178,11 +178,11 @@ def bf16_bits(x: np.ndarray) -> np.ndarray:
     return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
 
 
-def _draw(name: str, size: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+def _draw(name: str, size: tuple[int, ...], cfg: Config, rng: np.random.Generator) -> np.ndarray:
     z = rng.standard_normal(size)
     if name.endswith("e_score_correction_bias"):
         return 0.1 * z
-    if tensor_class(name) == "norms":
+    if tensor_class(name, cfg) == "norms":
         return 1 + 0.2 * z
     return z / sqrt(size[-1]) if "embed_tokens" not in name else z
 

@@ -1,0 +1,5 @@
+import sys
+
+from refmoe.cli import main
+
+sys.exit(main())

@@ -1,0 +1,370 @@
+"""The verbs: `refmoe generate | tok | inspect | trace | golden | tiny`.
+
+Without --model they use the embedded tiny-k2. With --json they print one JSON document. Exit
+codes: 0 fine, 1 differs or fails, 2 could not tell or bad use.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import refmoe
+from refmoe.config import CONVENTIONS, InputError
+from refmoe.model.numerics import POLICIES, NonFinite
+from refmoe.oracle import golden
+from refmoe.oracle.trace import trace, write
+from refmoe.run.generate import generate_tokens, working
+from refmoe.run.model import Model, golden_folder, load
+from refmoe.run.sampler import Sampling
+from refmoe.weights import random
+from refmoe.weights.checkpoint import Checkpoint, summary, tensor_class
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.verb(args)
+        sys.stdout.flush()
+        return code
+    except (InputError, NonFinite) as e:
+        print(f"refmoe: {e}", file=sys.stderr)
+        return 1 if isinstance(e, NonFinite) else 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    model = _open(args)
+    prompt = _prompt(args, model)
+    has_words = not args.tokens or (model.checkpoint.path / "tiktoken.model").is_file()
+    text = model.tokenizer.stream() if has_words else None
+    how = Sampling(args.temperature, args.top_p, args.min_p)
+    tokens: list[int] = []
+    pieces: list[str] = []
+    began, first, interrupted = time.perf_counter(), None, False
+
+    def show(piece: str) -> None:
+        pieces.append(piece)
+        if not args.json:
+            sys.stdout.write(_printable(piece))
+            sys.stdout.flush()
+
+    made = generate_tokens(
+        working(model),
+        prompt,
+        max_new_tokens=args.max_new_tokens,
+        sampling=how,
+        seed=args.seed,
+        stop=model.stop_ids,
+    )
+    try:
+        for token in made:
+            first = first or (time.perf_counter(), _process_age())
+            tokens.append(token)
+            show(text.feed(token) if text else f"{token} ")
+        show(text.finish() if text else "")
+    except KeyboardInterrupt:
+        interrupted = True
+    end = time.perf_counter()
+    rate = (len(tokens) - 1) / (end - first[0]) if first and len(tokens) > 1 else None
+    if args.json:
+        _print_json(
+            {
+                "text": "".join(pieces) if text else None,
+                "tokens": tokens,
+                "prompt_tokens": len(prompt),
+                "new_tokens": len(tokens),
+                "seconds": end - began,
+                "tok_s": rate,
+                "first_token_s": first[1] if first else None,
+            }
+        )
+    else:
+        print()
+        print(
+            f"[{len(prompt)} prompt + {len(tokens)} new tokens in {end - began:.2f} s"
+            + (f", {rate:.1f} tok/s" if rate else "")
+            + (f", first token {first[1]:.2f} s after start" if first else "")
+            + (", interrupted]" if interrupted else "]"),
+            file=sys.stderr,
+        )
+    return 130 if interrupted else 0
+
+
+def _tok(args: argparse.Namespace) -> int:
+    model = _open(args)
+    words = model.tokenizer
+    if args.decode:
+        try:
+            ids = [int(i) for i in args.text.replace(",", " ").split()]
+        except ValueError:
+            raise InputError("--decode takes token ids separated by spaces or commas") from None
+        text = words.decode(ids)
+    else:
+        text = args.text
+        ids = words.encode(text, "all" if args.special else ())
+    if args.json:
+        _print_json({"text": text, "tokens": ids})
+    else:
+        print(text if args.decode else " ".join(map(str, ids)))
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    checkpoint = Checkpoint.open(args.model or golden_folder() / "tiny-k2")
+    facts = summary(checkpoint)
+    raw = json.loads((checkpoint.path / "config.json").read_text("utf-8"))
+    if args.json:
+        tensors = {
+            name: {"dtype": t.dtype, "shape": list(t.shape), "file": t.file.name}
+            for name, t in checkpoint.tensors.items()
+        }
+        lists = {"missing": checkpoint.missing, "unread": checkpoint.unread}
+        _print_json({"config": raw, "tensors": tensors, **facts, **lists})
+        return 1 if checkpoint.missing else 0
+    cfg = checkpoint.cfg
+    print(f"{checkpoint.path}")
+    print(
+        f"{cfg.model_type}: {cfg.num_hidden_layers} layers, hidden {cfg.hidden_size}, "
+        f"{cfg.num_attention_heads} heads, {cfg.n_routed_experts} experts, "
+        f"{cfg.num_experts_per_tok} a token, context {cfg.max_position_embeddings}"
+    )
+    counts = facts["parameters"]
+    print(f"parameters: {counts['total']:,} in total, {counts['active']:,} active in a token")
+    formats: dict[str, dict[str, int]] = {}
+    for name, t in checkpoint.tensors.items():
+        kind = formats.setdefault(tensor_class(name, cfg), {})
+        kind[t.dtype] = kind.get(t.dtype, 0) + 1
+    print(f"\n{'class':<16}{'bytes':>18}  tensors by dtype")
+    for kind, size in sorted(facts["bytes"].items(), key=lambda row: -row[1]):
+        dtypes = ", ".join(f"{n} {dtype}" for dtype, n in sorted(formats[kind].items()))
+        print(f"{kind:<16}{size:>18,}  {dtypes}")
+    print(f"{'total':<16}{sum(facts['bytes'].values()):>18,}")
+    for what, names in (
+        ("missing", checkpoint.missing),
+        ("unread", checkpoint.unread),
+        ("stray", checkpoint.stray),
+    ):
+        print(f"{what}: {len(names) or 'none'}")
+        for name in names[:20]:
+            print(f"  {name}")
+        if len(names) > 20:
+            print(f"  … and {len(names) - 20} more (--json lists all)")
+    return 1 if checkpoint.missing else 0
+
+
+def _trace(args: argparse.Namespace) -> int:
+    model = _open(args)
+    sequences = read_tokens(args.tokens) if args.tokens else [model.tokenizer.encode(args.text)]
+    arrays = {}
+    for i, tokens in enumerate(sequences):
+        prefix = f"{i}/" if len(sequences) > 1 else ""
+        for name, x in trace(model, tokens, args.points).items():
+            arrays[prefix + name] = x
+    metadata = {
+        "producer": f"refmoe {refmoe.__version__}",
+        "model": str(model.checkpoint.path),
+        "numerics": args.numerics,
+        "conventions": args.conventions,
+        "tokens": json.dumps(sequences if len(sequences) > 1 else sequences[0]),
+    }
+    write(args.out, arrays, metadata)
+    shapes = {name: list(x.shape) for name, x in arrays.items()}
+    if args.json:
+        _print_json({"out": str(args.out), "points": shapes})
+    else:
+        size = sum(x.nbytes for x in arrays.values())
+        print(f"{args.out}: {len(arrays)} points of {len(sequences)} sequences, {size:,} bytes")
+        if args.verbose:
+            for name, shape in shapes.items():
+                print(f"  {name:<56} {arrays[name].dtype!s:<8} {shape}")
+    return 0
+
+
+def _golden(args: argparse.Namespace) -> int:
+    rows = []
+    for row in golden.verify(args.folder, args.reference):
+        rows.append(row)
+        if not args.json and (args.all or not row.ok):
+            mark = "ok  " if row.ok else "FAIL"
+            print(f"{mark} {row.rel_error:9.2e} <= {row.bound:8.1e}  ", end="")
+            print(f"{row.model}  {row.numerics} ~ {row.witness}  {row.point}", flush=True)
+    document = golden.as_json(rows)
+    if args.json:
+        _print_json(document)
+    else:
+        _golden_table(rows)
+    if not rows:
+        return 2
+    return 0 if document["ok"] else 1
+
+
+def _golden_table(rows: list[golden.Row]) -> None:
+    """Worst point of each case."""
+    cases: dict[tuple[str, str, str], list[golden.Row]] = {}
+    for row in rows:
+        cases.setdefault((row.model, row.numerics, row.witness), []).append(row)
+    print(f"{'case':<20} {'refmoe':<8} {'witness':<28} points  {'worst':>8}  at")
+    for (model, numerics, witness), part in cases.items():
+        numbers = [r for r in part if r.bound > 0] or part
+        worst = max(numbers, key=lambda r: r.rel_error / r.bound if r.bound else r.rel_error)
+        bad = sum(not r.ok for r in part)
+        print(
+            f"{model:<20} {numerics:<8} {witness:<28} {len(part):>6}  {worst.rel_error:8.1e}  "
+            f"{worst.point}, bound {worst.bound:.1e}{f'  {bad} FAIL' if bad else ''}"
+        )
+    bad = sum(not r.ok for r in rows)
+    print(f"{len(rows)} comparisons, {bad or 'none'} outside the bound")
+
+
+def _tiny(args: argparse.Namespace) -> int:
+    shape: dict[str, Any] = {}
+    for item in args.shape:
+        key, _, value = item.partition("=")
+        try:
+            shape[key] = json.loads(value)
+        except json.JSONDecodeError:
+            raise InputError(f"--shape {item}: expected FIELD=VALUE, as in config.json") from None
+    random.write_random(args.folder, args.format, args.seed, shape, args.shards)
+    checkpoint = Checkpoint.open(args.folder)
+    alike: dict[int, list[str]] = {}
+    for axis, size in random.axes(checkpoint.cfg).items():
+        alike.setdefault(size, []).append(axis)
+    for size, names in alike.items():
+        if len(names) > 1:
+            print(f"refmoe: warning: {' = '.join(names)} = {size}", file=sys.stderr)
+    if args.json:
+        _print_json({"folder": str(args.folder), "tensors": len(checkpoint.tensors)})
+    else:
+        size = sum(t.nbytes for t in checkpoint.tensors.values())
+        print(f"{args.folder}: {len(checkpoint.tensors)} tensors, {size:,} bytes, {args.format}")
+    return 0
+
+
+def read_tokens(file: Path) -> list[list[int]]:
+    """A JSON list of integers is one sequence, a list of lists several."""
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise InputError(f"{file}: not JSON ({e})") from None
+    several = value if value and all(isinstance(v, list) for v in value) else [value]
+    for tokens in several:
+        if not isinstance(tokens, list) or not all(type(t) is int for t in tokens):
+            raise InputError(f"{file}: expected a list of integers, or a list of such lists")
+    return several
+
+
+def _open(args: argparse.Namespace) -> Model:
+    model = load(args.model, args.numerics, args.reference, args.conventions)
+    for line in model.checkpoint.warnings:
+        print(f"refmoe: warning: {line}", file=sys.stderr)
+    return model
+
+
+def _prompt(args: argparse.Namespace, model: Model) -> list[int]:
+    if args.tokens:
+        sequences = read_tokens(args.tokens)
+        if len(sequences) != 1:
+            raise InputError(f"{args.tokens}: generate takes one sequence, not {len(sequences)}")
+        return sequences[0]
+    if args.prompt is None:
+        if sys.stdin.isatty():
+            raise InputError('a prompt is needed: refmoe generate "ROMEO:"')
+        args.prompt = sys.stdin.read()
+    return model.tokenizer.encode(args.prompt)
+
+
+def _printable(text: str) -> str:
+    """On a terminal, control characters a model may write must not move the cursor."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def _process_age() -> float | None:
+    """Seconds since the process started; None where the system does not tell."""
+    try:
+        started = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+        ticks = os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(started) / ticks
+    except (OSError, AttributeError, ValueError):
+        return None
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, ensure_ascii=False, allow_nan=False))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("refmoe", description=refmoe.__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"refmoe {refmoe.__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, run: Any, help: str, model: bool = True) -> argparse.ArgumentParser:
+        p = verbs.add_parser(name, help=help, description=help)
+        p.set_defaults(verb=run)
+        p.add_argument("--json", action="store_true", help="print one JSON document")
+        if model:
+            p.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint's folder")
+            p.add_argument("--numerics", choices=tuple(POLICIES), default="float32")
+            p.add_argument("--conventions", choices=tuple(CONVENTIONS), default="refmoe")
+            p.add_argument(
+                "--reference", action="store_true", help="the definition in model/ alone"
+            )
+        return p
+
+    p = verb("generate", _generate, "continue a prompt")
+    p.add_argument("prompt", nargs="?", help="text; without it, standard input")
+    p.add_argument("--tokens", type=Path, metavar="FILE", help="a JSON list of ids as the prompt")
+    p.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    p.add_argument("--top-p", type=float, default=1.0)
+    p.add_argument("--min-p", type=float, default=0.0)
+    p.add_argument("--seed", type=int, default=0)
+
+    p = verb("tok", _tok, "text to token ids, or back")
+    p.add_argument("text")
+    p.add_argument("--decode", action="store_true", help="TEXT is ids")
+    p.add_argument("--special", action="store_true", help="special tokens in TEXT become their ids")
+
+    p = verb("inspect", _inspect, "tensors, formats, bytes, parameters", model=False)
+    p.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint's folder")
+
+    p = verb("trace", _trace, "write points of one forward pass to a safetensors file")
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--tokens", type=Path, metavar="FILE", help="JSON: a list of ids, or several"
+    )
+    source.add_argument("--text", help="a text instead")
+    p.add_argument("--points", nargs="+", metavar="PATTERN", help="names or patterns; default: all")
+    p.add_argument("--out", type=Path, required=True, metavar="FILE")
+    p.add_argument("--verbose", action="store_true", help="list the points")
+
+    p = verb("golden", _golden, "compare with other engines' numbers", model=False)
+    p.add_argument("action", choices=["verify"])
+    p.add_argument("--folder", type=Path, metavar="DIR", help="goldens elsewhere")
+    p.add_argument("--reference", action="store_true", help="the definition in model/ alone")
+    p.add_argument("--all", action="store_true", help="print every point")
+
+    p = verb("tiny", _tiny, "write a random checkpoint in Hugging Face layout", model=False)
+    p.add_argument("folder", type=Path)
+    p.add_argument("--format", choices=random.FORMATS, default="bf16")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--shards", type=int, default=1)
+    p.add_argument("--shape", nargs="*", default=[], metavar="FIELD=VALUE")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
