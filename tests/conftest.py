@@ -1,0 +1,42 @@
+"""Checkpoints and networks for the tests: random, small, and with no two axes alike."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from refmoe.run.model import golden_folder
+from refmoe.weights.random import write_random
+
+settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("default")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def tiny_k2() -> Path:
+    return golden_folder() / "tiny-k2"
+
+
+@pytest.fixture(scope="session")
+def random_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints") / "bf16"
+    write_random(folder, "bf16", seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints") / "int4"
+    write_random(folder, "int4", seed=2, shards=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def kimi() -> Path:
+    """Published vocabulary, configs and chat vectors; they are no part of this repository."""
+    folder = ROOT.parent / "shared" / "kimi"
+    if not folder.is_dir():
+        pytest.skip("the published Kimi files are not beside this repository")
+    return folder

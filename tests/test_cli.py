@@ -1,0 +1,262 @@
+"""The verbs as a user meets them: output, JSON, exit codes, errors a person can act on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import refmoe
+from refmoe import cli
+from tests.conftest import ROOT
+
+
+def run(*args: object, capsys) -> tuple[int, str, str]:  # type: ignore[no-untyped-def]
+    code = cli.main([str(a) for a in args])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_generate_prints_text_and_a_summary(capsys):
+    code, out, err = run("generate", "My lord", "--max-new-tokens", 5, capsys=capsys)
+    assert code == 0
+    assert out.strip()
+    assert "2 prompt + 5 new tokens" in err
+    assert "tok/s" in err
+
+
+def test_generate_json_has_the_promised_fields(capsys):
+    code, out, _ = run("generate", "My lord", "--max-new-tokens", 4, "--json", capsys=capsys)
+    document = json.loads(out)
+    assert code == 0
+    assert set(document) == {
+        "text",
+        "tokens",
+        "prompt_tokens",
+        "new_tokens",
+        "seconds",
+        "tok_s",
+        "first_token_s",
+    }
+    assert document["new_tokens"] == len(document["tokens"]) == 4
+    assert document["text"] == refmoe.load().tokenizer.decode(document["tokens"])
+
+
+def test_generate_takes_tokens_where_there_is_no_vocabulary(random_bf16, tmp_path, capsys):
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).symlink_to(random_bf16 / name)
+    (tmp_path / "t.json").write_text("[1, 2, 3]")
+    args = ["generate", "--model", folder, "--max-new-tokens", 3]
+    code, out, _ = run(*args, "--tokens", tmp_path / "t.json", capsys=capsys)
+    assert code == 0
+    assert len(out.split()) == 3
+    code, _, err = run(*args, "hello", capsys=capsys)
+    assert code == 2
+    assert "tiktoken.model: no such file" in err
+
+
+def test_inspect_tells_bytes_and_parameters(capsys):
+    code, out, _ = run("inspect", "--json", capsys=capsys)
+    document = json.loads(out)
+    assert code == 0
+    assert set(document) == {"config", "tensors", "bytes", "parameters", "missing", "unread"}
+    assert document["config"]["n_routed_experts"] == 40
+    assert sum(document["bytes"].values()) == sum(
+        np.prod(t["shape"]) * {"BF16": 2, "I32": 4, "F32": 4}[t["dtype"]]
+        for t in document["tensors"].values()
+    )
+    code, out, _ = run("inspect", capsys=capsys)
+    assert code == 0
+    assert "routed experts" in out
+    assert "missing: none" in out
+
+
+def test_inspect_of_a_checkpoint_with_a_missing_tensor_fails(random_bf16, tmp_path, capsys):
+    raw = json.loads((random_bf16 / "config.json").read_text())
+    folder = tmp_path / "more"
+    folder.mkdir()
+    (folder / "config.json").write_text(
+        json.dumps({**raw, "n_shared_experts": 2, "num_hidden_layers": 5})
+    )
+    (folder / "model.safetensors").symlink_to(random_bf16 / "model.safetensors")
+    code, out, _ = run("inspect", "--model", folder, "--json", capsys=capsys)
+    assert code == 1
+    assert "model.layers.4.input_layernorm.weight" in json.loads(out)["missing"]
+    code, _, err = run("generate", "x", "--model", folder, capsys=capsys)
+    assert code == 2
+    assert "is a shard missing?" in err
+
+
+def test_trace_writes_the_logits_of_every_position(random_int4, tmp_path, capsys):
+    tokens, out = tmp_path / "tokens.json", tmp_path / "trace.safetensors"
+    tokens.write_text("[5, 6, 7]")
+    args = ["trace", "--model", random_int4, "--tokens", tokens, "--numerics", "float64"]
+    code, text, _ = run(*args, "--points", "lm_head", "--out", out, capsys=capsys)
+    assert code == 0
+    assert "1 points of 1 sequences" in text
+    arrays = safetensors.numpy.load_file(out)
+    assert set(arrays) == {"lm_head"}
+    assert arrays["lm_head"].dtype == np.float64
+    np.testing.assert_array_equal(
+        arrays["lm_head"], refmoe.load(random_int4, "float64").logits([5, 6, 7])
+    )
+    tokens.write_text("[[5, 6, 7], [8]]")
+    code, _, _ = run(*args, "--points", "model.layers.*.mlp.gate#*", "--out", out, capsys=capsys)
+    arrays = safetensors.numpy.load_file(out)
+    assert code == 0
+    assert arrays["1/model.layers.3.mlp.gate#experts"].shape == (1, 3)
+    assert len(arrays) == 2 * 3 * 2
+    code, _, err = run(*args, "--points", "lm_heads", "--out", out, capsys=capsys)
+    assert code == 2
+    assert "no point matches 'lm_heads'" in err
+
+
+def test_an_interrupted_trace_leaves_no_file(random_int4, tmp_path, monkeypatch):
+    def fail(arrays, file, metadata):
+        Path(file).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+    args = ["trace", "--model", random_int4, "--text", "x", "--out", tmp_path / "t.safetensors"]
+    assert cli.main([str(a) for a in args]) == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1.5]", '["a"]', "[true]", "[[1], 2]"])
+def test_a_bad_tokens_file_is_refused(tmp_path, content, capsys):
+    (tmp_path / "t.json").write_text(content)
+    code, _, err = run(
+        "trace", "--tokens", tmp_path / "t.json", "--out", tmp_path / "o", capsys=capsys
+    )
+    assert code == 2
+    assert "t.json" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["generate", "x", "--model", "/nowhere"], "/nowhere: no such folder"),
+        (["generate", "x", "--temperature", "-1"], "temperature = -1.0"),
+        (["generate", "x", "--max-new-tokens", "-1"], "max_new_tokens = -1"),
+        (["generate", ""], "the prompt is empty"),
+        (["tok", "--decode", "1 x"], "--decode takes token ids"),
+        (["tok", "--decode", "99999"], "token 99999"),
+    ],
+)
+def test_bad_use_exits_2_with_a_reason(args, says, capsys):
+    code, out, err = run(*args, capsys=capsys)
+    assert code == 2
+    assert out == ""
+    assert says in err
+
+
+def test_tok_goes_both_ways(capsys):
+    _, ids, _ = run("tok", "Good morrow<|im_end|>", capsys=capsys)
+    assert "2050" not in ids.split()
+    _, text, _ = run("tok", "--decode", ids.strip(), capsys=capsys)
+    assert text == "Good morrow<|im_end|>\n"
+    _, ids, _ = run("tok", "--special", "Good morrow<|im_end|>", capsys=capsys)
+    assert ids.split()[-1] == "2050"
+
+
+def test_tiny_writes_a_checkpoint_that_opens(tmp_path, capsys):
+    folder = tmp_path / "t"
+    args = ["tiny", folder, "--format", "int4", "--seed", 3, "--shards", 2]
+    code, _, err = run(
+        *args, "--shape", "n_group=3", "topk_group=2", "n_routed_experts=12", capsys=capsys
+    )
+    assert code == 0
+    assert err == "refmoe: warning: qk_rope_head_dim = n_routed_experts = 12\n"
+    assert refmoe.load(folder).cfg.n_group == 3
+    code, _, err = run(*args, capsys=capsys)
+    assert code == 2
+    assert "not empty" in err
+
+
+def test_a_nonfinite_weight_is_named(random_bf16, tmp_path, capsys):
+    from refmoe.weights.checkpoint import read_header
+
+    folder = tmp_path / "nan"
+    folder.mkdir()
+    (folder / "config.json").symlink_to(random_bf16 / "config.json")
+    stored = read_header(random_bf16 / "model.safetensors")[
+        "model.layers.2.mlp.shared_experts.up_proj.weight"
+    ]
+    raw = bytearray((random_bf16 / "model.safetensors").read_bytes())
+    raw[stored.start : stored.start + 2] = b"\xc0\x7f"  # NaN
+    (folder / "model.safetensors").write_bytes(bytes(raw))
+    (tmp_path / "t.json").write_text("[1, 2]")
+    code, _, err = run(
+        "generate", "--model", folder, "--tokens", tmp_path / "t.json", capsys=capsys
+    )
+    assert code == 1
+    assert "model.layers.2.mlp.shared_experts.up_proj: the first value that is not finite" in err
+
+
+def start(*args: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "refmoe", *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def test_ctrl_c_ends_with_a_summary_and_a_clean_line():
+    process = start("generate", "My lord", "--max-new-tokens", "4000")
+    assert process.stdout is not None
+    assert process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out.endswith("\n")
+    assert "interrupted]" in err
+    assert "Traceback" not in err
+
+
+def test_a_closed_pipe_is_no_error():
+    process = start("generate", "My lord", "--max-new-tokens", "200")
+    assert process.stdout is not None
+    assert process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr is not None
+    with process.stderr:
+        assert "Traceback" not in process.stderr.read()
+    assert process.wait(timeout=60) == 0
+
+
+def test_a_terminal_gets_no_control_characters(monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert cli._printable("a\x1b[31mb\r\n\tü€") == "a\ufffd[31mb\ufffd\n\tü€"
+
+
+def test_the_prompt_may_come_from_standard_input():
+    process = subprocess.run(
+        [sys.executable, "-m", "refmoe", "generate", "--json", "--max-new-tokens", "1"],
+        input="My lord",
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    assert json.loads(process.stdout)["prompt_tokens"] == 2
+
+
+def test_the_age_of_the_process_is_measured_from_its_start():
+    age = cli._process_age()
+    if age is None:
+        pytest.skip("this system does not tell when a process started")
+    time.sleep(0.05)
+    later = cli._process_age()
+    assert later is not None
+    assert 0 < age < later
+    assert os.getpid() > 0

@@ -1,0 +1,112 @@
+"""The house: rooms import downwards, the paper needs only NumPy, lint and types are clean."""
+
+import ast
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "refmoe"
+ROOMS = ["config", "model", "weights", "fast", "text", "run", "oracle", "cli"]  # ground floor first
+PAPER = ["matrix", "numerics", "norm", "rope", "cache", "mla", "router", "experts", "decoder"]
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and absolute name of every import, from the syntax tree; nothing is executed."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            for alias in node.names:
+                yield node.lineno, f"{node.module}.{alias.name}"
+
+
+def breaches(package: Path) -> list[str]:
+    out = []
+    for path in sorted(package.rglob("*.py")):
+        here = path.relative_to(package).with_suffix("").parts
+        if here[0] not in ROOMS:
+            continue
+        for line, name in imports(path):
+            top, _, rest = name.partition(".")
+            there = rest.split(".")[0]
+            if top != "refmoe" or there not in ROOMS:
+                continue
+            if ROOMS.index(there) > ROOMS.index(here[0]):
+                out.append(f"{path}:{line}: {here[0]} uses {there}")
+            if here[0] == there == "model":
+                used = rest.split(".")[1]
+                if used in PAPER and PAPER.index(used) >= PAPER.index(here[1]):
+                    out.append(f"{path}:{line}: {here[1]} uses {used}, which comes after it")
+    return out
+
+
+def test_rooms_import_downwards():
+    assert breaches(PACKAGE) == []
+    known = {p.stem for p in PACKAGE.iterdir() if p.is_dir() or p.suffix == ".py"}
+    assert known - {"__init__", "__main__", "__pycache__", "golden"} == set(ROOMS)
+
+
+def test_the_rule_notices_a_breach(tmp_path):
+    for room in ("model", "run"):
+        (tmp_path / room).mkdir()
+    (tmp_path / "model" / "norm.py").write_text("from refmoe.run.model import load\n")
+    (tmp_path / "model" / "matrix.py").write_text("from refmoe.model import norm\n")
+    (tmp_path / "run" / "x.py").write_text("from refmoe.model import norm\n")
+    assert [b.split(": ")[1] for b in breaches(tmp_path)] == [
+        "matrix uses norm, which comes after it",
+        "model uses run",
+    ]
+
+
+def test_the_paper_needs_only_numpy():
+    allowed = {"numpy", "refmoe"} | set(sys.stdlib_module_names)
+    for path in (PACKAGE / "model").glob("*.py"):
+        for line, name in imports(path):
+            assert name.split(".")[0] in allowed, f"{path}:{line}: {name}"
+
+
+def test_importing_refmoe_loads_no_optional_library():
+    code = (
+        "import sys, refmoe; print([m for m in ('torch', 'numba', 'jinja2') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy", "--no-error-summary"]]
+)
+def test_lint_and_types_are_clean(command):
+    found = shutil.which(command[0], path=str(Path(sys.executable).parent))
+    assert found, f"{command[0]} is not installed; pip install -e '.[test]'"
+    done = subprocess.run([found, *command[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_one_loader_serves_a_working_tree_and_an_installed_package(tmp_path):
+    """A wheel carries golden/ inside the package; it is found there, with no tree around it."""
+    site = tmp_path / "site"
+    shutil.copytree(PACKAGE, site / "refmoe", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "golden" / "tiny-k2", site / "refmoe" / "golden" / "tiny-k2")
+    code = (
+        "import refmoe; m = refmoe.load(); print(m.checkpoint.path); "
+        "print(len(''.join(refmoe.generate(m, 'My lord', max_new_tokens=3))) > 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(site)},
+    )
+    path, made = done.stdout.split()
+    assert Path(path) == (site / "refmoe" / "golden" / "tiny-k2").resolve()
+    assert made == "True"
