@@ -42,7 +42,10 @@ MODELS: dict[str, dict] = {
     "random-bf16": {"random": {"format": "bf16", "seed": 11}},
     "random-int4": {"random": {"format": "int4", "seed": 12, "shards": 2}},
 }
-TEXT = "My lord, the king hath sent to know your mind,\nAnd what you purpose"
+TEXT = (
+    "My lord, the king hath sent to know your mind,\n"
+    "And what you purpose in this weighty cause: Speak, or be silent."
+)
 SPEECH = "What is thy name?"
 EVERYTHING, OUTLINE = "everything", "outline"  # outline: logits, layer outputs, routing
 
@@ -53,16 +56,14 @@ def sequences(model: str, folder: Path) -> dict[str, tuple[list[int], str, list[
         return {"mixed": ([(i * i * 7 + 3 * i) % 530 for i in range(1, 25)], EVERYTHING, None)}
     words = Tokenizer.load(folder)
     dialogue = (
-        "<|im_system|>system<|im_middle|>You are Kimi, an AI assistant created by Moonshot AI."
-        f"<|im_end|><|im_user|>user<|im_middle|>{SPEECH}<|im_end|>"
-        "<|im_assistant|>assistant<|im_middle|>"
+        f"<|im_user|>user<|im_middle|>{SPEECH}<|im_end|><|im_assistant|>assistant<|im_middle|>"
     )
     text = words.encode(TEXT)
     long = [(i * i * 31 + i * 17 + 5) % words.size for i in range(1500)]
-    long[::2] = (text * 40)[:750]  # half words, half noise: attention must reach far
+    long[::2] = (text * 750)[:750]  # half words, half noise: attention must reach far
     kept = [0, 1, 127, 128, 129, 255, 256, 511, 512, 1023, 1024, 1497, 1498, 1499]
     return {
-        "text": (text[:20], EVERYTHING, None),
+        "text": (text[:22], EVERYTHING, None),
         "dialogue": (words.encode(dialogue), OUTLINE, None),
         "one": (text[:1], EVERYTHING, None),
         "long": (long, OUTLINE, kept),
@@ -207,6 +208,17 @@ def run(model: torch.nn.Module, tokens: list[int], dtype: torch.dtype) -> Tensor
     return seen
 
 
+def same_tensors(seen: Tensors) -> dict[str, str]:
+    """Modules whose output is that of their last projection: kept once, under its name."""
+    last = {".self_attn": ".o_proj", ".mlp": ".down_proj", ".shared_experts": ".down_proj"}
+    pairs = {n: n + p for n in seen for end, p in last.items() if n.endswith(end)}
+    pairs = {n: twin for n, twin in pairs.items() if twin in seen}
+    different = [n for n, twin in pairs.items() if not torch.equal(seen[n], seen[twin])]
+    if different:
+        raise SystemExit(f"{different}: not the output of the last projection")
+    return pairs
+
+
 def kept(seen: Tensors, how: str, positions: list[int] | None) -> Tensors:
     if how == OUTLINE:
         wanted = re.compile(r"lm_head$|model\.layers\.\d+$|.*\.mlp\.gate#(experts|weights)$")
@@ -219,15 +231,17 @@ def kept(seen: Tensors, how: str, positions: list[int] | None) -> Tensors:
 
 def greedy(model: torch.nn.Module, tokens: list[int], dtype: torch.dtype, n: int) -> dict:
     """n tokens, each the likeliest, and by how much its logit exceeds the second."""
-    made, margins, largest = list(tokens), [], 0.0
+    made, margins, largest, past = [], [], 0.0, None
     with torch.no_grad(), widened(dtype):
         for _ in range(n):
-            logits = model(torch.tensor([made]), use_cache=False).logits[0, -1]
+            new = torch.tensor([made[-1:] or tokens])
+            out = model(new, past_key_values=past, use_cache=True)
+            past, logits = out.past_key_values, out.logits[0, -1]
             top = logits.topk(2).values
             margins.append(float(top[0] - top[1]))
             largest = max(largest, float(logits.abs().max()))
             made.append(int(logits.argmax()))
-    return {"tokens": made[len(tokens) :], "margins": margins, "largest_logit": largest}
+    return {"tokens": made, "margins": margins, "largest_logit": largest}
 
 
 # --- files --------------------------------------------------------------------------------------
@@ -263,13 +277,17 @@ def make(out: Path) -> None:
                     file = f"{name}.{sequence}.{width}.safetensors"
                     how = how if dtype == torch.float64 else OUTLINE
                     seen = run(model, tokens, dtype)
-                    safetensors.torch.save_file(kept(seen, how, positions), out / file)
+                    same = same_tensors(seen) if how == EVERYTHING else {}
+                    points = kept({n: t for n, t in seen.items() if n not in same}, how, positions)
+                    safetensors.torch.save_file(points, out / file)
+                    (out / file).chmod(0o644)
                     case = {
                         "model": name,
                         "sequence": sequence,
                         "witness": width,
                         "tokens": tokens,
                         "positions": positions,
+                        "same": same,
                         "file": file,
                         "sha256": sha256(out / file),
                     }

@@ -112,8 +112,8 @@ def test_trace_writes_the_logits_of_every_position(random_int4, tmp_path, capsys
     code, _, _ = run(*args, "--points", "model.layers.*.mlp.gate#*", "--out", out, capsys=capsys)
     arrays = safetensors.numpy.load_file(out)
     assert code == 0
-    assert arrays["1/model.layers.3.mlp.gate#experts"].shape == (1, 3)
-    assert len(arrays) == 2 * 3 * 2
+    assert arrays["1/model.layers.2.mlp.gate#experts"].shape == (1, 4)
+    assert len(arrays) == 2 * 2 * 2
     code, _, err = run(*args, "--points", "lm_heads", "--out", out, capsys=capsys)
     assert code == 2
     assert "no point matches 'lm_heads'" in err

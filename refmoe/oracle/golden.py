@@ -102,12 +102,12 @@ def _case(
 ) -> Iterator[Row]:
     name, numerics = f"{case['model']}/{case['sequence']}", model.nx.name
     witness = f"{engine} {case['witness']}"
-    theirs = _points(folder, case)
+    theirs = points(folder, case)
     ours = trace(model, case["tokens"], theirs)
     wider = {}
     if case["witness"] != "float64":
         same = (c for c in cases if c["sequence"] == case["sequence"] and c["witness"] == "float64")
-        wider = _points(folder, next(same))
+        wider = points(folder, next(same))
     for point, value in theirs.items():
         mine = _like_witness(point, ours, case["positions"])
         bound = BOUNDS[numerics]
@@ -124,9 +124,10 @@ def _case(
         yield Row(name, witness, numerics, "greedy", error, 0.0, error == 0)
 
 
-def _points(folder: Path, case: dict[str, Any]) -> dict[str, np.ndarray]:
+def points(folder: Path, case: dict[str, Any]) -> dict[str, np.ndarray]:
     _same(folder / case["file"], case["sha256"])
-    return safetensors.numpy.load_file(folder / case["file"])
+    points = safetensors.numpy.load_file(folder / case["file"])
+    return points | {name: points[twin] for name, twin in case["same"].items()}
 
 
 def _like_witness(

@@ -24,19 +24,19 @@ FORMATS = ("bf16", "f16", "f32", "int4")
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 96,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "first_k_dense_replace": 1,
     "num_attention_heads": 5,
-    "q_lora_rank": 56,
-    "kv_lora_rank": 72,
-    "qk_nope_head_dim": 26,
+    "q_lora_rank": 40,
+    "kv_lora_rank": 48,
+    "qk_nope_head_dim": 18,
     "qk_rope_head_dim": 12,
-    "v_head_dim": 40,
+    "v_head_dim": 28,
     "intermediate_size": 160,
-    "moe_intermediate_size": 64,
+    "moe_intermediate_size": 32,
     "n_routed_experts": 11,
     "n_shared_experts": 2,
-    "num_experts_per_tok": 3,
+    "num_experts_per_tok": 4,
     "vocab_size": 530,
 }
 FIXED: dict[str, Any] = {
