@@ -16,7 +16,8 @@ A stored matrix is [O, I], as on disk. There is no batch axis: many prompts are 
 """
 
 import json
-from dataclasses import dataclass, fields
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,6 +52,24 @@ class Int4Scheme:
 
 
 @dataclass(frozen=True)
+class Fp8Scheme:
+    """`quantization_config` of DeepSeek's FP8: e4m3 weights, one float32 scale a block.
+
+    Every linear module is FP8 but those named here: `lm_head` and `modules_to_not_convert`.
+    """
+
+    block: tuple[int, int]  # rows, columns; last blocks may be partial
+    ignore: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class OtherScheme:
+    """A quantisation whose config can be read and whose weights cannot."""
+
+    quant_method: str
+
+
+@dataclass(frozen=True)
 class Config:
     """The K2 family's settings under config.json's own names. Sizes are counts."""
 
@@ -80,7 +99,7 @@ class Config:
     rope_scaling: Yarn | None
     max_position_embeddings: int
     eos_token_id: tuple[int, ...]
-    quantization: Int4Scheme | None
+    quantization: Int4Scheme | Fp8Scheme | OtherScheme | None
 
     @property
     def qk_head_dim(self) -> int:
@@ -94,14 +113,7 @@ class Config:
         """Read config.json, or the one in a folder."""
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
-        try:
-            raw = json.loads(path.read_text("utf-8"))
-        except FileNotFoundError:
-            raise InputError(
-                f"{path}: no such file; a checkpoint folder holds a config.json"
-            ) from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as e:
-            raise InputError(f"{path}: not JSON ({e})") from None
+        raw = read_object(path)
         try:
             return cls.from_dict(raw)
         except InputError as e:
@@ -110,8 +122,8 @@ class Config:
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "Config":
         """Parse a decoded config.json; `InputError` names the field that cannot be served."""
-        text = raw.get("text_config") or raw
-        model_type = str(text.get("model_type", ""))
+        text = _object(raw, "text_config") or raw
+        model_type = text.get("model_type")
         if model_type not in MODEL_TYPES:
             raise InputError(
                 f"model_type = {model_type!r}"
@@ -124,50 +136,43 @@ class Config:
         _refuse(text, "attention_bias", False)
         _refuse(text, "tie_word_embeddings", False)
 
-        def need(key: str) -> Any:
-            if text.get(key) is None:
-                raise InputError(f"{key} is missing")
-            return text[key]
+        def count(key: str, least: int = 1, default: int | None = None) -> int:
+            value = text.get(key)
+            return _count(key, default if value is None and default is not None else value, least)
 
-        counts = {
-            key: _count(key, need(key))
-            for key in (
-                "vocab_size",
-                "hidden_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-                "kv_lora_rank",
-                "qk_nope_head_dim",
-                "qk_rope_head_dim",
-                "v_head_dim",
-                "intermediate_size",
-                "moe_intermediate_size",
-                "n_routed_experts",
-                "num_experts_per_tok",
-                "max_position_embeddings",
-            )
-        }
-        rope = dict(text.get("rope_parameters") or {}) or dict(text.get("rope_scaling") or {})
-        theta = rope.get("rope_theta", text.get("rope_theta"))
-        if theta is None:
-            raise InputError("rope_theta is missing")
+        if not isinstance(norm := text.get("norm_topk_prob"), bool):
+            raise InputError(f"norm_topk_prob = {norm!r}, expected true or false")
+        rope = _object(text, "rope_parameters") or _object(text, "rope_scaling")
         q_lora = text.get("q_lora_rank")
+        scheme = _object(text, "quantization_config") or _object(raw, "quantization_config")
         cfg = cls(
             model_type=model_type,
-            **counts,
+            vocab_size=count("vocab_size"),
+            hidden_size=count("hidden_size"),
+            num_hidden_layers=count("num_hidden_layers"),
+            num_attention_heads=count("num_attention_heads"),
             q_lora_rank=None if q_lora is None else _count("q_lora_rank", q_lora),
-            first_k_dense_replace=_count("first_k_dense_replace", need("first_k_dense_replace"), 0),
-            moe_layer_freq=_count("moe_layer_freq", text.get("moe_layer_freq", 1)),
-            n_shared_experts=_count("n_shared_experts", text.get("n_shared_experts") or 0, 0),
-            n_group=_count("n_group", text.get("n_group") or 1),
-            topk_group=_count("topk_group", text.get("topk_group") or 1),
-            norm_topk_prob=bool(need("norm_topk_prob")),
-            routed_scaling_factor=float(need("routed_scaling_factor")),
-            rms_norm_eps=float(need("rms_norm_eps")),
-            rope_theta=float(theta),
+            kv_lora_rank=count("kv_lora_rank"),
+            qk_nope_head_dim=count("qk_nope_head_dim"),
+            qk_rope_head_dim=count("qk_rope_head_dim"),
+            v_head_dim=count("v_head_dim"),
+            intermediate_size=count("intermediate_size"),
+            moe_intermediate_size=count("moe_intermediate_size"),
+            first_k_dense_replace=count("first_k_dense_replace", 0),
+            moe_layer_freq=count("moe_layer_freq", 1, 1),
+            n_routed_experts=count("n_routed_experts"),
+            n_shared_experts=count("n_shared_experts", 0, 0),
+            num_experts_per_tok=count("num_experts_per_tok"),
+            n_group=count("n_group", 1, 1),
+            topk_group=count("topk_group", 1, 1),
+            norm_topk_prob=norm,
+            routed_scaling_factor=_positive(text, "routed_scaling_factor"),
+            rms_norm_eps=_positive(text, "rms_norm_eps"),
+            rope_theta=_positive(rope if "rope_theta" in rope else text, "rope_theta"),
             rope_scaling=_yarn(rope),
+            max_position_embeddings=count("max_position_embeddings"),
             eos_token_id=as_ids(text.get("eos_token_id")),
-            quantization=_scheme(text.get("quantization_config") or raw.get("quantization_config")),
+            quantization=_scheme(scheme),
         )
         _consistent(cfg)
         return cfg
@@ -177,15 +182,67 @@ class Config:
 MODEL_TYPES = ("kimi_k2", "deepseek_v3")
 
 
-def as_ids(value: int | list[int] | None) -> tuple[int, ...]:
+JSON_LIMIT = 200_000_000  # bytes; the index of K2's 208,550 tensors has some 20 million
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object from a file; `InputError` if it is not there, or is anything else."""
+    try:
+        if file.stat().st_size > JSON_LIMIT:
+            raise InputError(f"{file}: more than {JSON_LIMIT} bytes; no file of a checkpoint")
+        value = json.loads(file.read_bytes().decode("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file; it belongs to a checkpoint's folder") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise InputError(f"{file}: not JSON ({e})") from None
+    except RecursionError:
+        raise InputError(f"{file}: nested too deeply") from None
+    except InputError:
+        raise
+    except ValueError as e:  # an integer of more than 4,300 digits
+        raise InputError(f"{file}: {e}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def as_ids(value: Any) -> tuple[int, ...]:
     """`eos_token_id` is written as nothing, one id or several."""
-    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    return tuple(_count("eos_token_id", i, 0) for i in ids)
+
+
+def _object(raw: dict[str, Any], key: str) -> dict[str, Any]:
+    value = raw.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise InputError(f"{key} = {value!r}, expected an object")
+    return value
+
+
+def _names(raw: dict[str, Any], key: str) -> tuple[str, ...]:
+    value = raw.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        raise InputError(f"{key} = {value!r}, expected a list of names")
+    return tuple(value)
 
 
 def _count(key: str, value: Any, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"{key} = {value!r}, expected a whole number, at least {least}")
+    if value is None:
+        raise InputError(f"{key} is missing")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+        raise InputError(f"{key} = {value!r}, expected a whole number from {least} to 2^31")
     return value
+
+
+def _positive(raw: dict[str, Any], key: str) -> float:
+    value = raw.get(key)
+    if value is None:
+        raise InputError(f"{key} is missing")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+        raise InputError(f"{key} = {value!r}, expected a number above 0")
+    return float(value)
 
 
 def _refuse(text: dict[str, Any], key: str, supported: object) -> None:
@@ -200,28 +257,50 @@ def _yarn(rope: dict[str, Any]) -> Yarn | None:
         return None
     if kind != "yarn":
         raise InputError(f"rope_scaling type = {kind!r} is not supported; supported: yarn, default")
-    values: dict[str, Any] = {}
-    for field in fields(Yarn):
-        if rope.get(field.name) is None:
-            raise InputError(f"rope_scaling lacks {field.name}")
-        values[field.name] = (int if field.type is int else float)(rope[field.name])
-    return Yarn(**values)
+    return Yarn(
+        factor=_positive(rope, "factor"),
+        original_max_position_embeddings=_count(
+            "original_max_position_embeddings", rope.get("original_max_position_embeddings")
+        ),
+        beta_fast=_positive(rope, "beta_fast"),
+        beta_slow=_positive(rope, "beta_slow"),
+        mscale=_positive(rope, "mscale"),
+        mscale_all_dim=_positive(rope, "mscale_all_dim"),
+    )
 
 
-def _scheme(raw: dict[str, Any] | None) -> Int4Scheme | None:
+def _scheme(raw: dict[str, Any]) -> Int4Scheme | Fp8Scheme | OtherScheme | None:
     if not raw:
         return None
-    method = raw.get("quant_method")
-    if method != "compressed-tensors" or raw.get("format") != "pack-quantized":
+    match raw.get("quant_method"), raw.get("format"):
+        case "compressed-tensors", "pack-quantized":
+            return _int4_scheme(raw)
+        case "fp8", _:
+            return _fp8_scheme(raw)
+        case method, form:
+            return OtherScheme(f"{method}{f' {form}' if form else ''}")
+
+
+def _fp8_scheme(raw: dict[str, Any]) -> Fp8Scheme:
+    if raw.get("fmt", "e4m3") != "e4m3":
+        raise InputError(f"quantization_config.fmt = {raw['fmt']!r}; supported: 'e4m3'")
+    block = raw.get("weight_block_size")
+    if not isinstance(block, list) or len(block) != 2:
         raise InputError(
-            f"quantization_config: quant_method = {method!r}, format = {raw.get('format')!r}; "
-            "supported: compressed-tensors pack-quantized"
+            f"quantization_config.weight_block_size = {block!r}; supported: [rows, columns]"
         )
+    rows, cols = (_count("quantization_config.weight_block_size", n) for n in block)
+    return Fp8Scheme((rows, cols), ("lm_head", *_names(raw, "modules_to_not_convert")))
+
+
+def _int4_scheme(raw: dict[str, Any]) -> Int4Scheme:
     targets: list[str] = []
     sizes: set[int] = set()
-    for name, group in (raw.get("config_groups") or {}).items():
+    groups = _object(raw, "config_groups")
+    for name in groups:
         where = f"quantization_config.config_groups.{name}"
-        weights = group.get("weights") or {}
+        group = _object(groups, name)
+        weights = _object(group, "weights")
         wanted = {
             "num_bits": 4,
             "type": "int",
@@ -237,16 +316,26 @@ def _scheme(raw: dict[str, Any] | None) -> Int4Scheme | None:
                 )
         if group.get("input_activations") is not None:
             raise InputError(f"{where}.input_activations: quantised activations are not supported")
-        targets += group.get("targets") or []
+        targets += _names(group, "targets")
         sizes.add(weights["group_size"])
     if not targets:
         raise InputError("quantization_config.config_groups names no targets")
-    return Int4Scheme(tuple(targets), tuple(raw.get("ignore") or ()), sizes.pop())
+    ignore = _names(raw, "ignore")
+    for entry in (*targets, *ignore):
+        try:
+            re.compile(entry.removeprefix("re:"))
+        except (re.error, OverflowError, RecursionError) as e:
+            raise InputError(
+                f"quantization_config: {entry!r} is no name or pattern ({e})"
+            ) from None
+    return Int4Scheme(tuple(targets), ignore, sizes.pop())
 
 
 def _consistent(cfg: Config) -> None:
     if cfg.qk_rope_head_dim % 2:
         raise InputError(f"qk_rope_head_dim = {cfg.qk_rope_head_dim}: rotation needs pairs")
+    if cfg.rope_theta <= 1:
+        raise InputError(f"rope_theta = {cfg.rope_theta}, expected a number above 1")
     if cfg.n_routed_experts % cfg.n_group:
         raise InputError(f"n_group = {cfg.n_group} does not divide {cfg.n_routed_experts} experts")
     if cfg.topk_group > cfg.n_group:
@@ -265,7 +354,7 @@ class Conventions:
 
     name: str
     latent_norm_eps: float | None = 1e-6  # q_a/kv_a norms; None: config.rms_norm_eps
-    int4_product: Literal["exact", "bfloat16"] = "exact"  # q·s as it is, or rounded to bf16
+    rounded_products: tuple[str, ...] = ()  # formats whose q·s is rounded to bf16: int4, fp8
     router_logits: Literal["wide", "activations"] = "wide"  # float32 at least, or as activations
     normaliser: Literal["sum + 1e-20", "sum", "max(sum, 2^-14)"] = "sum + 1e-20"
     masked_groups: float = float("-inf")  # choice score of experts in groups not chosen
@@ -277,20 +366,22 @@ CONVENTIONS = {
     c.name: c
     for c in (
         Conventions("refmoe"),
-        Conventions("moonshot", int4_product="bfloat16", masked_groups=0.0, rope_layout="halves"),
-        Conventions("transformers", int4_product="bfloat16", rope_layout="halves"),
+        Conventions(
+            "moonshot", rounded_products=("int4",), masked_groups=0.0, rope_layout="halves"
+        ),
+        Conventions("transformers", rounded_products=("int4",), rope_layout="halves"),
         # Marlin multiplies a dequantised nibble by its scale in the activations' dtype
         Conventions(
             "vllm",
             latent_norm_eps=None,
-            int4_product="bfloat16",
+            rounded_products=("int4",),
             router_logits="activations",
             normaliser="sum",
         ),
         Conventions(
             "sglang",
             latent_norm_eps=None,
-            int4_product="bfloat16",
+            rounded_products=("int4",),
             router_logits="activations",
             masked_groups=0.0,
         ),
@@ -301,6 +392,12 @@ CONVENTIONS = {
             normaliser="max(sum, 2^-14)",
             yarn_betas=(32.0, 1.0),
         ),
-        Conventions("mlx", router_logits="activations", normaliser="sum", masked_groups=0.0),
+        Conventions(
+            "mlx",
+            rounded_products=("fp8",),
+            router_logits="activations",
+            normaliser="sum",
+            masked_groups=0.0,
+        ),
     )
 }

@@ -19,17 +19,17 @@ from refmoe.model.numerics import Numerics
 TILE = 1 << 20  # elements: 4 MB of float32
 
 
-def linear(x: np.ndarray, m: Matrix, product: str = "exact") -> np.ndarray:
+def linear(x: np.ndarray, m: Matrix, rounded: tuple[str, ...] = ()) -> np.ndarray:
     """y = x Wᵀ: x [T, I] → [T, O]."""
     if isinstance(m, np.ndarray) and m.dtype == x.dtype:
         return x @ m.T
     y = np.empty((len(x), m.shape[0]), x.dtype)
     for block, tile in matrix.tiles(m, TILE):
-        y[:, block] = matrix.linear(x, tile, product)
+        y[:, block] = matrix.linear(x, tile, rounded)
     return y
 
 
 def engine(name: str, conventions: Conventions | str = "refmoe") -> Numerics:
     """`policy(name)` with this room's seams."""
     nx = policy(name, conventions)
-    return replace(nx, linear=partial(linear, product=nx.conventions.int4_product))
+    return replace(nx, linear=partial(linear, rounded=nx.conventions.rounded_products))

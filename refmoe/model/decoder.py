@@ -57,7 +57,7 @@ def layer(
 
 def embed(tokens: np.ndarray, embed_tokens: Matrix, nx: Numerics) -> np.ndarray:
     """tokens [T] → [T, D]."""
-    x = dequantize(matrix.rows(embed_tokens, tokens)).astype(nx.dtype, copy=False)
+    x = dequantize(matrix.rows(embed_tokens, tokens), nx.dtype)
     return nx.point("model.embed_tokens", x)
 
 
@@ -152,5 +152,5 @@ def policy(name: str, conventions: Conventions | str = "refmoe") -> Numerics:
             raise InputError(f"conventions {conventions!r}; supported: {', '.join(CONVENTIONS)}")
         conventions = CONVENTIONS[conventions]
     dtype, rounding = POLICIES[name]
-    multiply = partial(matrix.linear, product=conventions.int4_product)
+    multiply = partial(matrix.linear, rounded=conventions.rounded_products)
     return Numerics(name, dtype, multiply, routed_experts, rounding, conventions=conventions)

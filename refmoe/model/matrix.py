@@ -2,19 +2,24 @@
 
     y = x Wᵀ              x [T, I], W [O, I] → y [T, O]
 
-    BF16   the upper half of a float32                                   bits   [O, I]    uint16
-    Int4   W[o, i] = (nibble[o, i] - 8) · scale[o, i // 32]              packed [O, I/8]  int32
+    BF16      the upper half of a float32                                bits   [O, I]    uint16
+    Int4      W[o, i] = (nibble[o, i] - 8) · scale[o, i // 32]           packed [O, I/8]  int32
                                                                          scale  [O, I/32] bf16
-    array  float16, float32, float64: itself                                    [O, I]
+    Fp8Block  W[o, i] = e4m3[o, i] · scale[o // 128, i // 128]           bits   [O, I]    uint8
+                                                                         scale  float32
+    array     float16, float32, float64: itself                                 [O, I]
 
 Int4 is compressed-tensors' `pack-quantized` (vllm-project/compressed-tensors,
 compressors/pack_quantized): nibble i % 8 of word i // 8, lowest first, offset binary. A 4-bit
-integer times a bf16 scale has at most 11 significant bits, so `dequantize` is exact in float32.
-What other engines do with the product is `Conventions.int4_product`.
+integer times a bf16 scale has at most 11 significant bits, so it is exact in float32. What other
+engines do with the product is `Conventions.rounded_products`. Fp8Block is DeepSeek-V3's
+(deepseek-ai/DeepSeek-V3, inference/kernel.py): e4m3 "fn", no infinity, NaN at ±0x7f; the scale,
+called `weight_scale_inv`, multiplies; last blocks may be partial. Its product has up to 28
+significant bits: exact in float64, rounded once in float32.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -44,7 +49,34 @@ class Int4(NamedTuple):
         return self.packed.nbytes + self.scale.nbytes
 
 
-Matrix: TypeAlias = np.ndarray | BF16 | Int4
+class Fp8Block(NamedTuple):
+    bits: np.ndarray  # [O, I] uint8: e4m3fn
+    scale: np.ndarray  # [⌈O/rows⌉, ⌈I/columns⌉] float32, `weight_scale_inv`
+    block: tuple[int, int]  # rows, columns; (128, 128) in every published checkpoint
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.bits.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.bits.nbytes + self.scale.nbytes
+
+
+Matrix: TypeAlias = np.ndarray | BF16 | Int4 | Fp8Block
+
+
+def _e4m3() -> np.ndarray:
+    """The 256 values of e4m3fn: sign, 4 bits of exponent (bias 7), 3 of fraction."""
+    code = np.arange(128)
+    exponent, fraction = code >> 3, code & 7
+    normal = np.ldexp(1 + fraction / 8, exponent - 7)
+    positive = np.where(exponent == 0, np.ldexp(fraction / 8, -6), normal)
+    positive[127] = np.nan
+    return np.concatenate((positive, -positive)).astype(np.float32)
+
+
+E4M3 = _e4m3()
 
 
 def widen_bf16(bits: np.ndarray) -> np.ndarray:
@@ -61,40 +93,57 @@ def round_bf16(x: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(x), rounded.view(np.float32), x).astype(np.float32)
 
 
-def dequantize(m: Matrix, product: str = "exact") -> np.ndarray:
-    """[O, I] in float32 (arrays: in their own dtype): the values the stored bytes stand for."""
+def dequantize(m: Matrix, dtype: Any = np.float32, rounded: tuple[str, ...] = ()) -> np.ndarray:
+    """[O, I] in `dtype`: the values the stored bytes stand for.
+
+    `rounded`: formats ("int4", "fp8") whose product is rounded to bf16, as some engines do.
+    """
     match m:
         case BF16(bits):
-            return widen_bf16(bits)
+            w = widen_bf16(bits)
         case Int4(packed, scale):
             O, G = scale.shape
             two = np.ascontiguousarray(packed).view(np.uint8)  # [O, I/2] two nibbles a byte
             q = np.stack((two & 15, two >> 4), axis=-1).reshape(O, G, -1).astype(np.float32) - 8
             w = (q * widen_bf16(scale)[..., None]).reshape(O, -1)  # [O, I]
-            return round_bf16(w) if product == "bfloat16" else w
+            w = round_bf16(w) if "int4" in rounded else w
+        case Fp8Block(bits, scale, (rows, columns)):
+            O, I = bits.shape
+            s = np.repeat(np.repeat(scale, rows, axis=0)[:O], columns, axis=1)[:, :I]  # [O, I]
+            if "fp8" in rounded:
+                w = round_bf16(E4M3[bits] * s)
+            else:
+                w = E4M3.astype(dtype)[bits] * s.astype(dtype)
         case _:
-            return m
+            w = m
+    return w.astype(dtype, copy=False)
 
 
-def linear(x: np.ndarray, m: Matrix, product: str = "exact") -> np.ndarray:
+def linear(x: np.ndarray, m: Matrix, rounded: tuple[str, ...] = ()) -> np.ndarray:
     """y = x Wᵀ: x [T, I] → [T, O]. This line is the definition; fast/ may only be quicker."""
-    return x @ dequantize(m, product).astype(x.dtype, copy=False).T
+    return x @ dequantize(m, x.dtype, rounded).T
 
 
 def rows(m: Matrix, index: np.ndarray | slice) -> Matrix:
-    """Some rows of a matrix, still as stored."""
+    """Some rows of a matrix, still as stored; of an Fp8Block only a slice of whole blocks."""
     match m:
         case BF16(bits):
             return BF16(bits[index])
         case Int4(packed, scale):
             return Int4(packed[index], scale[index])
+        case Fp8Block(bits, scale, block):
+            if not isinstance(index, slice) or index.start % block[0]:
+                raise ValueError(f"rows {index} of an Fp8Block do not begin at a block")
+            blocks = slice(index.start // block[0], -(-index.stop // block[0]))
+            return Fp8Block(bits[index], scale[blocks], block)
         case _:
             return m[index]
 
 
 def tiles(m: Matrix, elements: int) -> Iterator[tuple[slice, Matrix]]:
-    """The matrix in blocks of whole rows of about so many elements, in order."""
-    step = max(1, elements // m.shape[1])
+    """The matrix in tiles of whole rows, or blocks of rows, of about so many elements, in order."""
+    unit = m.block[0] if isinstance(m, Fp8Block) else 1
+    step = max(1, elements // (m.shape[1] * unit)) * unit
     for start in range(0, m.shape[0], step):
-        block = slice(start, min(start + step, m.shape[0]))
-        yield block, rows(m, block)
+        tile = slice(start, min(start + step, m.shape[0]))
+        yield tile, rows(m, tile)

@@ -134,7 +134,7 @@ def absorbed(
 ) -> np.ndarray:
     """The same function of the same state, without making any key or value."""
     H, N, C = cfg.num_attention_heads, cfg.qk_nope_head_dim, cfg.kv_lora_rank
-    w = dequantize(kv_b_proj, nx.conventions.int4_product).astype(nx.dtype, copy=False)
+    w = dequantize(kv_b_proj, nx.dtype, nx.conventions.rounded_products)
     w = w.reshape(H, -1, C)  # [H, N+V, C]
     w_uk, w_uv = w[:, :N], w[:, N:]  # [H, N, C], [H, V, C]
 

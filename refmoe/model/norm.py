@@ -16,5 +16,5 @@ def rms_norm(x: np.ndarray, w: Matrix, eps: float) -> np.ndarray:
     """x [T, D], w [D] → [T, D], all of it in x's own precision."""
     xp = array_module(x)
     mean = (x * x).mean(axis=-1, keepdims=True)  # [T, 1]
-    gain = dequantize(w).astype(x.dtype, copy=False)  # [D]
+    gain = dequantize(w, x.dtype)  # [D]
     return x / xp.sqrt(mean + x.dtype.type(eps)) * gain

@@ -50,7 +50,7 @@ def route(x: np.ndarray, w: GateWeights, cfg: Config, nx: Numerics) -> Routing:
     if nx.conventions.router_logits == "activations" and nx.round is not None:
         logits = nx.round(logits)
     s = sigmoid(nx.tap("gate", logits))  # [T, E]
-    score = s + dequantize(w.e_score_correction_bias).astype(wide, copy=False)
+    score = s + dequantize(w.e_score_correction_bias, wide)
 
     score, group_margin = _limit_groups(score, cfg, nx)
     ranked = xp.argsort(-score, axis=-1, kind="stable")  # [T, E]
