@@ -21,7 +21,7 @@ from refmoe.oracle.trace import trace, write
 from refmoe.run.generate import generate_tokens, working
 from refmoe.run.model import Model, golden_folder, load
 from refmoe.run.sampler import Sampling
-from refmoe.weights import random
+from refmoe.weights import members, random
 from refmoe.weights.checkpoint import Checkpoint, summary, tensor_class
 
 
@@ -125,8 +125,8 @@ def _inspect(args: argparse.Namespace) -> int:
     raw = json.loads((checkpoint.path / "config.json").read_text("utf-8"))
     if args.json:
         tensors = {
-            name: {"dtype": t.dtype, "shape": list(t.shape), "file": t.file.name}
-            for name, t in checkpoint.tensors.items()
+            t.name: {"dtype": t.dtype, "shape": list(t.shape), "file": t.file.name}
+            for t in checkpoint.tensors.values()
         }
         lists = {"missing": checkpoint.missing, "unread": checkpoint.unread}
         _print_json({"config": raw, "tensors": tensors, **facts, **lists})
@@ -234,19 +234,25 @@ def _tiny(args: argparse.Namespace) -> int:
             shape[key] = json.loads(value)
         except json.JSONDecodeError:
             raise InputError(f"--shape {item}: expected FIELD=VALUE, as in config.json") from None
-    random.write_random(args.folder, args.format, args.seed, shape, args.shards)
+    if args.like:
+        if args.format or args.shards != 1 or shape:
+            raise InputError("--like decides format, shape and shards; give only --seed with it")
+        members.write_member(args.folder, args.like, args.seed)
+    else:
+        random.write_random(args.folder, args.format or "bf16", args.seed, shape, args.shards)
     checkpoint = Checkpoint.open(args.folder)
     alike: dict[int, list[str]] = {}
     for axis, size in random.axes(checkpoint.cfg).items():
         alike.setdefault(size, []).append(axis)
     for size, names in alike.items():
-        if len(names) > 1:
+        if len(names) > 1 and not args.like:
             print(f"refmoe: warning: {' = '.join(names)} = {size}", file=sys.stderr)
     if args.json:
         _print_json({"folder": str(args.folder), "tensors": len(checkpoint.tensors)})
     else:
         size = sum(t.nbytes for t in checkpoint.tensors.values())
-        print(f"{args.folder}: {len(checkpoint.tensors)} tensors, {size:,} bytes, {args.format}")
+        made = args.like or args.format or "bf16"
+        print(f"{args.folder}: {len(checkpoint.tensors)} tensors, {size:,} bytes, {made}")
     return 0
 
 
@@ -359,7 +365,8 @@ def _parser() -> argparse.ArgumentParser:
 
     p = verb("tiny", _tiny, "write a random checkpoint in Hugging Face layout", model=False)
     p.add_argument("folder", type=Path)
-    p.add_argument("--format", choices=random.FORMATS, default="bf16")
+    p.add_argument("--like", choices=tuple(members.MEMBERS), help="a member's published layout")
+    p.add_argument("--format", choices=random.FORMATS, help="default: bf16")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--shards", type=int, default=1)
     p.add_argument("--shape", nargs="*", default=[], metavar="FIELD=VALUE")

@@ -122,7 +122,7 @@ def disturbed(decoder: Decoder, seed: int, S: int) -> Decoder:
     dtype = decoder.nx.dtype
 
     def linear(x: np.ndarray, m: Matrix) -> np.ndarray:
-        size = np.abs(x) @ np.abs(dequantize(m).astype(x.dtype)).T
+        size = np.abs(x) @ np.abs(dequantize(m, x.dtype)).T
         error = rng.uniform(-1, 1, size.shape) * gamma(m.shape[1] + 1, dtype)
         return (matrix.linear(x, m) + error * size).astype(x.dtype)
 
@@ -146,7 +146,7 @@ def row_by_row(nx: Numerics) -> Numerics:
     """The same mathematics with each row multiplied alone: a row's bits cannot depend on others."""
 
     def linear(x: np.ndarray, m: Matrix) -> np.ndarray:
-        w = dequantize(m).astype(x.dtype).T
+        w = dequantize(m, x.dtype).T
         return np.concatenate([row[None] @ w for row in x]) if len(x) else x @ w
 
     return replace(nx, linear=linear)

@@ -283,7 +283,10 @@ def test_published_left_overs_are_ignored_by_name(broken):
         ({"attention_bias": True}, "attention_bias"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "'linear'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope_scaling lacks original"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2}},
+            "original_max_position_embeddings is missing",
+        ),
         ({"hidden_size": -3}, "hidden_size = -3"),
         ({"num_experts_per_tok": 12}, "num_experts_per_tok = 12 of 11"),
         ({"qk_rope_head_dim": 13}, "pairs"),

@@ -84,7 +84,7 @@ def test_packing_a_packed_matrix_changes_no_value(seed, O, G):
 def test_int4_product_as_compressed_tensors_rounds_it():
     packed, scale = pack_int4(np.random.default_rng(0).standard_normal((3, 64)))
     m = Int4(packed, scale)
-    exact, rounded = dequantize(m), dequantize(m, "bfloat16")
+    exact, rounded = dequantize(m), dequantize(m, rounded=("int4",))
     np.testing.assert_array_equal(rounded, round_bf16(exact))
     assert (rounded != exact).any()
 
@@ -94,7 +94,7 @@ def test_linear_is_within_its_rounding(seed, T, I, O):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((T, I)).astype(np.float32)
     m = BF16(bf16_bits(rng.standard_normal((O, I))))
-    wide = dequantize(m).astype(np.float64)
+    wide = dequantize(m, np.float64)
     bound = gamma(I + 1, np.float32) * (np.abs(x).astype(np.float64) @ np.abs(wide).T)
     assert (np.abs(matrix.linear(x, m) - x.astype(np.float64) @ wide.T) <= bound).all()
 

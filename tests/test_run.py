@@ -123,7 +123,7 @@ def test_linear_in_tiles_is_linear(monkeypatch):
     w = rng.standard_normal((23, 64))
     for m in (BF16(bf16_bits(w)), Int4(*pack_int4(w)), w.astype(np.float16), w.astype(np.float32)):
         x = rng.standard_normal((3, 64)).astype(np.float32)
-        size = np.abs(x).astype(np.float64) @ np.abs(matrix.dequantize(m)).astype(np.float64).T
-        exact = x.astype(np.float64) @ matrix.dequantize(m).astype(np.float64).T
+        size = np.abs(x).astype(np.float64) @ np.abs(matrix.dequantize(m, np.float64)).T
+        exact = x.astype(np.float64) @ matrix.dequantize(m, np.float64).T
         for got in (fast.linear(x, m), matrix.linear(x, m)):
             assert (np.abs(got - exact) <= gamma(65, np.float32) * size).all()

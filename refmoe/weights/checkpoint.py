@@ -5,9 +5,14 @@
     folder/*.safetensors                      8 bytes length, JSON header, then the raw tensors
 
 Weights are views of the mapped files: opening copies nothing, and a tensor is read when it is
-used. The reader is ours because safetensors' NumPy side has no bf16; the library writes, and
-reads the same files in the tests. A linear module is INT4 where `quantization_config` targets it
-and does not ignore it, as vllm-project/compressed-tensors matches names.
+used. The reader is ours because safetensors' NumPy side has no bf16 and no FP8; the library
+writes, and reads the same files in the tests. A linear module is INT4 where `quantization_config`
+targets it and does not ignore it, as vllm-project/compressed-tensors matches names; a module's
+weight and its scale may be in different shards.
+
+Tensors have one name here, the one of K2-Instruct: `model.layers.0…`, `lm_head.weight`. K2.5 and
+later wrap the text model and write `language_model.model.layers.0…`; transformers' own K2.5 writes
+`model.language_model.layers.0…`, older NVFP4 exports `language_model.layers.0…`.
 """
 
 import json
@@ -21,10 +26,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refmoe.config import Config, InputError, Int4Scheme, as_ids
+from refmoe.config import (
+    Config,
+    Fp8Scheme,
+    InputError,
+    Int4Scheme,
+    OtherScheme,
+    as_ids,
+    read_object,
+)
 from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import MlpWeights, MoeWeights
-from refmoe.model.matrix import BF16, Int4, Matrix
+from refmoe.model.matrix import BF16, Fp8Block, Int4, Matrix
 from refmoe.model.mla import AttentionWeights
 from refmoe.model.numerics import Numerics
 from refmoe.model.router import GateWeights
@@ -47,6 +60,7 @@ DTYPES = {
     "U64": np.uint64,
 }
 FLOATS = ("BF16", "F16", "F32", "F64")
+MISSING_LIMIT = 1_000_000  # K2 has 208,550 tensors
 HEADER_LIMIT = 100_000_000  # bytes, the limit of the safetensors library
 INDEX = "model.safetensors.index.json"
 
@@ -55,6 +69,7 @@ class Stored(NamedTuple):
     """One tensor of one shard, not yet read."""
 
     file: Path
+    name: str  # as the file has it
     dtype: str
     shape: tuple[int, ...]
     start: int  # bytes from the beginning of the file
@@ -72,12 +87,15 @@ def read_header(file: Path) -> dict[str, Stored]:
                 "truncated, or not safetensors"
             )
         try:
-            header = json.loads(f.read(length))
+            header = json.loads(f.read(length).decode("utf-8"))
             header.pop("__metadata__", None)
-            found = {
-                name: (str(t["dtype"]), tuple(t["shape"]), *t["data_offsets"])
-                for name, t in header.items()
-            }
+            found = {}
+            for name, t in header.items():
+                start, stop = t["data_offsets"]
+                numbers = (*t["shape"], start, stop)
+                if not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+                    raise TypeError(f"{name}: shape or data_offsets are not counts")
+                found[name] = (str(t["dtype"]), tuple(t["shape"]), start, stop)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise InputError(f"{file}: the header is not that of safetensors ({e!r})") from None
     end = 0
@@ -86,10 +104,6 @@ def read_header(file: Path) -> dict[str, Stored]:
         where = f"{file}: {name}"
         if dtype not in DTYPES:
             raise InputError(f"{where} has dtype {dtype}; supported: {', '.join(DTYPES)}")
-        if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop)):
-            raise InputError(
-                f"{where}: shape {list(shape)} or offsets [{start}, {stop}] are not counts"
-            )
         nbytes = prod(shape) * np.dtype(DTYPES[dtype]).itemsize
         if stop - start != nbytes:
             raise InputError(
@@ -102,7 +116,7 @@ def read_header(file: Path) -> dict[str, Stored]:
                 f"{'overlapping' if start < end else 'a gap'}; the file is damaged"
             )
         end = stop
-        out[name] = Stored(file, dtype, shape, 8 + length + start, nbytes)
+        out[name] = Stored(file, name, dtype, shape, 8 + length + start, nbytes)
     if 8 + length + end != size:
         raise InputError(
             f"{file}: the header describes {8 + length + end} bytes, the file has {size}: "
@@ -139,6 +153,12 @@ class Checkpoint:
         if not path.is_dir():
             raise InputError(f"{path}: no such folder; --model takes a checkpoint's folder")
         cfg = Config.load(path)
+        if isinstance(cfg.quantization, OtherScheme):
+            method = cfg.quantization.quant_method
+            raise InputError(
+                f"{path}: quant_method = {method!r} is not supported; "
+                "supported: compressed-tensors pack-quantized (INT4), fp8, and none"
+            )
         tensors, stray = _shards(path)
         out = cls(path, cfg, tensors, _generation_eos(path), stray=stray)
         out._compare()
@@ -150,18 +170,24 @@ class Checkpoint:
             stored = self.tensors.get(name)
             if stored is None:
                 self.missing.append(name)
+                if len(self.missing) > MISSING_LIMIT:
+                    raise InputError(
+                        f"{self.path}: config.json calls for more than {MISSING_LIMIT} tensors "
+                        f"that are not there, first {self.missing[0]}; it is another model's"
+                    )
                 continue
             del unread[name]
             if stored.shape != shape:
                 raise InputError(
-                    f"{stored.file}: {name} is {list(stored.shape)}, "
+                    f"{stored.file}: {stored.name} is {list(stored.shape)}, "
                     f"config.json makes it {list(shape)}; this shard belongs to another model"
                 )
             if stored.dtype not in dtypes:
                 raise InputError(
-                    f"{stored.file}: {name} is {stored.dtype}, expected {' or '.join(dtypes)}"
+                    f"{stored.file}: {stored.name} is {stored.dtype}, "
+                    f"expected {' or '.join(dtypes)}"
                 )
-        self.unread = [name for name in unread if not known_extra(name, self.cfg)]
+        self.unread = [self.tensors[n].name for n in unread if not known_extra(n, self.cfg)]
 
     @property
     def warnings(self) -> list[str]:
@@ -186,6 +212,10 @@ class Checkpoint:
 
     def matrix(self, module: str) -> Matrix:
         """The weight of a module, as stored."""
+        if module + ".weight_scale_inv" in self.tensors:
+            assert isinstance(self.cfg.quantization, Fp8Scheme)
+            scale = self.array(module + ".weight_scale_inv")
+            return Fp8Block(self.array(module + ".weight"), scale, self.cfg.quantization.block)
         if module + ".weight_packed" not in self.tensors:
             return self._plain(module + ".weight")
         weight = Int4(self.array(module + ".weight_packed"), self.array(module + ".weight_scale"))
@@ -258,26 +288,44 @@ class Checkpoint:
         )
 
 
+def canonical(name: str) -> str:
+    """The one name of a tensor, whichever wrapper wrote it."""
+    for prefix, plain in (
+        ("language_model.model.", "model."),
+        ("language_model.lm_head.", "lm_head."),
+        ("model.language_model.", "model."),
+        ("language_model.", "model."),
+    ):
+        if name.startswith(prefix):
+            return plain + name.removeprefix(prefix)
+    return name
+
+
 def _shards(path: Path) -> tuple[dict[str, Stored], list[str]]:
-    """All tensors of the folder, and those that stand where the index does not say."""
+    """All tensors of the folder by canonical name, and those not where the index says."""
+    tensors: dict[str, Stored] = {}
+
+    def take(stored: Stored) -> None:
+        other = tensors.setdefault(canonical(stored.name), stored)
+        if other is not stored:
+            raise InputError(
+                f"{stored.name} of {stored.file} is {other.name} of {other.file.name} again"
+            )
+
     index = path / INDEX
     if not index.exists():
         files = sorted(path.glob("*.safetensors"))
         if not files:
             raise InputError(f"{path}: no *.safetensors file")
-        tensors: dict[str, Stored] = {}
         for file in files:
-            for name, stored in read_header(file).items():
-                if name in tensors:
-                    raise InputError(f"{name} is in {tensors[name].file.name} and in {file.name}")
-                tensors[name] = stored
+            for stored in read_header(file).values():
+                take(stored)
         return tensors, []
-    try:
-        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise InputError(f"{index}: no usable weight_map ({e!r})") from None
-    tensors, stray = {}, []
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise InputError(f"{index}: no weight_map of names to files")
+    names = sorted(set(weight_map.values()))
+    stray, found = [], set()
     for shard in names:
         plain = PurePosixPath(shard)
         if plain.is_absolute() or len(plain.parts) != 1 or plain.parts[0] in ("..", "."):
@@ -289,23 +337,22 @@ def _shards(path: Path) -> tuple[dict[str, Stored], list[str]]:
             )
         for name, stored in read_header(path / shard).items():
             if weight_map.get(name) == shard:
-                tensors[name] = stored
+                take(stored)
+                found.add(name)
             else:
                 stray.append(name)
     for name, shard in weight_map.items():
-        if name not in tensors:
+        if name not in found:
             raise InputError(f"{path / shard}: {name} is not in it, though {INDEX} says so")
     return tensors, stray
 
 
 def _generation_eos(path: Path) -> tuple[int, ...]:
     file = path / "generation_config.json"
-    if not file.exists():
-        return ()
     try:
-        return as_ids(json.loads(file.read_text("utf-8")).get("eos_token_id"))
-    except (ValueError, TypeError, AttributeError) as e:
-        raise InputError(f"{file}: not a generation config ({e!r})") from None
+        return as_ids(read_object(file).get("eos_token_id")) if file.exists() else ()
+    except InputError as e:
+        raise InputError(f"{file}: {e}") from None
 
 
 Expected = tuple[str, tuple[int, ...], tuple[str, ...]]  # name, shape, dtypes
@@ -352,39 +399,48 @@ def expected(cfg: Config) -> Iterator[Expected]:
     yield from linear("lm_head", cfg.vocab_size, D)
 
 
-def _linear(scheme: Int4Scheme | None, module: str, O: int, I: int) -> Iterator[Expected]:
-    if scheme is None or not is_quantized(module, scheme):
-        yield module + ".weight", (O, I), FLOATS
-        return
-    if I % scheme.group_size:
-        raise InputError(f"{module}: {I} columns are no whole groups of {scheme.group_size}")
-    yield module + ".weight_packed", (O, I // 8), ("I32",)
-    yield module + ".weight_scale", (O, I // scheme.group_size), ("BF16",)
-    yield module + ".weight_shape", (2,), ("I32", "I64")
+def _linear(
+    scheme: Int4Scheme | Fp8Scheme | OtherScheme | None, module: str, O: int, I: int
+) -> Iterator[Expected]:
+    match scheme:
+        case Int4Scheme(group_size=size) if is_int4(module, scheme):
+            if I % size:
+                raise InputError(f"{module}: {I} columns are no whole groups of {size}")
+            yield module + ".weight_packed", (O, I // 8), ("I32",)
+            yield module + ".weight_scale", (O, I // size), ("BF16",)
+            yield module + ".weight_shape", (2,), ("I32", "I64")
+        case Fp8Scheme((rows, columns), ignore) if module not in ignore:
+            yield module + ".weight", (O, I), ("F8_E4M3",)
+            yield module + ".weight_scale_inv", (-(-O // rows), -(-I // columns)), ("F32",)
+        case _:
+            yield module + ".weight", (O, I), FLOATS
 
 
-def is_quantized(module: str, scheme: Int4Scheme) -> bool:
+def is_int4(module: str, scheme: Int4Scheme) -> bool:
     """Whether the scheme packs this linear module."""
 
     def matches(entry: str) -> bool:
         if entry.startswith("re:"):
             return re.match(entry[3:], module) is not None
-        return entry == module
+        return canonical(entry + ".") == module + "."
 
     targeted = any(t == "Linear" or matches(t) for t in scheme.targets)
     return targeted and not any(matches(entry) for entry in scheme.ignore)
 
 
 def known_extra(name: str, cfg: Config) -> bool:
-    """Tensors that published checkpoints carry and the graph does not use.
+    """Tensors that published checkpoints carry and the text graph does not use.
 
-    A left-over `rotary_emb.inv_freq` (K2-Instruct's has the wrong length), and the multi-token
-    prediction layer behind the last one (DeepSeek-V3).
+    A left-over `rotary_emb.inv_freq` (K2-Instruct's has the wrong length), the multi-token
+    prediction layer behind the last one (DeepSeek-V3), vision tower and projector (K2.5 and later).
     """
-    if name.endswith("rotary_emb.inv_freq"):
+    if name.endswith("rotary_emb.inv_freq") or _VISION.match(name):
         return True
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     return layer is not None and int(layer[1]) >= cfg.num_hidden_layers
+
+
+_VISION = re.compile(r"(model\.)?(vision_tower|mm_projector|multi_modal_projector)\.")
 
 
 def tensor_class(name: str, cfg: Config) -> str:
@@ -415,7 +471,8 @@ def summary(checkpoint: Checkpoint) -> dict[str, Any]:
     for name, stored in checkpoint.tensors.items():
         kind = tensor_class(name, cfg)
         bytes_by_class[kind] = bytes_by_class.get(kind, 0) + stored.nbytes
-        if kind == "other" or name.endswith((".weight_scale", ".weight_shape")):
+        scales = (".weight_scale", ".weight_shape", ".weight_scale_inv")
+        if kind == "other" or name.endswith(scales):
             continue
         use = {"routed experts": "routed", "embedding": "embedding"}.get(kind, "once")
         count[use] += prod(stored.shape) * (8 if name.endswith(".weight_packed") else 1)

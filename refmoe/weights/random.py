@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 from safetensors import TensorSpec, serialize_file
 
-from refmoe.config import Config, InputError
+from refmoe.config import Config, Fp8Scheme, InputError
+from refmoe.model.matrix import E4M3
 from refmoe.weights.checkpoint import INDEX, expected, tensor_class
 
 SINGLE = "model.safetensors"
-FORMATS = ("bf16", "f16", "f32", "int4")
+FORMATS = ("bf16", "f16", "f32", "int4", "fp8")
+Tensors = dict[str, tuple[str, np.ndarray]]  # name → dtype as safetensors spells it, values
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 96,
@@ -66,6 +68,12 @@ FIXED: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 RESERVED = 256  # ids behind the ranks
+FP8_CONFIG: dict[str, Any] = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [128, 128],
+}
 INT4_CONFIG: dict[str, Any] = {
     "config_groups": {
         "group_0": {
@@ -106,14 +114,12 @@ def write_random(
 ) -> None:
     """Write a random checkpoint into a new folder; `shape` replaces fields of config.json.
 
-    format: bf16, f16, f32, or int4 (routed experts packed, the rest bf16). The vocabulary is the
-    256 bytes, then pairs of bytes, then K2's special tokens.
+    format: bf16, f16, f32, int4 (routed experts packed, the rest bf16), or fp8 (blocks). The
+    vocabulary is the 256 bytes, then pairs of bytes, then K2's special tokens.
     """
     folder = Path(folder)
     if format not in FORMATS:
         raise InputError(f"format {format!r}; supported: {', '.join(FORMATS)}")
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder} exists and is not empty; give a new folder")
     dtype = {"f16": "float16", "f32": "float32"}.get(format, "bfloat16")
     raw = {**FIXED, **SHAPE, "torch_dtype": dtype, **(shape or {})}
     ranks = raw["vocab_size"] - RESERVED
@@ -121,24 +127,41 @@ def write_random(
         raise InputError(f"vocab_size = {raw['vocab_size']}, expected 512 to {512 + 256**2}")
     raw |= {"bos_token_id": ranks, "eos_token_id": ranks + 2, "pad_token_id": ranks + 255}
     raw["num_key_value_heads"] = raw["num_attention_heads"]
-    if format == "int4":
-        raw["quantization_config"] = INT4_CONFIG
+    if format in ("int4", "fp8"):
+        raw["quantization_config"] = INT4_CONFIG if format == "int4" else FP8_CONFIG
     cfg = Config.from_dict(raw)
+    files: dict[str, Tensors] = {}
+    for name, tensor in draw(cfg, dtype, seed).items():
+        # layers dealt to shards in order; the embedding first, norm and head last
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        at = int(layer[1]) * shards // cfg.num_hidden_layers if layer else shards - 1
+        at = 0 if "embed_tokens" in name else at
+        file = f"model-{at + 1:05d}-of-{shards:05d}.safetensors" if shards > 1 else SINGLE
+        files.setdefault(file, {})[name] = tensor
+    write(folder, raw, files)
+    write_vocabulary(folder, ranks)
+
+
+def draw(cfg: Config, dtype: str, seed: int) -> Tensors:
+    """Every tensor the config calls for, at random; `dtype` of what is not quantised."""
     rng = np.random.Generator(np.random.PCG64(seed))
-    tensors: dict[str, tuple[str, np.ndarray]] = {}
-    for name, size, _ in expected(cfg):
+    tensors: Tensors = {}
+    for name, size, dtypes in expected(cfg):
         if name.endswith(".weight_packed"):
             O, words = size
             packed, scale = pack_int4(rng.standard_normal((O, words * 8)) / sqrt(words * 8))
             tensors[name] = ("int32", packed)
             tensors[name.replace("_packed", "_scale")] = ("bfloat16", scale)
             tensors[name.replace("_packed", "_shape")] = ("int32", np.array([O, words * 8], "<i4"))
+        elif dtypes == ("F8_E4M3",):
+            assert isinstance(cfg.quantization, Fp8Scheme)
+            w = rng.standard_normal(size) / sqrt(size[-1])
+            bits, scale = pack_fp8(w, cfg.quantization.block)
+            tensors[name] = ("float8_e4m3fn", bits)
+            tensors[name + "_scale_inv"] = ("float32", scale)
         elif name not in tensors:
-            tensors[name] = _encode(_draw(name, size, cfg, rng), name, dtype)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_shards(folder, tensors, cfg, shards)
-    _dump(folder / "config.json", raw)
-    _write_vocabulary(folder, ranks)
+            tensors[name] = _encode(_values(name, size, cfg, rng), name, dtype)
+    return tensors
 
 
 def axes(cfg: Config) -> dict[str, int]:
@@ -172,13 +195,28 @@ def pack_int4(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return words.sum(axis=-1).astype(np.uint32).view(np.int32), scale
 
 
+def pack_fp8(w: np.ndarray, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """w [O, I] → e4m3 bits [O, I] and float32 scales, max|w|/448 of each block."""
+    (O, I), (rows, columns) = w.shape, block
+    shape = -(-O // rows), -(-I // columns)
+    padded = np.zeros((shape[0] * rows, shape[1] * columns))
+    padded[:O, :I] = np.abs(w)
+    largest = padded.reshape(shape[0], rows, shape[1], columns).max(axis=(1, 3))
+    scale = (largest / 448).astype(np.float32)
+    wide = np.repeat(np.repeat(scale, rows, axis=0)[:O], columns, axis=1)[:, :I]
+    x = w / np.maximum(wide.astype(np.float64), 1e-30)
+    positive = E4M3[:127].astype(np.float64)  # 0 to 448, increasing
+    code = np.searchsorted((positive[1:] + positive[:-1]) / 2, np.abs(x)).astype(np.uint8)
+    return np.where(x < 0, code | 0x80, code).astype(np.uint8), scale
+
+
 def bf16_bits(x: np.ndarray) -> np.ndarray:
     """The nearest bf16, as bits."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
 
 
-def _draw(name: str, size: tuple[int, ...], cfg: Config, rng: np.random.Generator) -> np.ndarray:
+def _values(name: str, size: tuple[int, ...], cfg: Config, rng: np.random.Generator) -> np.ndarray:
     z = rng.standard_normal(size)
     if name.endswith("e_score_correction_bias"):
         return 0.1 * z
@@ -193,29 +231,25 @@ def _encode(x: np.ndarray, name: str, dtype: str) -> tuple[str, np.ndarray]:
     return (dtype, x.astype("<f2")) if dtype == "float16" else (dtype, bf16_bits(x))
 
 
-def _write_shards(
-    folder: Path, tensors: dict[str, tuple[str, np.ndarray]], cfg: Config, shards: int
-) -> None:
-    """Layers dealt to shards in order; embedding first, norm and head last."""
-    parts: list[dict[str, TensorSpec]] = [{} for _ in range(shards)]
-    weight_map = {}
-    for name, (dtype, x) in tensors.items():
-        layer = re.match(r"model\.layers\.(\d+)\.", name)
-        at = int(layer[1]) * shards // cfg.num_hidden_layers if layer else shards - 1
-        at = 0 if "embed_tokens" in name else at
-        parts[at][name] = TensorSpec(
-            dtype=dtype, shape=x.shape, data_ptr=x.ctypes.data, data_len=x.nbytes
-        )
-        weight_map[name] = f"model-{at + 1:05d}-of-{shards:05d}.safetensors"
-    for i, part in enumerate(parts):
-        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors" if shards > 1 else SINGLE
-        serialize_file(part, folder / file, {"format": "pt"})
-    if shards > 1:
-        size = sum(x.nbytes for _, x in tensors.values())
+def write(folder: Path, raw: Mapping[str, Any], files: Mapping[str, Tensors]) -> None:
+    """config.json, the shards by file name, and their index if there are several."""
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} exists and is not empty; give a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    _dump(folder / "config.json", raw)
+    for file, tensors in files.items():
+        specs = {
+            name: TensorSpec(dtype=dtype, shape=x.shape, data_ptr=x.ctypes.data, data_len=x.nbytes)
+            for name, (dtype, x) in tensors.items()
+        }
+        serialize_file(specs, folder / file, {"format": "pt"})
+    if len(files) > 1:
+        size = sum(x.nbytes for tensors in files.values() for _, x in tensors.values())
+        weight_map = {name: file for file, tensors in files.items() for name in tensors}
         _dump(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
-def _write_vocabulary(folder: Path, ranks: int) -> None:
+def write_vocabulary(folder: Path, ranks: int) -> None:
     single = [bytes([b]) for b in range(256)]
     pairs = [a + b for a in single[97:] + single[:97] for b in single[97:] + single[:97]]
     lines = (base64.b64encode(t) + b" %d\n" % i for i, t in enumerate((single + pairs)[:ranks]))
