@@ -1,4 +1,4 @@
-"""Rewrite golden/vectors: what transformers computes, for refmoe to be checked against.
+"""Rewrite golden/vectors: what other engines compute, for refmoe to be checked against.
 
     python golden/make.py [--out golden/vectors]
 
@@ -10,7 +10,12 @@ transformers that says `torch.float32` is made to say `torch.float64`, in norms,
 and rotary frequencies; the hooks check that nothing narrower passes. The float32 witness is
 transformers as it is.
 
-Only the random checkpoints are remade by `refmoe.weights.random`, from shape and seed; the
+The second witness, of the family's members, is mlx-lm on the CPU in float32, from the checkpoint's
+own bytes: its quantised products, its FP8 decoding (rounded to bf16) and its absorbed attention
+are its own. It does not know DeepSeek-V3's prediction layer at another depth than 61, so that
+layer is left out of the files it reads.
+
+Only the random checkpoints are remade by `refmoe.weights`, from shape or member and seed; the
 manifest keeps the sha256 of every file read.
 """
 
@@ -26,12 +31,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
+import mlx.core as mx
+import mlx_lm
+import mlx_lm.models.deepseek_v3 as mlx_model
+import mlx_lm.utils
 import safetensors.torch
 import torch
 import transformers
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as hf
 
 from refmoe.text.tokenizer import Tokenizer
+from refmoe.weights.members import MEMBERS, write_member
 from refmoe.weights.random import write_random
 
 HERE = Path(__file__).resolve().parent
@@ -41,6 +51,7 @@ MODELS: dict[str, dict] = {
     "tiny-k2": {"folder": "tiny-k2"},
     "random-bf16": {"random": {"format": "bf16", "seed": 11}},
     "random-int4": {"random": {"format": "int4", "seed": 12, "shards": 2}},
+    **{name: {"member": {"like": name, "seed": 21 + i}} for i, name in enumerate(MEMBERS)},
 }
 TEXT = (
     "My lord, the king hath sent to know your mind,\n"
@@ -53,7 +64,8 @@ EVERYTHING, OUTLINE = "everything", "outline"  # outline: logits, layer outputs,
 def sequences(model: str, folder: Path) -> dict[str, tuple[list[int], str, list[int] | None]]:
     """name → tokens, how much is kept, and of which positions (None: all)."""
     if model != "tiny-k2":
-        return {"mixed": ([(i * i * 7 + 3 * i) % 530 for i in range(1, 25)], EVERYTHING, None)}
+        mixed = [(i * i * 7 + 3 * i) % 530 for i in range(1, 25)]
+        return {"mixed": (mixed[:8] if model in MEMBERS else mixed, EVERYTHING, None)}
     words = Tokenizer.load(folder)
     dialogue = (
         f"<|im_user|>user<|im_middle|>{SPEECH}<|im_end|><|im_assistant|>assistant<|im_middle|>"
@@ -73,35 +85,54 @@ def sequences(model: str, folder: Path) -> dict[str, tuple[list[int], str, list[
 # --- the twin -----------------------------------------------------------------------------------
 
 
+def text_tensors(folder: Path) -> tuple[Tensors, dict]:
+    """The text model's tensors without wrapper prefixes and left-overs, and its config."""
+    config = json.loads((folder / "config.json").read_text())
+    config = config.get("text_config", config)
+    kept: Tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, t in safetensors.torch.load_file(file).items():
+            name = name.removeprefix("language_model.")
+            layer = re.match(r"model\.layers\.(\d+)\.", name)
+            beyond = layer is not None and int(layer[1]) >= config["num_hidden_layers"]
+            if not beyond and not re.match(r"vision_tower|mm_projector|.*inv_freq", name):
+                kept[name] = t
+    return kept, config
+
+
 def twin(folder: Path, out: Path, dtype: torch.dtype) -> None:
     """A checkpoint without quantisation, every value exactly the one the stored bytes stand for."""
-    stored: Tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        stored |= safetensors.torch.load_file(file)
+    stored, config = text_tensors(folder)
     exact: Tensors = {}
     for name, t in stored.items():
+        module = name.rpartition(".")[0]
         if name.endswith("_packed"):
-            module = name.removesuffix(".weight_packed")
-            exact[module + ".weight"] = dequantise(
-                t, stored[module + ".weight_scale"], stored[module + ".weight_shape"]
-            ).to(dtype)
-        elif not name.endswith(("_scale", "_shape")):
+            scale, shape = stored[module + ".weight_scale"], stored[module + ".weight_shape"]
+            exact[module + ".weight"] = int4(t, scale, shape).to(dtype)
+        elif t.dtype == torch.float8_e4m3fn:
+            exact[name] = fp8(t, stored[name + "_scale_inv"]).to(dtype)
+        elif not name.endswith(("_scale", "_shape", "_scale_inv")):
             exact[name] = t.to(dtype)
     safetensors.torch.save_file(exact, out / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
     config.pop("quantization_config", None)
+    config.pop("auto_map", None)
     config["model_type"] = "deepseek_v3"
-    config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    config["torch_dtype"] = config["dtype"] = str(dtype).removeprefix("torch.")
     (out / "config.json").write_text(json.dumps(config))
 
 
-def dequantise(packed: torch.Tensor, scale: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
+def int4(packed: torch.Tensor, scale: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
     rows, cols = shape.tolist()
     w = torch.empty(rows, cols, dtype=torch.float64)
     words = packed.to(torch.int64) & 0xFFFFFFFF
     for i in range(8):
         w[:, i::8] = ((words >> (4 * i)) & 0xF).double() - 8
     return w * scale.double().repeat_interleave(cols // scale.shape[1], dim=1)
+
+
+def fp8(w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    block = scale.double().repeat_interleave(128, 0)[: w.shape[0]]
+    return w.double() * block.repeat_interleave(128, 1)[:, : w.shape[1]]
 
 
 @contextlib.contextmanager
@@ -244,6 +275,42 @@ def greedy(model: torch.nn.Module, tokens: list[int], dtype: torch.dtype, n: int
     return {"tokens": made, "margins": margins, "largest_logit": largest}
 
 
+# --- mlx ----------------------------------------------------------------------------------------
+
+
+def mlx_run(folder: Path, tokens: list[int]) -> Tensors:
+    """Logits and layer outputs of mlx-lm, on the CPU, in float32."""
+    mx.set_default_device(mx.cpu)
+    with tempfile.TemporaryDirectory() as tmp:
+        own = Path(tmp)
+        if json.loads((folder / "config.json").read_text()).get("num_nextn_predict_layers"):
+            stored, config = text_tensors(folder)
+            safetensors.torch.save_file(stored, own / "model.safetensors", {"format": "pt"})
+            (own / "config.json").write_text(json.dumps(config))
+        else:
+            own = folder
+        model, _ = mlx_lm.utils.load_model(own)
+    model.set_dtype(mx.float32)
+    seen: Tensors = {}
+    original = mlx_model.DeepseekV3DecoderLayer.__call__
+
+    def layer(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        out = original(self, *args, **kwargs)
+        seen[f"model.layers.{len(seen)}"] = as_torch(out[0])
+        return out
+
+    with mock.patch.object(mlx_model.DeepseekV3DecoderLayer, "__call__", layer):
+        logits = model(mx.array([tokens]))
+    seen["lm_head"] = as_torch(logits[0])
+    return seen
+
+
+def as_torch(x: mx.array) -> torch.Tensor:
+    if x.dtype != mx.float32:
+        raise SystemExit(f"mlx computed in {x.dtype} where float32 was asked for")
+    return torch.tensor(x.tolist(), dtype=torch.float32)
+
+
 # --- files --------------------------------------------------------------------------------------
 
 
@@ -254,9 +321,8 @@ def sha256(file: Path) -> str:
 def make(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     manifest: dict = {
-        "version": 1,
+        "version": 2,
         "command": "python golden/make.py",
-        "engine": f"transformers {transformers.__version__}",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -268,34 +334,60 @@ def make(out: Path) -> None:
             folder = HERE / spec["folder"] if "folder" in spec else Path(tmp) / name
             if "random" in spec:
                 write_random(folder, **spec["random"])
+            elif "member" in spec:
+                write_member(folder, **spec["member"])
             files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
             manifest["models"][name] = {**spec, "sha256": {f.name: sha256(f) for f in files}}
-            for dtype in (torch.float64, torch.float32):
-                model = load(folder, dtype)
-                for sequence, (tokens, how, positions) in sequences(name, folder).items():
-                    width = str(dtype).removeprefix("torch.")
-                    file = f"{name}.{sequence}.{width}.safetensors"
-                    how = how if dtype == torch.float64 else OUTLINE
-                    seen = run(model, tokens, dtype)
-                    same = same_tensors(seen) if how == EVERYTHING else {}
-                    points = kept({n: t for n, t in seen.items() if n not in same}, how, positions)
-                    safetensors.torch.save_file(points, out / file)
-                    (out / file).chmod(0o644)
-                    case = {
-                        "model": name,
-                        "sequence": sequence,
-                        "witness": width,
-                        "tokens": tokens,
-                        "positions": positions,
-                        "same": same,
-                        "file": file,
-                        "sha256": sha256(out / file),
-                    }
-                    if dtype == torch.float64 and positions is None:
-                        case["greedy"] = greedy(model, tokens, dtype, 64)
-                    manifest["cases"].append(case)
-                    print(f"{file}: {(out / file).stat().st_size / 1e6:.2f} MB", flush=True)
+            manifest["cases"] += list(cases(name, folder, out))
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def cases(name: str, folder: Path, out: Path) -> Iterator[dict]:
+    """Run every witness of one model, write its points, yield what the manifest says of them."""
+    dtypes = (torch.float64,) if name in MEMBERS else (torch.float64, torch.float32)
+    for dtype in dtypes:
+        model = load(folder, dtype)
+        width = str(dtype).removeprefix("torch.")
+        for sequence, (tokens, how, positions) in sequences(name, folder).items():
+            how = how if dtype == torch.float64 else OUTLINE
+            seen = run(model, tokens, dtype)
+            same = same_tensors(seen) if how == EVERYTHING else {}
+            points = kept({n: t for n, t in seen.items() if n not in same}, how, positions)
+            case = {
+                "model": name,
+                "sequence": sequence,
+                "engine": f"transformers {transformers.__version__}",
+                "witness": width,
+                "conventions": "refmoe",
+                "tokens": tokens,
+                "positions": positions,
+                "same": same,
+                **save(points, out / f"{name}.{sequence}.{width}.safetensors"),
+            }
+            if dtype == torch.float64 and positions is None and name not in MEMBERS:
+                case["greedy"] = greedy(model, tokens, dtype, 64)
+            yield case
+    if name in MEMBERS:
+        for sequence, (tokens, _, _) in sequences(name, folder).items():
+            points = mlx_run(folder, tokens)
+            yield {
+                "model": name,
+                "sequence": sequence,
+                "engine": f"mlx-lm {mlx_lm.__version__}",
+                "witness": "float32",
+                "conventions": "mlx",
+                "tokens": tokens,
+                "positions": None,
+                "same": {},
+                **save(points, out / f"{name}.{sequence}.mlx.safetensors"),
+            }
+
+
+def save(points: Tensors, file: Path) -> dict[str, str]:
+    safetensors.torch.save_file(points, file)
+    file.chmod(0o644)
+    print(f"{file.name}: {file.stat().st_size / 1e6:.2f} MB", flush=True)
+    return {"file": file.name, "sha256": sha256(file)}
 
 
 if __name__ == "__main__":

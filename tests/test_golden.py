@@ -150,7 +150,7 @@ def test_the_packing_is_that_of_compressed_tensors(random_int4):
             codes = unpack_from_int32(packed, 4, torch.Size(m.shape))
             scale = torch.from_numpy(np.array(m.scale)).view(torch.bfloat16).double()
             values = codes.double() * scale.repeat_interleave(32, dim=1)
-            np.testing.assert_array_equal(dequantize(m).astype(np.float64), values.numpy())
+            np.testing.assert_array_equal(dequantize(m, np.float64), values.numpy())
             assert torch.equal(pack_to_int32(codes, 4), packed)
 
 

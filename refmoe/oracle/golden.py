@@ -1,14 +1,16 @@
 """Goldens: another engine's numbers, with provenance, and how far refmoe is from them.
 
-golden/vectors/manifest.json names the engine, its version and command, the sha256 of every file
-it read, the tokens of each case and the file that holds its points. `golden/make.py` writes them
-with transformers; refmoe never does. A checkpoint of random weights is remade from shape and
-seed, and is the one the witness read if its sha256 is.
+golden/vectors/manifest.json names for each case the engine and its version, the conventions it
+holds to, the tokens, and the file that has its points; for each model the sha256 of every file
+the engine read. `golden/make.py` writes them with transformers and mlx-lm; refmoe never does. A
+checkpoint of random weights is remade from shape (or member) and seed, and is the one the witness
+read if its sha256 is.
 
     rel_error   max over rows of  max|ours - theirs| / max|theirs|  in that row
     bound       float64 numerics, float64 witness    1e-10
                 float32 numerics, float64 witness    2e-5
-                float32 numerics, float32 witness    2e-5 + the two witnesses' own distance
+                float32 numerics, float32 witness    2e-5 + its own distance from the float64 one;
+                                                     3e-5 for another engine's
                 chosen experts                       0: the same sets
                 greedy                               0: the same token wherever the witness's margin
                                                      exceeds twice the bound on the largest logit
@@ -32,10 +34,12 @@ from refmoe.config import InputError
 from refmoe.oracle.trace import trace
 from refmoe.run.generate import prefill, working
 from refmoe.run.model import Model, golden_folder, load
+from refmoe.weights.members import write_member
 from refmoe.weights.random import write_random
 
-VERSION = 1
+VERSION = 2
 BOUNDS = {"float64": 1e-10, "float32": 2e-5}
+OTHER_ENGINE = 3e-5
 
 
 @dataclass(frozen=True)
@@ -59,17 +63,19 @@ def verify(folder: Path | None = None, reference: bool = False) -> Iterator[Row]
     manifest = read_manifest(folder)
     with tempfile.TemporaryDirectory() as tmp:
         for name, spec in manifest["models"].items():
-            path = Path(tmp) / name if "random" in spec else folder.parent / spec["folder"]
+            path = folder.parent / spec["folder"] if "folder" in spec else Path(tmp) / name
             if "random" in spec:
                 write_random(path, **spec["random"])
+            elif "member" in spec:
+                write_member(path, **spec["member"])
             for file, wanted in spec["sha256"].items():
                 _same(path / file, wanted)
             cases = [case for case in manifest["cases"] if case["model"] == name]
             for numerics in BOUNDS:
-                model = load(path, numerics, reference)
                 for case in cases:
                     if case["witness"] == "float64" or numerics == "float32":
-                        yield from _case(model, case, cases, folder, manifest["engine"])
+                        model = load(path, numerics, reference, case["conventions"])
+                        yield from _case(model, case, cases, folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -98,19 +104,21 @@ def rel_error(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def _case(
-    model: Model, case: dict[str, Any], cases: list[dict[str, Any]], folder: Path, engine: str
+    model: Model, case: dict[str, Any], cases: list[dict[str, Any]], folder: Path
 ) -> Iterator[Row]:
     name, numerics = f"{case['model']}/{case['sequence']}", model.nx.name
-    witness = f"{engine} {case['witness']}"
+    witness = f"{case['engine']} {case['witness']}"
     theirs = points(folder, case)
     ours = trace(model, case["tokens"], theirs)
-    wider = {}
+    wider: dict[str, np.ndarray] = {}
     if case["witness"] != "float64":
-        same = (c for c in cases if c["sequence"] == case["sequence"] and c["witness"] == "float64")
-        wider = points(folder, next(same))
+        same = {key: case[key] for key in ("sequence", "engine")} | {"witness": "float64"}
+        for other in cases:
+            if same.items() <= other.items():
+                wider = points(folder, other)
     for point, value in theirs.items():
         mine = _like_witness(point, ours, case["positions"])
-        bound = BOUNDS[numerics]
+        bound = BOUNDS[numerics] if case["witness"] == "float64" or wider else OTHER_ENGINE
         if point in wider:
             bound += rel_error(value, wider[point])
         if point.endswith("#experts"):
