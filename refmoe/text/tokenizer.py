@@ -7,22 +7,22 @@ print as `<|reserved_token_ID|>`. No BOS or EOS is ever added. Long text is cut 
 not (so that no piece is too long for the merger; a cut can change merges, in Moonshot's too).
 
 Sources: Moonshot's `tokenization_kimi.py` for the pattern, the reserved ids and the cutting;
-openai/tiktoken merges. Its own file loader caches by path and can return stale bytes, so the file
-is parsed here. K2: 163,584 ranks, [BOS] 163584, <|im_end|> 163586.
+openai/tiktoken splits and merges. Its own file loader caches by path and can return stale bytes,
+so the file is parsed here. K2: 163,584 ranks, [BOS] 163584, <|im_end|> 163586.
 """
 
 import base64
 import binascii
 import codecs
-import json
 import re
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import regex
 import tiktoken
 
-from refmoe.config import InputError
+from refmoe.config import InputError, read_object
 
 RESERVED = 256
 CHUNK = 400_000  # characters
@@ -58,6 +58,8 @@ class Tokenizer:
                 f"special token {names[outside[0]]!r} has id {outside[0]}, "
                 f"the reserved ids are {first} to {first + RESERVED - 1}"
             )
+        if "" in names.values():
+            raise InputError("a special token is the empty text; it would stand between all others")
         reserved = range(first, first + RESERVED)
         self.special = {names.get(i, f"<|reserved_token_{i}|>"): i for i in reserved}
         if len(self.special) != RESERVED:
@@ -77,12 +79,12 @@ class Tokenizer:
         for file in (vocabulary, config):
             if not file.is_file():
                 raise InputError(f"{file}: no such file; text needs it, --tokens works without")
+        raw = read_object(config)
         try:
-            raw = json.loads(config.read_text("utf-8"))
             added = raw.get("added_tokens_decoder", {})
             names = {int(i): str(token["content"]) for i, token in added.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise InputError(f"{config}: not a tokenizer config ({e!r})") from None
+            raise InputError(f"{config}: added_tokens_decoder is not one ({e!r})") from None
         try:
             return cls(read_ranks(vocabulary), names, _text(raw.get("eos_token")))
         except InputError as e:
@@ -101,6 +103,10 @@ class Tokenizer:
             for piece in cut(text)
             for i in self._encoding.encode(piece, allowed_special=allowed, disallowed_special=())
         ]
+
+    def pieces(self, text: str) -> list[str]:
+        """What the pre-tokeniser makes of text without special tokens."""
+        return [p for part in cut(text) for p in regex.findall(PATTERN, part, flags=regex.V1)]
 
     def token_bytes(self, i: int) -> bytes:
         if not 0 <= i < self.size:
@@ -166,4 +172,5 @@ def cut(text: str) -> Iterator[str]:
 
 def _text(token: Any) -> str | None:
     """`eos_token` is a string, or an object that holds it."""
-    return token.get("content") if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None

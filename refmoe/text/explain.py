@@ -1,0 +1,128 @@
+"""Two tokenisations of one prompt: where do they first differ, and what explains it?
+
+The first question of every investigation is whether a difference is numeric or in the prompt.
+Ids are compared through the bytes they stand for:
+
+    the texts differ                               template (or an added or missing special token)
+    same text, a special token on one side only    special tokens: spelled out, or made special
+    same text, a token crosses, or ends within,    pre-tokenisation: another regular expression
+    a piece of K2's pattern
+    same pieces, other tokens in one               merges: another vocabulary or merge order
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate, groupby
+from typing import NamedTuple
+
+from refmoe.text.tokenizer import Tokenizer
+
+
+class Difference(NamedTuple):
+    byte: int  # of the text, from 0
+    token: int  # index of the first differing token
+    cause: str  # template | special tokens | pre-tokenisation | merges
+    explanation: str
+
+
+def explain(words: Tokenizer, ours: Sequence[int], theirs: Sequence[int]) -> Difference | None:
+    """The first difference of two lists of ids, or None if there is none."""
+    if list(ours) == list(theirs):
+        return None
+    token = next(
+        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
+        min(len(ours), len(theirs)),
+    )
+    start = sum(len(words.token_bytes(i)) for i in ours[:token])
+    ours_text, theirs_text = (b"".join(map(words.token_bytes, ids)) for ids in (ours, theirs))
+    if ours_text != theirs_text:
+        return _texts(words, ours, theirs, token, ours_text, theirs_text)
+    special = set(words.special.values())
+    here, there = ours[token], theirs[token]
+    if (here in special) != (there in special):
+        side, other = ("here", "there") if here in special else ("there", "here")
+        name = words.decode([here if here in special else there])
+        plain = "it is spelled out in plain tokens"
+        return Difference(
+            start, token, "special tokens", f"{name} is one special token {side}; {other} {plain}"
+        )
+    return _pieces(words, ours, theirs, token, start, ours_text)
+
+
+def _texts(
+    words: Tokenizer,
+    ours: Sequence[int],
+    theirs: Sequence[int],
+    token: int,
+    a: bytes,
+    b: bytes,
+) -> Difference:
+    byte = next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
+    special = set(words.special.values())
+    for side, longer, shorter in (("there", theirs, ours), ("here", ours, theirs)):
+        extra = longer[token : token + 1]
+        added = list(longer[token + 1 :]) == list(shorter[token:])
+        if extra and extra[0] in special and added:
+            name = words.decode(extra)
+            return Difference(
+                byte, token, "special tokens", f"{name} stands only {side}; the rest is the same"
+            )
+    around = slice(max(0, byte - 20), byte + 20)
+    return Difference(
+        byte,
+        token,
+        "template",
+        f"the texts differ: here {a[around]!r}, there {b[around]!r}",
+    )
+
+
+def _pieces(
+    words: Tokenizer,
+    ours: Sequence[int],
+    theirs: Sequence[int],
+    token: int,
+    start: int,
+    text: bytes,
+) -> Difference:
+    """Same text, both tokens plain: does a piece of K2's pattern end where their tokens do?"""
+    piece_ends = _piece_ends(words, ours)
+    begin = max((e for e in piece_ends if e <= start), default=0)
+    end = next(e for e in piece_ends if e > start)
+    piece = text[begin:end]
+    ends = list(accumulate(len(words.token_bytes(i)) for i in theirs))
+    inside = [i for i, e in enumerate(ends) if begin < e <= end]
+    if not inside or ends[inside[-1]] != end:
+        crossing = words.token_bytes(theirs[inside[-1] + 1 if inside else token])
+        return Difference(
+            start,
+            token,
+            "pre-tokenisation",
+            f"their token {crossing!r} crosses the end of the piece {piece!r}",
+        )
+    tokens = [theirs[i] for i in inside]
+    for at in (ends[i] - begin for i in inside[:-1]):
+        halves = [p.decode("utf-8", "replace") for p in (piece[:at], piece[at:])]
+        if [i for half in halves for i in words.encode(half, ())] == tokens:
+            return Difference(
+                start,
+                token,
+                "pre-tokenisation",
+                f"they cut the piece {piece!r} into {piece[:at]!r} and {piece[at:]!r}",
+            )
+    shown = [words.token_bytes(i) for i in tokens]
+    return Difference(start, token, "merges", f"the piece {piece!r} is {shown} there")
+
+
+def _piece_ends(words: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """Where the pieces end, in bytes; a special token is a piece of its own."""
+    special = set(words.special.values())
+    sizes: list[int] = []
+    for is_special, run in groupby(ids, lambda i: i in special):
+        parts = [words.token_bytes(i) for i in run]
+        if is_special:
+            sizes += map(len, parts)
+        else:
+            text = b"".join(parts).decode("utf-8", "surrogateescape")
+            sizes += (len(p.encode("utf-8", "surrogateescape")) for p in words.pieces(text))
+    return list(accumulate(sizes))

@@ -1,0 +1,8 @@
+"""A few thousand of tests/fuzz.py's damaged checkpoints."""
+
+from tests.fuzz import cases
+
+
+def test_damaged_files_raise_only_our_own_error(tmp_path):
+    foreign = [(case, name, repr(e)) for case, name, e in cases(tmp_path / "model", 3000, 0)]
+    assert foreign == []
