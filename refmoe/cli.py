@@ -21,6 +21,9 @@ from refmoe.oracle.trace import trace, write
 from refmoe.run.generate import generate_tokens, working
 from refmoe.run.model import Model, golden_folder, load
 from refmoe.run.sampler import Sampling
+from refmoe.text.chat import ChatTemplate, read_tools
+from refmoe.text.explain import explain
+from refmoe.text.tokenizer import Tokenizer
 from refmoe.weights import members, random
 from refmoe.weights.checkpoint import Checkpoint, summary, tensor_class
 
@@ -101,22 +104,44 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _tok(args: argparse.Namespace) -> int:
-    model = _open(args)
-    words = model.tokenizer
+    folder = args.model or golden_folder() / "tiny-k2"
+    words = Tokenizer.load(folder)
+    ids, text = _tok_input(args, folder, words)
+    pieces = [words.token_bytes(i).decode("utf-8", "backslashreplace") for i in ids]
+    theirs = read_tokens(args.against)[0] if args.against else None
+    found = explain(words, ids, theirs) if theirs is not None else None
+    if args.json:
+        document = {"text": text, "tokens": ids, "pieces": pieces}
+        _print_json({**document, "difference": found._asdict() if found else None})
+    elif args.decode:
+        print(text)
+    elif found:
+        print(f"{found.cause}: at byte {found.byte}, token {found.token}: {found.explanation}")
+    elif theirs is not None:
+        print(f"the same {len(ids)} tokens")
+    else:
+        print(" ".join(map(str, ids)))
+        print(" ".join(json.dumps(piece, ensure_ascii=False) for piece in pieces))
+    return 1 if found else 0
+
+
+def _tok_input(args: argparse.Namespace, folder: Path, words: Tokenizer) -> tuple[list[int], str]:
+    """The ids and the text that the arguments name, whichever of the two was given."""
+    if (args.text is None) == (args.messages is None):
+        raise InputError("give a TEXT or --messages FILE")
+    if args.messages:
+        messages = read_messages(args.messages)
+        tools = read_tools(args.tools) if args.tools else None
+        template = ChatTemplate.load(folder)
+        prompt = template.encode(words, messages, tools, not args.no_generation_prompt)
+        return prompt.tokens, prompt.text
     if args.decode:
         try:
             ids = [int(i) for i in args.text.replace(",", " ").split()]
         except ValueError:
             raise InputError("--decode takes token ids separated by spaces or commas") from None
-        text = words.decode(ids)
-    else:
-        text = args.text
-        ids = words.encode(text, "all" if args.special else ())
-    if args.json:
-        _print_json({"text": text, "tokens": ids})
-    else:
-        print(text if args.decode else " ".join(map(str, ids)))
-    return 0
+        return ids, words.decode(ids)
+    return words.encode(args.text, "all" if args.special else ()), args.text
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -256,14 +281,27 @@ def _tiny(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_tokens(file: Path) -> list[list[int]]:
-    """A JSON list of integers is one sequence, a list of lists several."""
+def read_messages(file: Path) -> list[dict[str, Any]]:
+    """A JSON list of chat messages, or an object that holds it under `messages`."""
+    value = _read_json(file)
+    value = value.get("messages") if isinstance(value, dict) else value
+    if not isinstance(value, list):
+        raise InputError(f"{file}: expected a list of messages")
+    return value
+
+
+def _read_json(file: Path) -> Any:
     try:
-        value = json.loads(file.read_text("utf-8"))
+        return json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
         raise InputError(f"{file}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (ValueError, RecursionError) as e:
         raise InputError(f"{file}: not JSON ({e})") from None
+
+
+def read_tokens(file: Path) -> list[list[int]]:
+    """A JSON list of integers is one sequence, a list of lists several."""
+    value = _read_json(file)
     several = value if value and all(isinstance(v, list) for v in value) else [value]
     for tokens in several:
         if not isinstance(tokens, list) or not all(type(t) is int for t in tokens):
@@ -339,10 +377,17 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--min-p", type=float, default=0.0)
     p.add_argument("--seed", type=int, default=0)
 
-    p = verb("tok", _tok, "text to token ids, or back")
-    p.add_argument("text")
+    p = verb(
+        "tok", _tok, "text or messages to token ids, or back; compare with others'", model=False
+    )
+    p.add_argument("text", nargs="?")
+    p.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint's folder")
     p.add_argument("--decode", action="store_true", help="TEXT is ids")
     p.add_argument("--special", action="store_true", help="special tokens in TEXT become their ids")
+    p.add_argument("--messages", type=Path, metavar="FILE", help="JSON: a list of chat messages")
+    p.add_argument("--tools", type=Path, metavar="FILE", help="JSON: tool declarations")
+    p.add_argument("--no-generation-prompt", action="store_true")
+    p.add_argument("--against", type=Path, metavar="FILE", help="JSON: another engine's ids")
 
     p = verb("inspect", _inspect, "tensors, formats, bytes, parameters", model=False)
     p.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint's folder")

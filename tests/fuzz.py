@@ -12,6 +12,7 @@ import argparse
 import json
 import random
 import resource
+import shutil
 import struct
 import sys
 import tempfile
@@ -22,10 +23,22 @@ from typing import Any
 
 from refmoe.config import InputError
 from refmoe.model.decoder import policy
+from refmoe.run.model import golden_folder
+from refmoe.text.chat import ChatTemplate
 from refmoe.text.tokenizer import Tokenizer
 from refmoe.weights.checkpoint import Checkpoint
 from refmoe.weights.random import write_random
 
+MESSAGES = [
+    {"role": "user", "content": "Weather?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "functions.w:0", "function": {"name": "w", "arguments": "{}"}}],
+    },
+    {"role": "tool", "tool_call_id": "functions.w:0", "content": "fine"},
+]
+TOOLS = [{"type": "function", "function": {"name": "w", "parameters": {}}}]
 ODD: list[Any] = [
     None,
     True,
@@ -117,7 +130,9 @@ def open_all(folder: Path) -> None:
     checkpoint = Checkpoint.open(folder)
     decoder = checkpoint.decoder(policy("float32"))
     decoder.experts(decoder.cfg.num_hidden_layers - 1, 0)
-    Tokenizer.load(folder).encode("To be, or not")
+    words = Tokenizer.load(folder)
+    words.encode("To be, or not")
+    ChatTemplate.load(folder).encode(words, MESSAGES, TOOLS)
 
 
 def cases(folder: Path, count: int, seed: int) -> Iterator[tuple[int, str, BaseException]]:
@@ -129,6 +144,7 @@ def cases(folder: Path, count: int, seed: int) -> Iterator[tuple[int, str, BaseE
         shards=2,
         shape={"num_hidden_layers": 2, "n_routed_experts": 5, "num_experts_per_tok": 3},
     )
+    shutil.copy(golden_folder() / "tiny-k2" / "chat_template.jinja", folder)
     (folder / "generation_config.json").write_text('{"eos_token_id": [275, 276]}')
     whole = {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
     for case in range(seed, seed + count):

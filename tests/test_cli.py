@@ -159,12 +159,35 @@ def test_bad_use_exits_2_with_a_reason(args, says, capsys):
 
 
 def test_tok_goes_both_ways(capsys):
-    _, ids, _ = run("tok", "Good morrow<|im_end|>", capsys=capsys)
+    _, out, _ = run("tok", "Good morrow<|im_end|>", capsys=capsys)
+    ids, pieces = out.splitlines()
     assert "2050" not in ids.split()
-    _, text, _ = run("tok", "--decode", ids.strip(), capsys=capsys)
+    assert pieces.startswith('"G')
+    _, text, _ = run("tok", "--decode", ids, capsys=capsys)
     assert text == "Good morrow<|im_end|>\n"
-    _, ids, _ = run("tok", "--special", "Good morrow<|im_end|>", capsys=capsys)
-    assert ids.split()[-1] == "2050"
+    _, out, _ = run("tok", "--special", "Good morrow<|im_end|>", capsys=capsys)
+    assert out.splitlines()[0].split()[-1] == "2050"
+
+
+def test_tok_renders_messages_and_compares_with_another_engines_ids(tmp_path, capsys):
+    (tmp_path / "m.json").write_text('[{"role": "user", "content": "Who art thou?"}]')
+    args = ["tok", "--messages", tmp_path / "m.json"]
+    _, out, _ = run(*args, "--json", capsys=capsys)
+    document = json.loads(out)
+    assert document["text"].endswith(
+        "Who art thou?<|im_end|><|im_assistant|>assistant<|im_middle|>"
+    )
+    assert "".join(document["pieces"]) == document["text"]
+    assert document["difference"] is None
+    (tmp_path / "ids.json").write_text(json.dumps(document["tokens"]))
+    code, out, _ = run(*args, "--against", tmp_path / "ids.json", capsys=capsys)
+    assert (code, out) == (0, f"the same {len(document['tokens'])} tokens\n")
+    (tmp_path / "ids.json").write_text(json.dumps([2048, *document["tokens"]]))
+    code, out, _ = run(*args, "--against", tmp_path / "ids.json", capsys=capsys)
+    assert code == 1
+    assert out.startswith("special tokens: at byte 0, token 0: [BOS] stands only there")
+    code, _, err = run("tok", capsys=capsys)
+    assert (code, err) == (2, "refmoe: give a TEXT or --messages FILE\n")
 
 
 def test_tiny_writes_a_checkpoint_that_opens(tmp_path, capsys):

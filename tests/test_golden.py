@@ -13,6 +13,7 @@ from refmoe import cli
 from refmoe.config import InputError
 from refmoe.oracle import golden
 from refmoe.run.model import golden_folder
+from refmoe.weights.members import MEMBERS
 from tests.conftest import ROOT
 
 
@@ -37,12 +38,15 @@ def test_every_golden_is_met(reference):
     assert not bad
     bounds = {(r.numerics, r.bound) for r in rows if r.witness.endswith("float64") and r.bound}
     assert bounds == {("float64", 1e-10), ("float32", 2e-5)}
-    cases = {(r.model, r.numerics, r.witness.split()[-1]) for r in rows}
-    names = ["tiny-k2/text", "tiny-k2/dialogue", "tiny-k2/one", "tiny-k2/long"]
-    names += ["random-bf16/mixed", "random-int4/mixed"]
-    for name in names:
-        assert {(name, "float64", "float64"), (name, "float32", "float64")} <= cases
-        assert (name, "float32", "float32") in cases
+    assert all(r.bound <= 4e-5 for r in rows)
+    cases = {(r.model, r.numerics, r.witness) for r in rows}
+    transformers, mlx = (sorted({w for _, _, w in cases if w.startswith(e)}) for e in ("tr", "mlx"))
+    for name in ("tiny-k2/text", "tiny-k2/dialogue", "tiny-k2/one", "tiny-k2/long"):
+        assert {(name, "float32", w) for w in transformers} <= cases
+    for name in ("random-bf16", "random-int4", *MEMBERS):
+        assert (f"{name}/mixed", "float64", transformers[-1]) in cases
+    for name in MEMBERS:
+        assert (f"{name}/mixed", "float32", mlx[0]) in cases
 
 
 def test_the_goldens_hold_what_they_promise():
@@ -56,9 +60,12 @@ def test_the_goldens_hold_what_they_promise():
     long = cases["tiny-k2", "long", "float64"]
     assert len(long["tokens"]) == 1500
     assert max(long["positions"]) == 1499
-    size = sum(file.stat().st_size for file in VECTORS.iterdir())
-    assert size <= 10_000_000
-    assert all("transformers" in MANIFEST["engine"] for _ in MANIFEST["cases"])
+    members = {c["file"] for c in MANIFEST["cases"] if "member" in MANIFEST["models"][c["model"]]}
+    size = {True: 0, False: 0}
+    for file in VECTORS.iterdir():
+        size[file.name in members] += file.stat().st_size
+    assert size[True] <= 5_000_000
+    assert size[False] <= 10_000_000
 
 
 def test_the_rows_have_the_promised_shape(capsys):
@@ -93,7 +100,7 @@ def test_another_version_or_a_missing_manifest_says_what_to_run(tmp_path):
     with pytest.raises(InputError, match=r"no such file; run: python golden/make\.py"):
         list(golden.verify(tmp_path))
     (tmp_path / "manifest.json").write_text('{"version": 0}')
-    with pytest.raises(InputError, match=r"version 0, this refmoe reads 1"):
+    with pytest.raises(InputError, match=r"version 0, this refmoe reads 2"):
         list(golden.verify(tmp_path))
 
 
@@ -109,7 +116,8 @@ def test_rel_error_is_row_wise_and_notices_shapes_and_nan():
 
 def test_transformers_writes_these_goldens_again(tmp_path):
     """The committed numbers are those the witness computes now, to the last bits of its sums."""
-    pytest.importorskip("transformers", reason="the peers extra is not installed")
+    for engine in ("transformers", "mlx_lm"):
+        pytest.importorskip(engine, reason="the peers extra is not installed")
     script("make").make(tmp_path)
     fresh = golden.read_manifest(tmp_path)
     strip = {"sha256", "greedy"}

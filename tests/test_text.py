@@ -117,3 +117,11 @@ def test_the_published_encodings_hold(kimi):
     # two encodings published beside the vectors
     assert words.encode("你好，世界") == [33845, 378, 2243]
     assert words.encode("1234567") == [6694, 12972, 22]
+
+
+@pytest.mark.parametrize("name", ["", "\ud800", "a\nb"])
+def test_a_special_token_without_a_proper_name_is_refused(name):
+    """An empty one would be found between all characters, for ever."""
+    ranks = {bytes([b]): b for b in range(256)}
+    with pytest.raises(InputError, match="expected a name of printable characters"):
+        Tokenizer(ranks, {256: name})

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 import refmoe
+from refmoe.config import CONVENTIONS
 from refmoe.model.decoder import Decoder, policy
 from refmoe.model.matrix import round_bf16
 from refmoe.model.numerics import POLICIES
 from refmoe.oracle.trace import Recorder
+from refmoe.weights.random import write_random
 from tests.networks import network, row_by_row
 
 TOKENS = [5, 17, 2, 44, 9, 30]
@@ -163,3 +165,32 @@ def test_emulation_differs_from_float32_by_what_its_rounding_explains(random_bf1
     ).max()
     assert unit / 16 * np.abs(exact).max() < got < 2 * max(spread)
     assert float32 < unit / 16 * np.abs(exact).max()
+
+
+def differ(folder: str | None, name: str, numerics: str = "float64") -> bool:
+    ours, theirs = (
+        refmoe.load(folder, numerics, conventions=c).logits(TOKENS) for c in ("refmoe", name)
+    )
+    return bool((ours != theirs).any())
+
+
+def test_conventions_change_what_they_name_and_nothing_else(random_bf16, random_int4, tmp_path):
+    """eps of the latent norms, INT4 and FP8 products, betas, normaliser: each where it shows."""
+    write_random(tmp_path / "fp8", "fp8", seed=3)
+    # rms_norm_eps is 1e-5 in these, the latent norms' 1e-6; llama.cpp has other betas, too
+    assert {n: differ(random_bf16, n) for n in CONVENTIONS} == {
+        "refmoe": False,
+        "moonshot": False,
+        "transformers": False,
+        "vllm": True,
+        "sglang": True,
+        "llama.cpp": True,
+        "mlx": False,  # the sum of the weights is far above 1e-20
+    }
+    assert differ(random_int4, "transformers")
+    assert not differ(random_int4, "mlx")
+    assert differ(tmp_path / "fp8", "mlx")
+    assert not differ(tmp_path / "fp8", "transformers")
+    # a router in the activations' precision shows only where activations are rounded
+    assert differ(random_bf16, "mlx", "bfloat16")
+    assert not differ(random_bf16, "mlx", "float32")

@@ -58,8 +58,9 @@ class Tokenizer:
                 f"special token {names[outside[0]]!r} has id {outside[0]}, "
                 f"the reserved ids are {first} to {first + RESERVED - 1}"
             )
-        if "" in names.values():
-            raise InputError("a special token is the empty text; it would stand between all others")
+        for name in names.values():
+            if not name or not name.isprintable():
+                raise InputError(f"special token {name!r}: expected a name of printable characters")
         reserved = range(first, first + RESERVED)
         self.special = {names.get(i, f"<|reserved_token_{i}|>"): i for i in reserved}
         if len(self.special) != RESERVED:
