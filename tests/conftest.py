@@ -1,5 +1,6 @@
 """Checkpoints and networks for the tests: random, small, and with no two axes alike."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def random_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def kimi() -> Path:
     """Published vocabulary, configs and chat vectors; they are no part of this repository."""
-    folder = ROOT.parent / "shared" / "kimi"
-    if not folder.is_dir():
-        pytest.skip("the published Kimi files are not beside this repository")
-    return folder
+    folder = os.environ.get("REFMOE_KIMI_DIR")
+    if not folder:
+        pytest.skip("REFMOE_KIMI_DIR names no folder with the published Kimi files")
+    return Path(folder)
