@@ -1,4 +1,4 @@
-"""The verbs: `refmoe generate | tok | inspect | trace | golden | tiny`.
+"""The verbs: `refmoe generate | chat | tok | inspect | trace | golden | tiny`.
 
 Without --model they use the embedded tiny-k2. With --json they print one JSON document. Exit
 codes: 0 fine, 1 differs or fails, 2 could not tell or bad use.
@@ -18,6 +18,7 @@ from refmoe.config import CONVENTIONS, InputError
 from refmoe.model.numerics import POLICIES, NonFinite
 from refmoe.oracle import golden
 from refmoe.oracle.trace import trace, write
+from refmoe.run.dialogue import Dialogue, interact, printable
 from refmoe.run.generate import generate_tokens, working
 from refmoe.run.model import Model, golden_folder, load
 from refmoe.run.sampler import Sampling
@@ -58,7 +59,7 @@ def _generate(args: argparse.Namespace) -> int:
     def show(piece: str) -> None:
         pieces.append(piece)
         if not args.json:
-            sys.stdout.write(_printable(piece))
+            sys.stdout.write(printable(piece, sys.stdout))
             sys.stdout.flush()
 
     made = generate_tokens(
@@ -101,6 +102,15 @@ def _generate(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 130 if interrupted else 0
+
+
+def _chat(args: argparse.Namespace) -> int:
+    model = _open(args)
+    tools = read_tools(args.tools) if args.tools else None
+    dialogue = Dialogue(model, ChatTemplate.load(model.checkpoint.path), args.system, tools)
+    how = Sampling(args.temperature, args.top_p, args.min_p)
+    interact(dialogue, how, args.seed, args.max_new_tokens, sys.stdout)
+    return 0
 
 
 def _tok(args: argparse.Namespace) -> int:
@@ -329,13 +339,6 @@ def _prompt(args: argparse.Namespace, model: Model) -> list[int]:
     return model.tokenizer.encode(args.prompt)
 
 
-def _printable(text: str) -> str:
-    """On a terminal, control characters a model may write must not move the cursor."""
-    if not sys.stdout.isatty():
-        return text
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-
-
 def _process_age() -> float | None:
     """Seconds since the process started; None where the system does not tell."""
     try:
@@ -358,7 +361,8 @@ def _parser() -> argparse.ArgumentParser:
     def verb(name: str, run: Any, help: str, model: bool = True) -> argparse.ArgumentParser:
         p = verbs.add_parser(name, help=help, description=help)
         p.set_defaults(verb=run)
-        p.add_argument("--json", action="store_true", help="print one JSON document")
+        if name != "chat":
+            p.add_argument("--json", action="store_true", help="print one JSON document")
         if model:
             p.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint's folder")
             p.add_argument("--numerics", choices=tuple(POLICIES), default="float32")
@@ -368,14 +372,24 @@ def _parser() -> argparse.ArgumentParser:
             )
         return p
 
+    def sampling(p: argparse.ArgumentParser, temperature: float) -> None:
+        help = f"0 is greedy; default: {temperature}"
+        p.add_argument("--temperature", type=float, default=temperature, help=help)
+        p.add_argument("--top-p", type=float, default=1.0)
+        p.add_argument("--min-p", type=float, default=0.0)
+        p.add_argument("--seed", type=int, default=0)
+
     p = verb("generate", _generate, "continue a prompt")
     p.add_argument("prompt", nargs="?", help="text; without it, standard input")
     p.add_argument("--tokens", type=Path, metavar="FILE", help="a JSON list of ids as the prompt")
     p.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    p.add_argument("--top-p", type=float, default=1.0)
-    p.add_argument("--min-p", type=float, default=0.0)
-    p.add_argument("--seed", type=int, default=0)
+    sampling(p, temperature=0.0)
+
+    p = verb("chat", _chat, "talk to it, through its own template")
+    p.add_argument("--system", metavar="TEXT", help="a system message instead of the template's")
+    p.add_argument("--tools", type=Path, metavar="FILE", help="JSON: tool declarations")
+    p.add_argument("--max-new-tokens", type=int, metavar="N", help="of a reply; default: no limit")
+    sampling(p, temperature=0.6)
 
     p = verb(
         "tok", _tok, "text or messages to token ids, or back; compare with others'", model=False

@@ -257,11 +257,6 @@ def test_a_closed_pipe_is_no_error():
     assert process.wait(timeout=60) == 0
 
 
-def test_a_terminal_gets_no_control_characters(monkeypatch):
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    assert cli._printable("a\x1b[31mb\r\n\tü€") == "a\ufffd[31mb\ufffd\n\tü€"
-
-
 def test_the_prompt_may_come_from_standard_input():
     process = subprocess.run(
         [sys.executable, "-m", "refmoe", "generate", "--json", "--max-new-tokens", "1"],

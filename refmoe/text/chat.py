@@ -55,6 +55,7 @@ from jinja2.visitor import NodeTransformer
 from refmoe.config import InputError
 from refmoe.text.tokenizer import Tokenizer
 
+FILE = 2**26  # bytes of a file read here
 SOURCE = 2**20  # characters of a template; K2's have 4,000
 BUDGET = 2**26  # characters made in one rendering; K2's longest prompts have 2**20
 STEP = 128  # what a call, a filter or a turn of a loop costs beside what it makes
@@ -92,8 +93,8 @@ class ChatTemplate:
             return cls(_read_text(file), str(file), **special)
         source = raw.get("chat_template")
         if isinstance(source, list):  # several, each with a name
-            several = {t["name"]: t["template"] for t in source if {"name", "template"} <= {*t}}
-            source = several.get("default")
+            named = (t for t in source if isinstance(t, dict) and t.get("name") == "default")
+            source = next(named, {}).get("template")
         if not isinstance(source, str):
             raise InputError(
                 f"{folder}: no chat template (no chat_template.jinja, and none in "
@@ -285,17 +286,23 @@ def _copied(value: Any, swap: Mapping[int, int], where: str) -> Any:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text("utf-8")
+        with file.open("rb") as stream:
+            content = stream.read(FILE + 1)
+        text = content.decode()
     except FileNotFoundError:
         raise InputError(f"{file}: no such file") from None
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{file}: cannot be read as UTF-8 ({e})") from None
+    if len(content) > FILE:
+        raise InputError(f"{file}: more than {FILE:,} bytes; is it the right file?")
+    return text
 
 
 def _read_json(file: Path) -> Any:
+    text = _read_text(file)
     try:
-        return json.loads(_read_text(file))
-    except (json.JSONDecodeError, RecursionError) as e:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
         raise InputError(f"{file}: not JSON ({e})") from None
 
 
@@ -391,6 +398,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         method = getattr(__obj, "__wrapped__", __obj)  # jinja2 wraps str.format
         owner = getattr(method, "__self__", None)
         if isinstance(owner, str | bytes | int | float):
+            args = tuple(map(_listed, args))
             __self.afford(method.__name__, owner, *args, *kwargs.values())
             __self.spend(_size(owner))
         result = super().call(__context, __obj, *args, **kwargs)
@@ -403,7 +411,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         @functools.wraps(f)
         def priced(*args: Any, **kwargs: Any) -> Any:
             self.spend(STEP)
-            given = [list(x) if isinstance(x, _LAZY) else x for x in args[context:]]
+            given = [*map(_listed, args[context:])]
             if name not in _HAND_ON:
                 self.afford(name, *given, *kwargs.values())
             result = f(*args[:context], *given, **kwargs)
@@ -491,8 +499,8 @@ def _refusal(e: Exception, name: str) -> InputError:
         at = at.tb_next
     where = f"{name}:{line}" if line else name
     kind = "" if isinstance(e, InputError | jinja2.TemplateError) else f"{type(e).__name__}: "
-    message = getattr(e, "message", None) or str(e)
-    return InputError(f"{where}: {kind}{message[:500]}")
+    message = str(getattr(e, "message", None) or e)[:500].encode("utf-8", "replace").decode()
+    return InputError(f"{where}: {kind}{message}")
 
 
 @jinja2.pass_context
@@ -502,6 +510,10 @@ def _shown(context: Context, value: Any) -> Any:
     assert isinstance(environment, _Sandbox)
     environment.spend(_size(value))
     return value
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, _LAZY) else value
 
 
 def _check_bits(bits: int) -> None:
@@ -531,7 +543,9 @@ def _size(value: Any) -> int:
             within.append(item_or_key for pair in item.items() for item_or_key in pair)
         elif isinstance(item, int):
             total += item.bit_length() // 3
-        elif not (item is None or isinstance(item, str | bytes | float | range | jinja2.Undefined)):
+        elif isinstance(item, range):
+            total += 8 * len(item)
+        elif item is not None and not isinstance(item, str | bytes | float | jinja2.Undefined):
             raise InputError(f"a {type(item).__name__} has no text")
     return total
 
@@ -752,7 +766,7 @@ class Parser:
                 self._at = "after"
                 if not self._calls:
                     self._report("a section without tool calls")
-                    self._text(Marker.SECTION + Marker.END_SECTION)
+                    self._events.append(Text("content", Marker.SECTION + Marker.END_SECTION))
             case (("id" | "arguments"), _):
                 self._call.append(marker)  # an argument may well speak of thoughts
             case _:

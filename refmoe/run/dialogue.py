@@ -1,0 +1,205 @@
+"""A conversation of many turns: history, the cache behind it, and the loop at a terminal.
+
+Each turn renders the whole history anew, as the template wants it, and computes only what the
+cache does not hold: the tokens after the longest prefix that both share. A turn that is
+interrupted or does not fit leaves the conversation as it was before.
+"""
+
+import contextlib
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from refmoe.config import InputError
+from refmoe.model.cache import LatentCache
+from refmoe.run.generate import generate_tokens, working
+from refmoe.run.model import Model
+from refmoe.run.sampler import Sampling
+from refmoe.text.chat import (
+    ChatTemplate,
+    Event,
+    Parser,
+    Problem,
+    Text,
+    ToolCall,
+    collect,
+    ends_in_thought,
+)
+
+with contextlib.suppress(ImportError):  # not everywhere; lines can be edited, and be long, with it
+    import readline  # noqa: F401
+
+HELP = """\
+/reset         forget the conversation
+/result TEXT   the result of the first tool call that waits for one
+/help          this
+/exit          leave; so do Ctrl-C and the end of input (Ctrl-C during a reply stops the reply)"""
+
+
+@dataclass
+class Dialogue:
+    """Messages and the latent caches that hold their beginning."""
+
+    model: Model
+    template: ChatTemplate
+    system: str | None = None
+    tools: Sequence[dict[str, Any]] | None = None
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    memory: list[LatentCache] = field(default_factory=list)
+    remembered: list[int] = field(default_factory=list)  # the tokens that `memory` holds
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+        self.memory, self.remembered = self.model.decoder.caches(), []
+
+    @property
+    def waiting(self) -> list[dict[str, Any]]:
+        """The tool calls of the last assistant message that have no result yet."""
+        for i, message in reversed(list(enumerate(self.messages))):
+            if message["role"] == "assistant":
+                return list(message.get("tool_calls", []))[len(self.messages) - i - 1 :]
+        return []
+
+    def ask(
+        self,
+        message: dict[str, Any],
+        *,
+        max_new_tokens: int | None = None,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        seed: int = 0,
+    ) -> Generator[Event, None, None]:
+        """Add a message and yield the reply as it is made; both are history once it is whole.
+
+        Raises `InputError` where the conversation with this message fills the context.
+        """
+        messages = [*self.messages, message]
+        prompt = self.template.encode(self.model.tokenizer, messages, self.tools)
+        context = self.model.cfg.max_position_embeddings
+        if len(prompt.tokens) >= context:
+            raise InputError(
+                f"the conversation would have {len(prompt.tokens)} tokens, the context holds "
+                f"{context}, and a reply needs some; shorten the message, or /reset"
+            )
+        parser, words = Parser(ends_in_thought(prompt.text)), self.model.tokenizer.stream()
+        events: list[Event] = []
+        made = 0
+        for token in self._tokens(prompt.tokens, max_new_tokens, sampling, seed):
+            made += 1
+            for event in parser.feed(words.feed(token)):
+                events.append(event)
+                yield event
+        for event in (*parser.feed(words.finish()), *parser.finish()):
+            events.append(event)
+            yield event
+        if len(prompt.tokens) + made > context:
+            yield Problem(f"the context of {context} tokens is full; /reset begins anew")
+        self.messages = [*messages, collect(events).message()]
+
+    def _tokens(
+        self, prompt: list[int], limit: int | None, sampling: Sampling, seed: int
+    ) -> Iterator[int]:
+        """New tokens, computed from where the cache and the prompt part."""
+        same = 0
+        for a, b in zip(prompt[:-1], self.remembered, strict=False):
+            if a != b:
+                break
+            same += 1
+        for cache in self.memory:
+            cache.truncate(same)
+        tokens = list(prompt)
+        try:
+            for token in generate_tokens(
+                working(self.model),
+                prompt[same:],
+                max_new_tokens=limit,
+                sampling=sampling,
+                seed=seed,
+                stop=self.model.stop_ids,
+                memory=self.memory,
+            ):
+                tokens.append(token)
+                yield token
+        finally:  # also where the reply is stopped: what was computed stays of use
+            self.remembered = tokens[: self.memory[0].length]
+
+
+def interact(
+    dialogue: Dialogue,
+    sampling: Sampling,
+    seed: int,
+    max_new_tokens: int | None,
+    out: TextIO,
+) -> None:
+    """Read lines from standard input and answer them until the end of input or /exit."""
+    turn = 0
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print(file=out)
+            return
+        except UnicodeDecodeError:
+            print("[that line is not UTF-8]", file=out)
+            continue
+        if not line:
+            continue
+        message: dict[str, Any] = {"role": "user", "content": line}
+        command, _, rest = line.partition(" ")
+        if command == "/exit":
+            return
+        if command == "/reset":
+            dialogue.reset()
+            print("[a new conversation]", file=out)
+            continue
+        if command == "/result" and dialogue.waiting:
+            call = dialogue.waiting[0]
+            name = call["function"]["name"]
+            message = {"role": "tool", "tool_call_id": call["id"], "name": name, "content": rest}
+            if len(dialogue.waiting) > 1:  # the model goes on when all have come
+                dialogue.messages.append(message)
+                continue
+        elif command.startswith("/"):
+            print(HELP, file=out)
+            continue
+        events = dialogue.ask(
+            message, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed + turn
+        )
+        try:
+            show(events, out)
+            turn += 1
+        except KeyboardInterrupt:
+            events.close()
+            print("\n[stopped; this turn is forgotten]", file=out)
+        except InputError as e:
+            print(f"[{e}]", file=out)
+
+
+def show(events: Iterator[Event], out: TextIO) -> None:
+    """Print a reply as it comes: reasoning dimmed, tool calls and problems in brackets."""
+    dim, plain = ("\x1b[2m", "\x1b[0m") if out.isatty() else ("", "")
+    kind = ""
+    for event in events:
+        match event:
+            case Text(now, text):
+                if kind == "reasoning" and now == "content":
+                    print(plain, file=out)
+                if kind != now == "reasoning":
+                    out.write(dim)
+                kind = now
+                out.write(printable(text, out))
+            case ToolCall(id, _, arguments):
+                print(printable(f"\n[{id} {arguments}]", out), file=out)
+            case Problem(what):
+                print(f"{plain}\n[{printable(what, out)}]", file=out)
+        out.flush()
+    print(plain if kind == "reasoning" else "", file=out)
+
+
+def printable(text: str, out: TextIO) -> str:
+    """On a terminal, control characters that a model may write must not move the cursor."""
+    if not out.isatty():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
