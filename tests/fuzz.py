@@ -129,7 +129,8 @@ def open_all(folder: Path) -> None:
     """What the verbs read before they compute."""
     checkpoint = Checkpoint.open(folder)
     decoder = checkpoint.decoder(policy("float32"))
-    decoder.experts(decoder.cfg.num_hidden_layers - 1, 0)
+    for layer in filter(decoder.cfg.is_moe, range(decoder.cfg.num_hidden_layers)):
+        decoder.experts(layer, 0)
     words = Tokenizer.load(folder)
     words.encode("To be, or not")
     ChatTemplate.load(folder).encode(words, MESSAGES, TOOLS)
