@@ -112,7 +112,8 @@ def twin(folder: Path, out: Path, dtype: torch.dtype) -> None:
         elif t.dtype == torch.float8_e4m3fn:
             exact[name] = fp8(t, stored[name + "_scale_inv"]).to(dtype)
         elif not name.endswith(("_scale", "_shape", "_scale_inv")):
-            exact[name] = t.to(dtype)
+            # the bias stays as it is stored: rounded to bf16 it would flip experts
+            exact[name] = t if name.endswith("e_score_correction_bias") else t.to(dtype)
     safetensors.torch.save_file(exact, out / "model.safetensors", {"format": "pt"})
     config.pop("quantization_config", None)
     config.pop("auto_map", None)

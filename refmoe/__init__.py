@@ -7,9 +7,21 @@ refmoe.trace(model, tokens, ["lm_head"])     {point: array}
 """
 
 from refmoe.config import Config, InputError
+from refmoe.oracle.compare import check
+from refmoe.oracle.readers import read_dump
 from refmoe.oracle.trace import trace
 from refmoe.run.generate import generate
 from refmoe.run.model import Model, load
 
 __version__ = "0.1.0"
-__all__ = ["Config", "InputError", "Model", "__version__", "generate", "load", "trace"]
+__all__ = [
+    "Config",
+    "InputError",
+    "Model",
+    "__version__",
+    "check",
+    "generate",
+    "load",
+    "read_dump",
+    "trace",
+]

@@ -1,4 +1,4 @@
-"""The verbs: `refmoe generate | chat | tok | inspect | trace | golden | tiny`.
+"""The verbs: `refmoe generate | chat | tok | inspect | trace | check | golden | tiny`.
 
 Without --model they use the embedded tiny-k2. With --json they print one JSON document. Exit
 codes: 0 fine, 1 differs or fails, 2 could not tell or bad use.
@@ -17,6 +17,9 @@ import refmoe
 from refmoe.config import CONVENTIONS, InputError
 from refmoe.model.numerics import POLICIES, NonFinite
 from refmoe.oracle import golden
+from refmoe.oracle.compare import Report, check
+from refmoe.oracle.noise import PROFILES
+from refmoe.oracle.readers import read_dump
 from refmoe.oracle.trace import trace, write
 from refmoe.run.dialogue import Dialogue, interact, printable
 from refmoe.run.generate import generate_tokens, working
@@ -225,6 +228,43 @@ def _trace(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace) -> int:
+    model = load(args.model, "float64", reference=True)
+    tokens = read_tokens(args.tokens)[0] if args.tokens else None
+    report = check(model, read_dump(args.dump), tokens, engine=args.engine, profile=args.profile)
+    if args.json:
+        _print_json(report.as_json())
+    else:
+        _check_report(report, args.all)
+    return {"pass": 0, "fault": 1}.get(report.verdict, 2)
+
+
+def _check_report(report: Report, every: bool) -> None:
+    print(
+        f"{report.compared} tensors compared, each operation on the engine's own inputs; "
+        f"profile {report.profile}, conventions of {report.engine}"
+    )
+    for name, sides in report.conventions.items():
+        print(f"  its side: {name} = {sides}")
+    worst = sorted(report.points, key=lambda p: -p.multiple)
+    shown = report.points if every else worst[:5]
+    print(f"\n{'rel error':>10} {'explained':>10} {'multiple':>9}  point")
+    for p in shown:
+        print(f"{p.rel_error:10.1e} {p.envelope:10.1e} {p.multiple:9.2f}  {p.name}")
+    flips = report.router
+    print(f"\nrouter: {flips['flips']} choices differ, {flips['explained']} explained by noise")
+    if report.missing:
+        print(f"not in the dump: {len(report.missing)} points, first {report.missing[0]}")
+    for name, near in list(report.unmatched.items())[:10]:
+        print(f"no such point: {name}{f'; nearest {near}' if near else ''}")
+    print(f"\n{report.verdict.upper()}: ", end="")
+    print(f"{report.point}, {report.reason}" if report.point else report.reason)
+    through = next((p.through for p in report.points if p.name == report.point), ())
+    if through:
+        print(f"judged together with {', '.join(through)}, which the dump lacks")
+    print(f"nominal chance of a false alarm in the whole report: {report.alpha:g}")
+
+
 def _golden(args: argparse.Namespace) -> int:
     rows = []
     for row in golden.verify(args.folder, args.reference):
@@ -415,6 +455,14 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--points", nargs="+", metavar="PATTERN", help="names or patterns; default: all")
     p.add_argument("--out", type=Path, required=True, metavar="FILE")
     p.add_argument("--verbose", action="store_true", help="list the points")
+
+    p = verb("check", _check, "where does another engine's dump first go wrong?", model=False)
+    p.add_argument("dump", type=Path, help="tensors by module path: .safetensors, .npz or .pt")
+    p.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint's folder")
+    p.add_argument("--tokens", type=Path, metavar="FILE", help="JSON: the ids, if not in the dump")
+    p.add_argument("--engine", choices=tuple(CONVENTIONS), default="refmoe")
+    p.add_argument("--profile", choices=tuple(PROFILES), help="default: the type of its values")
+    p.add_argument("--all", action="store_true", help="print every point")
 
     p = verb("golden", _golden, "compare with other engines' numbers", model=False)
     p.add_argument("action", choices=["verify"])

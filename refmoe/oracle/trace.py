@@ -27,7 +27,7 @@ class Recorder:
         return self.points is None or any(fnmatchcase(path, p) for p in self.points)
 
     def __call__(self, path: str, x: np.ndarray) -> np.ndarray:
-        self.seen[path] = np.array(x)
+        self.seen[path] = np.array(x, order="C")
         return x
 
 

@@ -42,7 +42,7 @@ from refmoe.model.mla import AttentionWeights
 from refmoe.model.numerics import Numerics
 from refmoe.model.router import GateWeights
 
-DTYPES = {
+DTYPES: dict[str, Any] = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,

@@ -1,0 +1,73 @@
+"""Dump every point that forward hooks can see of a transformers model, for `refmoe check`.
+
+    python examples/dump_transformers.py DIR OUT.safetensors [--dtype bfloat16] [--text TEXT]
+
+needs torch and transformers. DIR is a folder that transformers opens by itself (for INT4 and FP8
+checkpoints see `golden/make.py`, which makes an exact twin). The hooks are `watch` below: paste it
+beside a model of your own. The router's float32 logits stay float32.
+"""
+
+import argparse
+import json
+
+import safetensors.torch
+import torch
+
+
+def watch(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Forward hooks on every module; the dict fills when the model runs."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, t: torch.Tensor) -> None:
+        seen[name] = t.detach().clone().contiguous()
+
+    def hook(name: str):  # type: ignore[no-untyped-def]
+        def after(_module, args, output) -> None:  # type: ignore[no-untyped-def]
+            if name.endswith(".mlp.gate"):
+                for end, t in zip(("", "#weights", "#experts"), output, strict=True):
+                    keep(name + end, t)
+            else:
+                keep(name, output[0] if isinstance(output, tuple) else output)
+            for end, point in INPUTS.items():
+                if name.endswith(end):
+                    keep(name.removesuffix(end) + point, args[0])
+
+        return after
+
+    for name, module in model.named_modules():
+        inside = ".layers." in name and not name.endswith("act_fn")
+        if inside or name in ("model.embed_tokens", "model.norm", "lm_head"):
+            module.register_forward_hook(hook(name))
+    return seen
+
+
+INPUTS = {  # points that are the input of a module
+    ".down_proj": ".act",
+    ".o_proj": "#context",
+    ".post_attention_layernorm": "#attn_residual",
+}
+
+
+def main() -> None:
+    import transformers
+
+    parser = argparse.ArgumentParser(description="Dump a transformers model's tensors.")
+    parser.add_argument("model")
+    parser.add_argument("out")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--tokens", help="JSON: a list of ids", required=True)
+    args = parser.parse_args()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=getattr(torch, args.dtype)
+    )
+    with open(args.tokens) as file:
+        tokens = json.load(file)
+    seen = watch(model)
+    with torch.no_grad():
+        model(torch.tensor([tokens]), use_cache=False)
+    metadata = {"tokens": json.dumps(tokens), "engine": "transformers"}
+    safetensors.torch.save_file(seen, args.out, metadata)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,310 @@
+"""Where does another engine first go wrong, beyond what its rounding explains?
+
+Every operation is computed in float64 on the engine's *own* inputs: the watcher hands each of its
+tensors back, so errors do not accumulate and the first wrong operation is the only wrong one. Where
+the dump lacks a tensor, the operations around it are judged as one, and the report says which.
+
+    e     = |theirs - ours| / |ours|                    RMS of each row
+    noise = the same of emulated runs (noise.py), same inputs, a dozen times
+    R, M  = RMS and maximum over rows of e / noise
+
+log R and log M of a healthy engine are spread as those of one emulated run against the others;
+the spread is pooled over the layers. SLACK allows for what the profile does not know of the engine.
+All points of a report are one family of tests: Holm's correction keeps the chance of any false
+alarm below `alpha`. Routing is compared as sets; a flip is explained if the scores that changed
+places were nearer than the noise of a score; what follows uses the engine's choice.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from math import log
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from refmoe.config import CONVENTIONS, InputError
+from refmoe.model.decoder import Decoder, policy
+from refmoe.model.experts import MoeWeights
+from refmoe.model.matrix import dequantize
+from refmoe.model.router import sigmoid
+from refmoe.oracle.noise import PROFILES, Profile, emulated
+from refmoe.oracle.readers import Dump, fit, nearest
+from refmoe.run.model import Model
+
+RUNS = 12
+ALPHA = 1e-3
+SLACK = 2.0  # of the noise: four times as many roundings as the profile knows
+LEAST_SPREAD = 0.05  # of log R: no spread is known better than this from a dozen runs
+WIDE = 0.5  # noise that is half the signal decides nothing
+
+
+@dataclass(frozen=True)
+class Point:
+    name: str
+    rel_error: float  # RMS over rows
+    envelope: float  # the largest rel_error that is explained
+    multiple: float  # of what is explained; above 1 is outside
+    through: tuple[str, ...]  # points that the dump lacks and that are judged with it
+
+
+@dataclass(frozen=True)
+class Report:
+    verdict: str  # pass, fault, undecidable
+    point: str | None  # the first outside
+    reason: str
+    engine: str
+    profile: str
+    conventions: dict[str, str]  # where the engine's sides are not ours
+    compared: int
+    missing: tuple[str, ...]  # points of ours that the dump lacks
+    unmatched: dict[str, str | None]  # names of the dump that are no point, with the nearest
+    points: tuple[Point, ...]
+    router: dict[str, int]
+    alpha: float
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Replay:
+    """A watcher that notes what we compute and goes on with what the engine had."""
+
+    def __init__(self, dump: Dump, decoder: Decoder):
+        self.dump, self.sides = dump, decoder.nx.conventions
+        self.ours: dict[str, np.ndarray] = {}
+        self.theirs: dict[str, np.ndarray] = {}
+        self.order: list[str] = []
+
+    def __call__(self, path: str, x: np.ndarray) -> np.ndarray:
+        self.order.append(path)
+        raw = self.dump.arrays.get(path)
+        theirs = None if raw is None else fit(path, raw, x.shape, self.sides)
+        if theirs is None or path.endswith("#rows"):
+            return x
+        theirs = theirs.astype(x.dtype)
+        self.ours[path], self.theirs[path] = x, theirs
+        return theirs
+
+
+def check(
+    model: Model,
+    dump: Dump,
+    tokens: Sequence[int] | None = None,
+    *,
+    engine: str = "refmoe",
+    profile: Profile | str | None = None,
+    alpha: float = ALPHA,
+    runs: int = RUNS,
+) -> Report:
+    """Judge a dump of the same tokens and weights.
+
+    engine   whose conventions it is to be held to
+    profile  its precision; without one, that of the values in the dump
+    Raises `InputError` where tokens are missing, or a name is unknown.
+    """
+    if engine not in CONVENTIONS:
+        raise InputError(f"engine {engine!r}; known: {', '.join(CONVENTIONS)}")
+    name = profile if isinstance(profile, str) else dump.rounded
+    if not isinstance(profile, Profile):
+        if name not in PROFILES:
+            raise InputError(f"profile {name!r}; known: {', '.join(PROFILES)}")
+        profile = PROFILES[name]
+    tokens = dump.tokens if tokens is None else tokens
+    if tokens is None:
+        raise InputError(f"{dump.path}: it does not say its tokens; give them (--tokens FILE)")
+    decoder = model.decoder.using(policy("float64", engine))
+    exact = _replay(decoder, dump, tokens)
+    samples = []
+    for seed in range(runs):
+        replay = Replay(dump, decoder)
+        noisy = emulated(decoder, profile, len(tokens), np.random.default_rng(seed), replay)
+        _run(noisy, tokens)
+        samples.append(replay)
+    return _judge(decoder, dump, exact, samples, engine, profile, alpha)
+
+
+def _replay(decoder: Decoder, dump: Dump, tokens: Sequence[int]) -> Replay:
+    replay = Replay(dump, decoder)
+    _run(decoder.using(decoder.nx.watching(replay)), tokens)
+    return replay
+
+
+def _run(decoder: Decoder, tokens: Sequence[int]) -> None:
+    decoder.using(replace(decoder.nx, stop_at_nonfinite=False)).logits(tokens)
+
+
+def _judge(
+    decoder: Decoder,
+    dump: Dump,
+    exact: Replay,
+    samples: list[Replay],
+    engine: str,
+    profile: Profile,
+    alpha: float,
+) -> Report:
+    numbers = [p for p in exact.theirs if not p.endswith("#experts")]
+    broken = [p for p in numbers if not np.isfinite(exact.theirs[p]).all()]
+    through = _through(exact)
+    rows = {p: _Rows(exact, samples, p) for p in numbers if p not in broken}
+    spread = _spread(rows)
+    outside, points = _holm(rows, spread, through, alpha)
+    router, flips = _router(decoder, exact, samples)
+    suspects = {p: "not finite" for p in broken}
+    suspects |= {p: f"{points[p].multiple:.3g} times what rounding explains" for p in outside}
+    suspects |= flips
+    first = next((p for p in exact.order if p in suspects), None)
+    known = [p for p in dict.fromkeys(exact.order) if not p.endswith("#rows")]
+    strange = (n for n in dump.arrays if n not in exact.theirs and not n.endswith("#rows"))
+    unmatched = {n: nearest(n, known) for n in strange}
+    wide = [p for p in points if points[p].envelope > WIDE]
+    if first is not None:
+        verdict, reason = "fault", suspects[first]
+    elif not exact.theirs:
+        verdict, reason = "undecidable", "no tensor of the dump is a point of this model"
+    elif len(wide) == len(points):
+        verdict, reason = "undecidable", "rounding alone could explain anything here"
+    else:
+        verdict, reason = "pass", f"{len(points)} points within their rounding"
+    ours, sides = CONVENTIONS["refmoe"], decoder.nx.conventions
+    return Report(
+        verdict,
+        first,
+        reason,
+        engine,
+        profile.name,
+        {
+            f.name: f"{getattr(sides, f.name)} (here {getattr(ours, f.name)})"
+            for f in fields(sides)
+            if f.name != "name" and getattr(sides, f.name) != getattr(ours, f.name)
+        },
+        len(exact.theirs),
+        tuple(p for p in known if p not in exact.theirs and ".experts." not in p),
+        unmatched,
+        tuple(points.values()),
+        router,
+        alpha,
+    )
+
+
+class _Rows:
+    """Relative errors of one point: the engine's [T], and each emulated run's [runs, T]."""
+
+    def __init__(self, exact: Replay, samples: list[Replay], path: str):
+        ours, theirs = exact.ours[path], exact.theirs[path]
+        size = _rms(ours)
+        self.size = np.where(size > 0, size, 1)
+        self.error = _rms(theirs - ours) / self.size
+        self.noise = np.stack([_rms(s.ours[path] - ours) / self.size for s in samples])
+
+    def ratios(self, error: np.ndarray, noise: np.ndarray) -> tuple[float, float]:
+        """log R and log M of an error against the noise of these runs."""
+        level = np.sqrt((noise**2).mean(axis=0))
+        floor = np.sqrt((noise**2).mean()) / 10 + 1e-30  # a row whose noise happened to vanish
+        ratio = error / np.maximum(level, floor)
+        return log(np.sqrt((ratio**2).mean()) + 1e-12), log(ratio.max() + 1e-12)
+
+
+def _rms(x: np.ndarray) -> np.ndarray:
+    flat = x.reshape(len(x), -1)
+    return np.sqrt((flat * flat).mean(axis=1))
+
+
+Spread = dict[str, tuple[np.ndarray, np.ndarray]]  # kind → mean and deviation of (log R, log M)
+
+
+def _kind(path: str) -> str:
+    return ".".join(part for part in path.split(".") if not part.split("#")[0].isdigit())
+
+
+def _spread(rows: dict[str, _Rows]) -> Spread:
+    """How log R and log M of one emulated run lie against the others, pooled over layers."""
+    drawn: dict[str, list[tuple[float, float]]] = {}
+    for path, r in rows.items():
+        for k in range(len(r.noise)):
+            others = np.delete(r.noise, k, axis=0)
+            drawn.setdefault(_kind(path), []).append(r.ratios(r.noise[k], others))
+    out = {}
+    for kind, values in drawn.items():
+        x = np.array(values)
+        out[kind] = (x.mean(axis=0), np.maximum(x.std(axis=0, ddof=1), LEAST_SPREAD))
+    return out
+
+
+def _holm(
+    rows: dict[str, _Rows], spread: Spread, through: dict[str, tuple[str, ...]], alpha: float
+) -> tuple[list[str], dict[str, Point]]:
+    """The points outside, and every point with its share of what is explained."""
+    normal = NormalDist()
+    chance = {}
+    for path, r in rows.items():
+        mean, deviation = spread[_kind(path)]
+        z = (np.array(r.ratios(r.error, r.noise)) - log(SLACK) - mean) / deviation
+        chance[path] = min(1.0, 2 * normal.cdf(-float(z.max())))  # two statistics a point
+    outside = []
+    ranked = sorted(chance, key=lambda p: chance[p])
+    for i, path in enumerate(ranked):
+        if chance[path] > alpha / (len(ranked) - i):
+            break
+        outside.append(path)
+    reach = -normal.inv_cdf(alpha / (2 * max(1, len(rows))))
+    points = {}
+    for path, r in rows.items():
+        mean, deviation = spread[_kind(path)]
+        explained = np.exp(mean + log(SLACK) + reach * deviation)
+        multiple = float((np.exp(r.ratios(r.error, r.noise)) / explained).max())
+        level = float(np.sqrt((r.noise**2).mean()))
+        error = float(np.sqrt((r.error**2).mean()))
+        points[path] = Point(path, error, level * float(explained[0]), multiple, through[path])
+    return outside, points
+
+
+def _through(exact: Replay) -> dict[str, tuple[str, ...]]:
+    """For each point of the dump, the points before it that it lacks, back to the last it has."""
+    out: dict[str, tuple[str, ...]] = {}
+    lacking: list[str] = []
+    for path in exact.order:
+        if path in exact.theirs:
+            out[path] = tuple(p for p in lacking if ".experts." not in p)
+            lacking = []
+        else:
+            lacking.append(path)
+    return out
+
+
+def _router(
+    decoder: Decoder, exact: Replay, samples: list[Replay]
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Choices as sets: how many flipped, and which are nearer to a tie than the noise."""
+    count = {"flips": 0, "explained": 0, "unexplained": 0}
+    faults: dict[str, str] = {}
+    for path in (p for p in exact.theirs if p.endswith("gate#experts")):
+        gate = path.removesuffix("#experts")
+        weights = decoder.layers[int(path.split(".")[2])].mlp
+        assert isinstance(weights, MoeWeights)
+        logits = exact.theirs.get(gate)
+        if logits is None:
+            continue
+        bias = dequantize(weights.gate.e_score_correction_bias, np.float64)
+        score = sigmoid(logits) + bias
+        noise = np.sqrt(np.mean([(s.ours[gate] - exact.ours[gate]) ** 2 for s in samples]))
+        tie = 0.25 * 10 * noise + 4 * 2.0**-24 * np.abs(score).max()  # sigmoid' is at most 1/4
+        for row, (mine, theirs) in enumerate(
+            zip(exact.ours[path], exact.theirs[path], strict=True)
+        ):
+            lost, taken = set(mine.tolist()) - set(theirs.tolist()), set(theirs.tolist())
+            taken -= set(mine.tolist())
+            if not lost:
+                continue
+            count["flips"] += 1
+            gap = max(score[row, list(lost)]) - min(score[row, list(taken)]) if taken else np.inf
+            if gap <= tie:
+                count["explained"] += 1
+            else:
+                count["unexplained"] += 1
+                faults.setdefault(
+                    path,
+                    f"token {row} chose {sorted(taken)} over {sorted(lost)}, whose scores are "
+                    f"{gap:.3g} better; noise explains {tie:.1g}",
+                )
+    return count, faults

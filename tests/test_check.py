@@ -1,0 +1,236 @@
+"""The oracle against real engines: healthy ones pass, planted faults are found where they are."""
+
+import importlib.util
+import json
+import pickle
+import subprocess
+import sys
+import zipfile
+from types import ModuleType
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import refmoe
+from refmoe import cli
+from refmoe.config import CONVENTIONS, InputError
+from refmoe.oracle.compare import check
+from refmoe.oracle.readers import Dump, fit, read_dump
+from refmoe.run.model import golden_folder
+from tests.conftest import ROOT
+from tests.test_tiny_k2 import PASSAGE
+
+torch = pytest.importorskip("torch", reason="the peers extra is not installed")
+pytest.importorskip("mlx_lm", reason="the peers extra is not installed")
+planted = pytest.importorskip("tests.planted", reason="the peers extra is not installed")
+
+
+def script(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("script", ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+make, dumper = script("golden/make.py"), script("examples/dump_transformers.py")
+MODEL = refmoe.load()
+TOKENS = MODEL.tokenizer.encode(PASSAGE)[:32]
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def peer(request):
+    """A running transformers model, hooked."""
+    model = make.load(golden_folder() / "tiny-k2", getattr(torch, request.param))
+    return request.param, model, dumper.watch(model)
+
+
+def run(peer, path) -> Dump:  # type: ignore[no-untyped-def]
+    _, model, seen = peer
+    seen.clear()
+    with torch.no_grad():
+        model(torch.tensor([TOKENS]), use_cache=False)
+    make.safetensors.torch.save_file(dict(seen), path, {"tokens": json.dumps(TOKENS)})
+    return read_dump(path)
+
+
+def test_a_healthy_engine_passes(peer, tmp_path):
+    dump = run(peer, tmp_path / "d.safetensors")
+    report = check(MODEL, dump)
+    assert dump.rounded == peer[0]
+    assert (report.verdict, report.point) == ("pass", None), report.reason
+    assert report.compared == 90
+    assert report.unmatched == {}
+    assert report.router["unexplained"] == 0
+
+
+@pytest.mark.parametrize("fault", planted.FAULTS, ids=lambda f: f.name)
+def test_a_planted_fault_is_found_where_it_is(peer, fault, tmp_path):
+    with fault.plant(peer[1]):
+        dump = run(peer, tmp_path / "d.safetensors")
+    report = check(MODEL, dump)
+    assert report.verdict == "fault"
+    assert report.point in fault.points, report.reason
+
+
+def test_mlx_passes_in_float32_from_logits_and_layers_alone():
+    """Another engine, another attention, most points missing: judged as whole layers."""
+    points = make.mlx_run(golden_folder() / "tiny-k2", TOKENS)
+    dump = Dump(ROOT, {n: t.numpy() for n, t in points.items()}, TOKENS, "float32")
+    report = check(MODEL, dump, engine="mlx")
+    assert report.verdict == "pass", report.reason
+    assert set(report.conventions) == {
+        "rounded_products",
+        "router_logits",
+        "normaliser",
+        "masked_groups",
+    }
+    assert "model.layers.1.mlp.experts" in report.points[1].through
+
+
+def test_logits_alone_are_judged_end_to_end(tmp_path):
+    points = make.mlx_run(golden_folder() / "tiny-k2", TOKENS)
+    logits = points["lm_head"].numpy()
+    np.savez(tmp_path / "healthy.npz", lm_head=logits, tokens=np.array(TOKENS))
+    report = check(MODEL, read_dump(tmp_path / "healthy.npz"), engine="mlx")
+    assert (report.verdict, report.compared) == ("pass", 1)
+    assert len(report.points[0].through) > 80
+    off = logits * (1 + 1e-3)
+    np.savez(tmp_path / "off.npz", lm_head=off, tokens=np.array(TOKENS))
+    report = check(MODEL, read_dump(tmp_path / "off.npz"), engine="mlx")
+    assert (report.verdict, report.point) == ("fault", "lm_head")
+
+
+def test_conventions_explain_what_is_no_fault(random_bf16):
+    """An engine that takes the config's eps is at fault under our sides, and none under its own."""
+    model = refmoe.load(random_bf16)
+    tokens = [i * 7 % 500 for i in range(24)]
+    theirs = refmoe.load(random_bf16, "float32", conventions="vllm")
+    arrays = refmoe.trace(theirs, tokens)
+    dump = Dump(ROOT, arrays, tokens, "float32")
+    ours = check(model, dump)
+    assert ours.verdict == "fault"
+    assert ours.point == "model.layers.0.self_attn.q_a_layernorm"
+    own = check(model, dump, engine="vllm")
+    assert own.verdict == "pass", own.reason
+    assert "latent_norm_eps" in own.conventions
+
+
+def test_the_first_value_that_is_not_finite_is_a_fault(random_bf16):
+    tokens = [1, 2, 3, 4]
+    arrays = refmoe.trace(refmoe.load(random_bf16), tokens, ["model.layers.*", "lm_head"])
+    arrays["model.layers.1.mlp"][2, 0] = np.nan
+    report = check(refmoe.load(random_bf16), Dump(ROOT, arrays, tokens, "float32"))
+    assert (report.verdict, report.point) == ("fault", "model.layers.1.mlp")
+    assert report.reason == "not finite"
+
+
+def test_nothing_compared_is_undecidable_and_names_are_suggested(random_bf16, tmp_path, capsys):
+    arrays = {"model.layers.0.self_attn.q_a_prj": np.zeros((4, 40), np.float32)}
+    metadata = {"tokens": "[1, 2, 3, 4]"}
+    safetensors.numpy.save_file(arrays, tmp_path / "d.safetensors", metadata)
+    args = ["check", str(tmp_path / "d.safetensors"), "--model", str(random_bf16)]
+    assert cli.main(args) == 2
+    out = capsys.readouterr().out
+    assert "nearest model.layers.0.self_attn.q_a_proj" in out
+    assert "UNDECIDABLE: no tensor of the dump is a point of this model" in out
+    safetensors.numpy.save_file(arrays, tmp_path / "d.safetensors")
+    assert cli.main(args) == 2
+    assert "it does not say its tokens" in capsys.readouterr().err
+
+
+def test_the_cli_reports_a_fault_and_the_promised_json(random_bf16, tmp_path, capsys):
+    tokens = [5, 6, 7, 8]
+    arrays = refmoe.trace(refmoe.load(random_bf16), tokens)
+    arrays["model.layers.1.mlp.experts"] *= 1 / 2.827
+    safetensors.numpy.save_file(arrays, tmp_path / "d.safetensors", {"tokens": str(tokens)})
+    args = ["check", str(tmp_path / "d.safetensors"), "--model", str(random_bf16)]
+    assert cli.main(args) == 1
+    out = capsys.readouterr().out
+    assert "FAULT: model.layers.1.mlp.experts, " in out
+    assert cli.main([*args, "--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    for field in ("verdict", "point", "conventions", "compared", "missing", "alpha"):
+        assert field in document
+    assert set(document["points"][0]) == {"name", "rel_error", "envelope", "multiple", "through"}
+    assert set(document["router"]) == {"flips", "explained", "unexplained"}
+
+
+def test_the_dumping_example_runs_as_a_script(tmp_path):
+    make.twin(golden_folder() / "tiny-k2", tmp_path, torch.float32)
+    (tmp_path / "t.json").write_text(json.dumps(TOKENS[:8]))
+    script_ = ROOT / "examples" / "dump_transformers.py"
+    args = [
+        tmp_path,
+        tmp_path / "d.safetensors",
+        "--dtype",
+        "float32",
+        "--tokens",
+        tmp_path / "t.json",
+    ]
+    subprocess.run([sys.executable, script_, *args], check=True, capture_output=True)
+    dump = read_dump(tmp_path / "d.safetensors")
+    assert dump.tokens == TOKENS[:8]
+    assert check(MODEL, dump).verdict == "pass"
+
+
+# --- readers
+
+
+def test_a_torch_file_is_read_without_torch_and_as_torch_reads_it(tmp_path):
+    base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
+    tensors = {
+        "f": base,
+        "strided": base.T[1:3],
+        "bf16": base.bfloat16() / 3,
+        "half": base.half(),
+        "long": torch.arange(5),
+        "parameter": torch.nn.Parameter(base[0].clone()),
+        "not a tensor": 3,
+    }
+    torch.save(tensors, tmp_path / "d.pt")
+    arrays = read_dump(tmp_path / "d.pt").arrays
+    assert set(arrays) == set(tensors) - {"not a tensor"}
+    for name, x in arrays.items():
+        np.testing.assert_array_equal(x, tensors[name].detach().float().numpy().astype(x.dtype))
+
+
+class Bomb:
+    def __reduce__(self):  # type: ignore[no-untyped-def]
+        return print, ("executed",)
+
+
+@pytest.mark.parametrize("value", [Bomb(), {"x": Bomb()}])
+def test_a_pickle_is_never_executed(tmp_path, value, capsys):
+    with zipfile.ZipFile(tmp_path / "d.pt", "w") as file:
+        file.writestr("archive/data.pkl", pickle.dumps(value))
+    with pytest.raises(InputError, match=r"asks for builtins\.print, which is not read"):
+        read_dump(tmp_path / "d.pt")
+    np.save(tmp_path / "x.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
+    with zipfile.ZipFile(tmp_path / "d.npz", "w") as file:
+        file.write(tmp_path / "x.npy", "x.npy")
+    with pytest.raises(InputError, match=r"not an \.npz of plain arrays"):
+        read_dump(tmp_path / "d.npz")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["d.pt", "d.npz", "d.safetensors", "d.txt"])
+def test_a_broken_dump_is_refused(tmp_path, name):
+    with pytest.raises(InputError, match="no such file"):
+        read_dump(tmp_path / name)
+    (tmp_path / name).write_bytes(b"PK\x03\x04 nothing of use")
+    with pytest.raises(InputError, match=name):
+        read_dump(tmp_path / name)
+
+
+def test_arrays_fit_points_whatever_the_engines_axes():
+    hf, ours = CONVENTIONS["transformers"], CONVENTIONS["refmoe"]
+    q = np.arange(2 * 3 * 4.0).reshape(2, 3, 4)  # [T, H, R]
+    name = "model.layers.0.self_attn#q_pe"
+    halves = np.concatenate((q[..., 0::2], q[..., 1::2]), axis=-1)
+    for x in (halves[None], halves.transpose(1, 0, 2)[None], halves.reshape(1, 2, 12)):
+        np.testing.assert_array_equal(fit(name, x, q.shape, hf), q)
+    np.testing.assert_array_equal(fit(name, q, q.shape, ours), q)
+    assert fit(name, q[:1], q.shape, ours) is None
