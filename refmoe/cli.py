@@ -17,7 +17,7 @@ import refmoe
 from refmoe.config import CONVENTIONS, InputError
 from refmoe.model.numerics import POLICIES, NonFinite
 from refmoe.oracle import golden
-from refmoe.oracle.compare import Report, check
+from refmoe.oracle.compare import Report, arbitrate, check
 from refmoe.oracle.noise import PROFILES
 from refmoe.oracle.readers import read_dump
 from refmoe.oracle.trace import trace, write
@@ -110,7 +110,9 @@ def _generate(args: argparse.Namespace) -> int:
 def _chat(args: argparse.Namespace) -> int:
     model = _open(args)
     tools = read_tools(args.tools) if args.tools else None
-    dialogue = Dialogue(model, ChatTemplate.load(model.checkpoint.path), args.system, tools)
+    template = ChatTemplate.load(model.checkpoint.path)
+    variables = {} if args.thinking is None else {"thinking": args.thinking}
+    dialogue = Dialogue(model, template, args.system, tools, variables)
     how = Sampling(args.temperature, args.top_p, args.min_p)
     interact(dialogue, how, args.seed, args.max_new_tokens, sys.stdout)
     return 0
@@ -232,11 +234,29 @@ def _check(args: argparse.Namespace) -> int:
     model = load(args.model, "float64", reference=True)
     tokens = read_tokens(args.tokens)[0] if args.tokens else None
     report = check(model, read_dump(args.dump), tokens, engine=args.engine, profile=args.profile)
+    if args.against is None:
+        if args.json:
+            _print_json(report.as_json())
+        else:
+            _check_report(report, args.all)
+        return EXIT[report.verdict]
+    engine, profile = args.against_engine or args.engine, args.against_profile
+    other = check(model, read_dump(args.against), tokens, engine=engine, profile=profile)
+    both = arbitrate(report, other)
     if args.json:
-        _print_json(report.as_json())
+        _print_json(both.as_json())
     else:
-        _check_report(report, args.all)
-    return {"pass": 0, "fault": 1}.get(report.verdict, 2)
+        for name, r in ((args.dump, report), (args.against, other)):
+            where = f" at {r.point}" if r.point else ""
+            print(f"{name}: {r.verdict}{where} under profile {r.profile}; {r.reason}")
+        if both.ratio is not None:
+            print(f"errors of the first over the second: {both.ratio:.3g} at {both.shared} points")
+        further = {"a": args.dump, "b": args.against}.get(both.further, "neither")
+        print(f"further from float64: {further}")
+    return max(EXIT[report.verdict], EXIT[other.verdict])
+
+
+EXIT = {"pass": 0, "fault": 1, "undecidable": 2}
 
 
 def _check_report(report: Report, every: bool) -> None:
@@ -428,6 +448,9 @@ def _parser() -> argparse.ArgumentParser:
     p = verb("chat", _chat, "talk to it, through its own template")
     p.add_argument("--system", metavar="TEXT", help="a system message instead of the template's")
     p.add_argument("--tools", type=Path, metavar="FILE", help="JSON: tool declarations")
+    p.add_argument(
+        "--thinking", action=argparse.BooleanOptionalAction, help="K2.5 and later: think first"
+    )
     p.add_argument("--max-new-tokens", type=int, metavar="N", help="of a reply; default: no limit")
     sampling(p, temperature=0.6)
 
@@ -462,6 +485,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--tokens", type=Path, metavar="FILE", help="JSON: the ids, if not in the dump")
     p.add_argument("--engine", choices=tuple(CONVENTIONS), default="refmoe")
     p.add_argument("--profile", choices=tuple(PROFILES), help="default: the type of its values")
+    p.add_argument("--against", type=Path, metavar="DUMP", help="which of two is further off?")
+    p.add_argument("--against-engine", choices=tuple(CONVENTIONS), help="default: as --engine")
+    p.add_argument("--against-profile", choices=tuple(PROFILES))
     p.add_argument("--all", action="store_true", help="print every point")
 
     p = verb("golden", _golden, "compare with other engines' numbers", model=False)

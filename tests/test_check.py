@@ -158,6 +158,28 @@ def test_the_cli_reports_a_fault_and_the_promised_json(random_bf16, tmp_path, ca
     assert set(document["router"]) == {"flips", "explained", "unexplained"}
 
 
+def test_of_two_engines_the_one_that_drifts_is_named(random_bf16, tmp_path, capsys):
+    """float32 and its bf16 emulation are both healthy, and some ten thousand times apart."""
+    for name in ("float32", "bfloat16"):
+        arrays = refmoe.trace(refmoe.load(random_bf16, name), [5, 6, 7, 8])
+        safetensors.numpy.save_file(arrays, tmp_path / name, {"tokens": "[5, 6, 7, 8]"})
+        (tmp_path / name).rename(tmp_path / f"{name}.safetensors")
+    a, b = (str(tmp_path / f"{n}.safetensors") for n in ("bfloat16", "float32"))
+    args = ["check", a, "--against", b, "--model", str(random_bf16)]
+    assert cli.main(args) == 0
+    assert f"further from float64: {a}" in capsys.readouterr().out
+    assert cli.main([*args, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["further"], document["a"]["verdict"], document["b"]["verdict"]) == (
+        "a",
+        "pass",
+        "pass",
+    )
+    assert 1e3 < document["ratio"] < 1e6  # 2^-8 against 2^-24
+    assert cli.main(["check", a, "--against", a, "--model", str(random_bf16)]) == 0
+    assert "further from float64: neither" in capsys.readouterr().out
+
+
 def test_the_dumping_example_runs_as_a_script(tmp_path):
     make.twin(golden_folder() / "tiny-k2", tmp_path, torch.float32)
     (tmp_path / "t.json").write_text(json.dumps(TOKENS[:8]))
@@ -234,3 +256,7 @@ def test_arrays_fit_points_whatever_the_engines_axes():
         np.testing.assert_array_equal(fit(name, x, q.shape, hf), q)
     np.testing.assert_array_equal(fit(name, q, q.shape, ours), q)
     assert fit(name, q[:1], q.shape, ours) is None
+    square = np.arange(2 * 2 * 4.0).reshape(2, 2, 4)  # as many rows as heads
+    np.testing.assert_array_equal(fit(name, square, square.shape, ours), square)
+    first = square.transpose(1, 0, 2)[None]
+    np.testing.assert_array_equal(fit(name, first, square.shape, ours), square)

@@ -1,5 +1,6 @@
 """Many turns, the cache behind them, and a real terminal."""
 
+import contextlib
 import os
 import pty
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ import refmoe
 from refmoe.config import InputError
 from refmoe.run import generate
 from refmoe.run.dialogue import Dialogue, printable
-from refmoe.text.chat import ChatTemplate, Problem, Text, collect
+from refmoe.text.chat import ChatTemplate, Problem, collect
 from tests.conftest import ROOT
 
 MODEL = refmoe.load()
@@ -87,10 +89,10 @@ def test_a_full_context_is_said_and_nothing_is_lost():
     fill = "a" + " a" * (4096 - empty - 3)
     size = len(TEMPLATE.encode(MODEL.tokenizer, [user(fill)]).tokens)
     assert 4090 <= size < 4096
-    events = list(dialogue.ask(user(fill), sampling=refmoe.run.generate.Sampling()))
-    full = [e for e in events if isinstance(e, Problem) and "is full" in e.what]
-    made = sum(isinstance(e, Text) for e in events)
-    assert full or made <= 4096 - size
+    endless = replace(MODEL)
+    endless.__dict__["stop_ids"] = frozenset()  # only the context ends its replies
+    *_, last = Dialogue(endless, TEMPLATE).ask(user(fill))
+    assert last == Problem("the context of 4096 tokens is full; /reset begins anew")
 
 
 def test_tool_calls_wait_for_their_results():
@@ -184,13 +186,16 @@ def test_it_answers_in_dialogue(terminal):
 
 def test_ctrl_c_stops_the_reply_then_leaves(terminal):
     terminal.until("> ")
-    terminal.process.send_signal(0)
     terminal.type("Tell me of thy love.\n")
     terminal.until("love.\r\n.")  # the reply has begun
     os.killpg(terminal.process.pid, signal.SIGINT)
     shown = terminal.until(r"\n> ")
-    assert "[stopped; this turn is forgotten]" in shown or "\n" in shown
-    os.killpg(terminal.process.pid, signal.SIGINT)
+    assert "[stopped; this turn is forgotten]" in shown
+    for _ in range(20):  # readline may miss a signal in the moment after it shows its prompt
+        os.killpg(terminal.process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            terminal.process.wait(0.5)
+            break
     assert terminal.wait() == 0
     assert "Traceback" not in terminal.shown
 

@@ -308,3 +308,32 @@ def _router(
                     f"{gap:.3g} better; noise explains {tie:.1g}",
                 )
     return count, faults
+
+
+@dataclass(frozen=True)
+class Arbitration:
+    """Two engines against float64: which is further, and whether either is at fault by itself."""
+
+    a: Report
+    b: Report
+    shared: int  # points of both
+    ratio: float | None  # geometric mean of a's error over b's, at the points where both err
+
+    @property
+    def further(self) -> str:
+        """The engine with the larger errors; neither, where they are within a factor of 1.5."""
+        if self.ratio is None or 1 / 1.5 < self.ratio < 1.5:
+            return "neither"
+        return "a" if self.ratio > 1 else "b"
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "further": self.further}
+
+
+def arbitrate(a: Report, b: Report) -> Arbitration:
+    """Both judged on their own inputs, so that one engine's error is not the other's."""
+    errors = {p.name: p.rel_error for p in b.points}
+    pairs = [(p.rel_error, errors[p.name]) for p in a.points if p.name in errors]
+    logs = [log(x / y) for x, y in pairs if x > 0 and y > 0]
+    ratio = float(np.exp(np.mean(logs))) if logs else None
+    return Arbitration(a, b, len(pairs), ratio)

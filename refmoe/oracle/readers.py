@@ -63,12 +63,13 @@ def read_dump(path: str | Path) -> Dump:
 
 def fit(name: str, x: np.ndarray, shape: tuple[int, ...], sides: Conventions) -> np.ndarray | None:
     """The array as the point of this shape has it, or None where it cannot be that point."""
+    heads_first = x.ndim == 4 and len(shape) == 3  # [1, H, T, ·], whatever T and H are
     while x.ndim > len(shape) and x.shape[0] == 1:
         x = x[0]
     while x.ndim > 2 and x.ndim == len(shape) and x.shape[0] == 1 != shape[0]:
         x = x[0]  # heads flattened behind a batch axis
-    if x.ndim == 3 and len(shape) == 3 and x.shape == (shape[1], shape[0], shape[2]):
-        x = x.transpose(1, 0, 2)  # [H, T, ·] → [T, H, ·]
+    if len(shape) == 3 and x.shape == (shape[1], shape[0], shape[2]):
+        x = x.transpose(1, 0, 2) if heads_first or x.shape != shape else x
     if x.size != np.prod(shape) or not x.size or x.shape[0] != shape[0]:
         return None
     x = x.reshape(shape)

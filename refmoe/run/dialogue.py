@@ -44,6 +44,7 @@ class Dialogue:
     template: ChatTemplate
     system: str | None = None
     tools: Sequence[dict[str, Any]] | None = None
+    variables: dict[str, Any] = field(default_factory=dict)  # the template's own: K2.5's thinking
     messages: list[dict[str, Any]] = field(default_factory=list)
     memory: list[LatentCache] = field(default_factory=list)
     remembered: list[int] = field(default_factory=list)  # the tokens that `memory` holds
@@ -76,7 +77,7 @@ class Dialogue:
         Raises `InputError` where the conversation with this message fills the context.
         """
         messages = [*self.messages, message]
-        prompt = self.template.encode(self.model.tokenizer, messages, self.tools)
+        prompt = self.template.encode(self.model.tokenizer, messages, self.tools, **self.variables)
         context = self.model.cfg.max_position_embeddings
         if len(prompt.tokens) >= context:
             raise InputError(
@@ -96,6 +97,8 @@ class Dialogue:
             yield event
         if len(prompt.tokens) + made > context:
             yield Problem(f"the context of {context} tokens is full; /reset begins anew")
+        elif made == max_new_tokens:
+            yield Problem(f"cut at {made} tokens")
         self.messages = [*messages, collect(events).message()]
 
     def _tokens(
@@ -107,6 +110,7 @@ class Dialogue:
             if a != b:
                 break
             same += 1
+        same = min(same, *(cache.length for cache in self.memory))  # a step may have been stopped
         for cache in self.memory:
             cache.truncate(same)
         tokens = list(prompt)
@@ -152,14 +156,19 @@ def interact(
             return
         if command == "/reset":
             dialogue.reset()
+            turn = 0
             print("[a new conversation]", file=out)
             continue
-        if command == "/result" and dialogue.waiting:
+        if command == "/result" and not dialogue.waiting:
+            print("[no tool call waits for a result]", file=out)
+            continue
+        if command == "/result":
             call = dialogue.waiting[0]
             name = call["function"]["name"]
             message = {"role": "tool", "tool_call_id": call["id"], "name": name, "content": rest}
             if len(dialogue.waiting) > 1:  # the model goes on when all have come
                 dialogue.messages.append(message)
+                print(f"[{len(dialogue.waiting)} more]", file=out)
                 continue
         elif command.startswith("/"):
             print(HELP, file=out)
@@ -172,7 +181,7 @@ def interact(
             turn += 1
         except KeyboardInterrupt:
             events.close()
-            print("\n[stopped; this turn is forgotten]", file=out)
+            print("[stopped; this turn is forgotten]", file=out)
         except InputError as e:
             print(f"[{e}]", file=out)
 
@@ -181,21 +190,23 @@ def show(events: Iterator[Event], out: TextIO) -> None:
     """Print a reply as it comes: reasoning dimmed, tool calls and problems in brackets."""
     dim, plain = ("\x1b[2m", "\x1b[0m") if out.isatty() else ("", "")
     kind = ""
-    for event in events:
-        match event:
-            case Text(now, text):
-                if kind == "reasoning" and now == "content":
-                    print(plain, file=out)
-                if kind != now == "reasoning":
-                    out.write(dim)
-                kind = now
-                out.write(printable(text, out))
-            case ToolCall(id, _, arguments):
-                print(printable(f"\n[{id} {arguments}]", out), file=out)
-            case Problem(what):
-                print(f"{plain}\n[{printable(what, out)}]", file=out)
-        out.flush()
-    print(plain if kind == "reasoning" else "", file=out)
+    try:
+        for event in events:
+            match event:
+                case Text(now, text):
+                    if kind == "reasoning" and now == "content":
+                        print(plain, file=out)
+                    if kind != now == "reasoning":
+                        out.write(dim)
+                    kind = now
+                    out.write(printable(text, out))
+                case ToolCall(id, _, arguments):
+                    print(printable(f"\n[{id} {arguments}]", out), file=out)
+                case Problem(what):
+                    print(f"\n[{printable(what, out)}]", file=out)
+            out.flush()
+    finally:  # also where the reply is stopped: the terminal must not stay dim
+        print(plain if kind == "reasoning" else "", file=out)
 
 
 def printable(text: str, out: TextIO) -> str:
