@@ -59,7 +59,7 @@ ROUNDINGS = (
     ("#scores", 3),  # the two products, the scaling
     ("#probs", 2),
     (".act", 3),  # sigmoid, silu, product
-    ("experts", 10),  # weight and product of each expert, sums over K
+    (".mlp.experts", 10),  # weight and product of each expert, sums over K
     ("gate", 4),
     ("gate#weights", 6),  # sigmoid, sum, quotient, scaling
 )
