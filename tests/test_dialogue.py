@@ -219,6 +219,22 @@ def test_a_very_long_line_is_too_long_and_said_so(terminal):
     assert terminal.wait() == 0
 
 
+def test_lines_from_a_pipe_are_answered_without_a_prompt():
+    done = subprocess.run(
+        [sys.executable, "-m", "refmoe", "chat", "--max-new-tokens", "8"],
+        input="Who art thou?\n//reset is no command\n/result 3\n/what\n",
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    assert ">" not in done.stdout
+    assert "a new conversation" not in done.stdout
+    assert done.stdout.count("[cut at 8 tokens]") == 2
+    assert "[no tool call waits for a result]" in done.stdout
+    assert "//TEXT         say /TEXT" in done.stdout
+
+
 def test_a_terminal_gets_no_control_characters():
     class Tty:
         def isatty(self) -> bool:

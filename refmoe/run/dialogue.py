@@ -6,6 +6,7 @@ interrupted or does not fit leaves the conversation as it was before.
 """
 
 import contextlib
+import sys
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
@@ -32,6 +33,7 @@ with contextlib.suppress(ImportError):  # not everywhere; lines can be edited, a
 HELP = """\
 /reset         forget the conversation
 /result TEXT   the result of the first tool call that waits for one
+//TEXT         say /TEXT
 /help          this
 /exit          leave; so do Ctrl-C and the end of input (Ctrl-C during a reply stops the reply)"""
 
@@ -141,7 +143,7 @@ def interact(
     turn = 0
     while True:
         try:
-            line = input("> ").strip()
+            line = input("> " if sys.stdin.isatty() else "").strip()
         except (EOFError, KeyboardInterrupt):
             print(file=out)
             return
@@ -150,7 +152,8 @@ def interact(
             continue
         if not line:
             continue
-        message: dict[str, Any] = {"role": "user", "content": line}
+        said = line[1:] if line.startswith("//") else line
+        message: dict[str, Any] = {"role": "user", "content": said}
         command, _, rest = line.partition(" ")
         if command == "/exit":
             return
@@ -170,7 +173,7 @@ def interact(
                 dialogue.messages.append(message)
                 print(f"[{len(dialogue.waiting)} more]", file=out)
                 continue
-        elif command.startswith("/"):
+        elif command.startswith("/") and said == line:
             print(HELP, file=out)
             continue
         events = dialogue.ask(
