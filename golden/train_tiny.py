@@ -1,6 +1,6 @@
 """Train tiny-k2, the embedded default: a real K2, small enough for git.
 
-    python golden/train_tiny.py TEXT --out golden/tiny-k2 [--steps 1600] [--state FILE]
+    python golden/train_tiny.py TEXT --out golden/tiny-k2 [--steps 1000] [--state FILE]
 
 TEXT is any UTF-8 text. Blank-line-separated blocks of the form "Name:\\nspeech" are also turned
 into dialogues in K2's chat format (a speech is the user's turn, the reply the assistant's). What
@@ -707,11 +707,11 @@ def main() -> None:
     ap.add_argument("text", type=Path)
     ap.add_argument("--out", type=Path, required=True)
     ap.add_argument("--state", type=Path, help="resume from and save to this file")
-    ap.add_argument("--steps", type=int, default=1600)
+    ap.add_argument("--steps", type=int, default=1000)
     ap.add_argument("--seed", type=int, default=2)
     ap.add_argument("--rate", type=float, default=4e-3)
     ap.add_argument("--bias-rate", type=float, default=1e-3)
-    ap.add_argument("--dropout", type=float, default=0.1)
+    ap.add_argument("--dropout", type=float, default=0.2)
     args = ap.parse_args()
     torch.set_flush_denormal(True)
 
