@@ -180,6 +180,21 @@ def test_of_two_engines_the_one_that_drifts_is_named(random_bf16, tmp_path, caps
     assert "further from float64: neither" in capsys.readouterr().out
 
 
+def test_experts_left_random_by_a_loader_are_caught(tmp_path):
+    """This transformers warns, and no more, when it opens a `kimi_k2` config by that name."""
+    make.twin(golden_folder() / "tiny-k2", tmp_path, torch.float32)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "kimi_k2"}))
+    model, info = planted.hf.DeepseekV3ForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, output_loading_info=True
+    )
+    assert info["missing_keys"], "this transformers reads the experts: the trap is gone"
+    seen = dumper.watch(model)
+    dump = run(("float32", model.eval(), seen), tmp_path / "d.safetensors")
+    report = check(MODEL, dump)
+    assert (report.verdict, report.point) == ("fault", "model.layers.1.mlp.experts")
+
+
 def test_the_dumping_example_runs_as_a_script(tmp_path):
     make.twin(golden_folder() / "tiny-k2", tmp_path, torch.float32)
     (tmp_path / "t.json").write_text(json.dumps(TOKENS[:8]))
