@@ -275,8 +275,8 @@ def _check_report(report: Report, every: bool) -> None:
     print(f"\nrouter: {flips['flips']} choices differ, {flips['explained']} explained by noise")
     if report.missing:
         print(f"not in the dump: {len(report.missing)} points, first {report.missing[0]}")
-    for name, near in list(report.unmatched.items())[:10]:
-        print(f"no such point: {name}{f'; nearest {near}' if near else ''}")
+    for name, why in list(report.unmatched.items())[:10]:
+        print(f"not compared: {name}: {why}")
     print(f"\n{report.verdict.upper()}: ", end="")
     print(f"{report.point}, {report.reason}" if report.point else report.reason)
     through = next((p.through for p in report.points if p.name == report.point), ())

@@ -18,6 +18,7 @@ from refmoe.config import CONVENTIONS, InputError
 from refmoe.oracle.compare import check
 from refmoe.oracle.readers import Dump, fit, read_dump
 from refmoe.run.model import golden_folder
+from refmoe.weights.members import write_member
 from tests.conftest import ROOT
 from tests.test_tiny_k2 import PASSAGE
 
@@ -126,6 +127,67 @@ def test_the_first_value_that_is_not_finite_is_a_fault(random_bf16):
     assert (report.verdict, report.point) == ("fault", "model.layers.1.mlp")
     assert report.reason == "not finite"
 
+    json.dumps(report.as_json(), allow_nan=False)  # what the NaN spoilt downstream is left out
+
+
+def test_scores_count_only_where_they_are_not_masked(random_bf16):
+    tokens = [1, 2, 3, 4]
+    arrays = refmoe.trace(refmoe.load(random_bf16), tokens)
+    for name in (n for n in arrays if n.endswith("#scores")):
+        arrays[name][~np.tri(4, dtype=bool)[:, None].repeat(5, axis=1)] = -np.inf
+    report = check(refmoe.load(random_bf16), Dump(ROOT, arrays, tokens, "float32"))
+    assert report.verdict == "pass", report.reason
+
+
+def test_a_choice_is_judged_also_without_the_routers_logits(random_bf16):
+    """One token swaps a chosen expert for one far below: caught from the router's input."""
+    tokens = [1, 2, 3, 4, 5]
+    arrays = refmoe.trace(refmoe.load(random_bf16), tokens)
+    logits = arrays["model.layers.1.mlp.gate"]
+    for name in [n for n in arrays if n.endswith(".mlp.gate") or "gate#weights" in n]:
+        del arrays[name]
+    for name in [n for n in arrays if ".experts" in n or n.endswith((".mlp", ".layers.1"))]:
+        del arrays[name]
+    model = refmoe.load(random_bf16)
+    assert check(model, Dump(ROOT, arrays, tokens, "float32")).verdict == "pass"
+    chosen = arrays["model.layers.1.mlp.gate#experts"]
+    chosen[2, 0] = logits[2].argmin()
+    report = check(model, Dump(ROOT, arrays, tokens, "float32"))
+    assert (report.verdict, report.point) == ("fault", "model.layers.1.mlp.gate#experts")
+    assert "token 2 chose" in report.reason
+    chosen[2, 0] = -1  # as a padded row leaves it
+    report = check(model, Dump(ROOT, arrays, tokens, "float32"))
+    assert (report.verdict, report.point) == ("fault", "model.layers.1.mlp.gate#experts")
+    assert "no expert's index" in report.reason
+
+
+def test_a_wrong_group_is_no_tie(tmp_path):
+    """Max instead of the sum of the two best (vLLM#13474): another group, whatever the scores."""
+    write_member(tmp_path / "v3", "deepseek-v3", seed=1)
+    model = refmoe.load(tmp_path / "v3")
+    tokens = [i * 11 % 500 for i in range(12)]
+    arrays = refmoe.trace(model, tokens, ["*.post_attention_layernorm", "*.mlp.gate*"])
+    healthy = check(model, Dump(ROOT, arrays, tokens, "float32"))
+    assert healthy.verdict == "pass", healthy.reason
+    gate = "model.layers.3.mlp.gate"
+    bias = model.decoder.layers[3].mlp.gate.e_score_correction_bias
+    score = 1 / (1 + np.exp(-arrays[gate])) + bias
+    best = score.reshape(len(tokens), 8, -1).max(axis=-1)
+    kept = np.argsort(-best, axis=-1)[:, :4]
+    masked = np.where((np.arange(32) // 4)[None, :, None] == kept[:, None], score[..., None], -9)
+    arrays[gate + "#experts"] = np.argsort(-masked.max(axis=-1), axis=-1)[:, :8]
+    del arrays[gate + "#weights"]
+    report = check(model, Dump(ROOT, arrays, tokens, "float32"))
+    assert (report.verdict, report.point) == ("fault", gate + "#experts")
+    assert report.router["unexplained"] > 0
+
+
+def test_a_tensor_of_another_shape_is_named(random_bf16):
+    arrays = refmoe.trace(refmoe.load(random_bf16), [1, 2, 3], ["lm_head"])
+    report = check(refmoe.load(random_bf16), Dump(ROOT, arrays, [1, 2], "float32"))
+    assert report.verdict == "undecidable"
+    assert report.unmatched == {"lm_head": "it is [3, 530], this point is [2, 530]"}
+
 
 def test_nothing_compared_is_undecidable_and_names_are_suggested(random_bf16, tmp_path, capsys):
     arrays = {"model.layers.0.self_attn.q_a_prj": np.zeros((4, 40), np.float32)}
@@ -134,7 +196,7 @@ def test_nothing_compared_is_undecidable_and_names_are_suggested(random_bf16, tm
     args = ["check", str(tmp_path / "d.safetensors"), "--model", str(random_bf16)]
     assert cli.main(args) == 2
     out = capsys.readouterr().out
-    assert "nearest model.layers.0.self_attn.q_a_proj" in out
+    assert "no such point; the nearest is model.layers.0.self_attn.q_a_proj" in out
     assert "UNDECIDABLE: no tensor of the dump is a point of this model" in out
     safetensors.numpy.save_file(arrays, tmp_path / "d.safetensors")
     assert cli.main(args) == 2

@@ -9,6 +9,7 @@ import refmoe
 from refmoe.config import InputError
 from refmoe.run.generate import generate_tokens, working
 from refmoe.run.sampler import Sampling, sample
+from tests.networks import envelope, gamma
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -108,7 +109,8 @@ def test_the_engine_and_the_definition_agree(random_int4):
     tokens = [1, 20, 300, 4, 50]
     ours = refmoe.load(random_int4, "float64").logits(tokens)
     definition = refmoe.load(random_int4, "float64", reference=True).logits(tokens)
-    assert np.abs(ours - definition).max() <= 1e-12 * np.abs(definition).max()
+    bound = envelope(refmoe.load(random_int4, "float64", reference=True).decoder, tokens)
+    assert np.abs(ours - definition).max() <= bound
 
 
 def test_linear_in_tiles_is_linear(monkeypatch):
@@ -116,7 +118,6 @@ def test_linear_in_tiles_is_linear(monkeypatch):
     from refmoe.model import matrix
     from refmoe.model.matrix import BF16, Int4
     from refmoe.weights.random import bf16_bits, pack_int4
-    from tests.networks import gamma
 
     monkeypatch.setattr(fast, "TILE", 200)  # several tiles, the last one short
     rng = np.random.default_rng(0)

@@ -52,7 +52,7 @@ def route(x: np.ndarray, w: GateWeights, cfg: Config, nx: Numerics) -> Routing:
     s = sigmoid(nx.tap("gate", logits))  # [T, E]
     score = s + dequantize(w.e_score_correction_bias, wide)
 
-    score, group_margin = _limit_groups(score, cfg, nx)
+    score, group_margin = limit_groups(score, cfg, nx)
     ranked = xp.argsort(-score, axis=-1, kind="stable")  # [T, E]
     best = xp.take_along_axis(score, ranked[:, : K + 1], axis=-1)  # [T, K+1]
     top = nx.tap("gate#experts", ranked[:, :K])  # [T, K]
@@ -64,7 +64,7 @@ def route(x: np.ndarray, w: GateWeights, cfg: Config, nx: Numerics) -> Routing:
     return Routing(top, g, _gap(best, K), group_margin)
 
 
-def _limit_groups(score: np.ndarray, cfg: Config, nx: Numerics) -> tuple[np.ndarray, np.ndarray]:
+def limit_groups(score: np.ndarray, cfg: Config, nx: Numerics) -> tuple[np.ndarray, np.ndarray]:
     """Scores [T, E] with those of refused groups masked, and the group margin [T]."""
     xp = array_module(score)
     T, G, M = len(score), cfg.n_group, cfg.topk_group

@@ -27,7 +27,7 @@ from refmoe.config import CONVENTIONS, InputError
 from refmoe.model.decoder import Decoder, policy
 from refmoe.model.experts import MoeWeights
 from refmoe.model.matrix import dequantize
-from refmoe.model.router import sigmoid
+from refmoe.model.router import limit_groups, sigmoid
 from refmoe.oracle.noise import PROFILES, Profile, emulated
 from refmoe.oracle.readers import Dump, fit, nearest
 from refmoe.run.model import Model
@@ -58,7 +58,7 @@ class Report:
     conventions: dict[str, str]  # where the engine's sides are not ours
     compared: int
     missing: tuple[str, ...]  # points of ours that the dump lacks
-    unmatched: dict[str, str | None]  # names of the dump that are no point, with the nearest
+    unmatched: dict[str, str]  # what of the dump is no point of this model, and why
     points: tuple[Point, ...]
     router: dict[str, int]
     alpha: float
@@ -71,17 +71,34 @@ class Replay:
     """A watcher that notes what we compute and goes on with what the engine had."""
 
     def __init__(self, dump: Dump, decoder: Decoder):
-        self.dump, self.sides = dump, decoder.nx.conventions
+        self.dump, self.cfg, self.sides = dump, decoder.cfg, decoder.nx.conventions
         self.ours: dict[str, np.ndarray] = {}
         self.theirs: dict[str, np.ndarray] = {}
+        self.gates: dict[str, np.ndarray] = {}  # our router logits, whether dumped or not
+        self.misfits: dict[str, str] = {}
+        self.broken: list[str] = []  # choices that name no expert; ours are used instead
         self.order: list[str] = []
 
     def __call__(self, path: str, x: np.ndarray) -> np.ndarray:
         self.order.append(path)
+        if path.endswith(".mlp.gate"):
+            self.gates[path] = x
         raw = self.dump.arrays.get(path)
-        theirs = None if raw is None else fit(path, raw, x.shape, self.sides)
-        if theirs is None or path.endswith("#rows"):
+        if raw is None or path.endswith("#rows"):
             return x
+        theirs = fit(path, raw, x.shape, self.sides)
+        if theirs is None:
+            self.misfits[path] = f"it is {list(raw.shape)}, this point is {list(x.shape)}"
+            return x
+        if path.endswith("#scores"):  # what an engine writes where it masks is nobody's concern
+            theirs = np.where(np.tri(len(x), dtype=bool)[:, None], theirs, x)
+        if path.endswith("#experts"):
+            inside = (theirs >= 0) & (theirs < self.cfg.n_routed_experts) & (theirs % 1 == 0)
+            if not inside.all():
+                row = int(np.argwhere(~inside)[0][0])
+                self.misfits[path] = f"token {row} chose {theirs[row].tolist()}, no expert's index"
+                self.broken.append(path)
+                return x
         theirs = theirs.astype(x.dtype)
         self.ours[path], self.theirs[path] = x, theirs
         return theirs
@@ -144,19 +161,25 @@ def _judge(
     alpha: float,
 ) -> Report:
     numbers = [p for p in exact.theirs if not p.endswith("#experts")]
-    broken = [p for p in numbers if not np.isfinite(exact.theirs[p]).all()]
-    through = _through(exact)
-    rows = {p: _Rows(exact, samples, p) for p in numbers if p not in broken}
-    spread = _spread(rows)
-    outside, points = _holm(rows, spread, through, alpha)
+    finite = {p for p in numbers if np.isfinite(exact.theirs[p]).all()}
+    # what comes of an engine's NaN is not finite either, and is judged no more
+    judged = [p for p in numbers if p in finite and np.isfinite(exact.ours[p]).all()]
+    rows = {p: _Rows(exact, samples, p) for p in judged}
+    outside, points = _holm(rows, _spread(rows), _through(exact), alpha)
     router, flips = _router(decoder, exact, samples)
-    suspects = {p: "not finite" for p in broken}
+    suspects = {p: exact.misfits[p] for p in exact.broken}
+    suspects |= {p: "not finite" for p in numbers if p not in finite}
     suspects |= {p: f"{points[p].multiple:.3g} times what rounding explains" for p in outside}
     suspects |= flips
     first = next((p for p in exact.order if p in suspects), None)
     known = [p for p in dict.fromkeys(exact.order) if not p.endswith("#rows")]
-    strange = (n for n in dump.arrays if n not in exact.theirs and not n.endswith("#rows"))
-    unmatched = {n: nearest(n, known) for n in strange}
+    unmatched = {}
+    for name in dump.arrays:
+        if name not in exact.theirs and not name.endswith("#rows"):
+            near = nearest(name, known)
+            unmatched[name] = exact.misfits.get(name) or (
+                f"no such point{f'; the nearest is {near}' if near else ''}"
+            )
     wide = [p for p in points if points[p].envelope > WIDE]
     if first is not None:
         verdict, reason = "fault", suspects[first]
@@ -282,13 +305,13 @@ def _router(
         gate = path.removesuffix("#experts")
         weights = decoder.layers[int(path.split(".")[2])].mlp
         assert isinstance(weights, MoeWeights)
-        logits = exact.theirs.get(gate)
-        if logits is None:
-            continue
-        bias = dequantize(weights.gate.e_score_correction_bias, np.float64)
-        score = sigmoid(logits) + bias
-        noise = np.sqrt(np.mean([(s.ours[gate] - exact.ours[gate]) ** 2 for s in samples]))
-        tie = 0.25 * 10 * noise + 4 * 2.0**-24 * np.abs(score).max()  # sigmoid' is at most 1/4
+        ours = exact.gates[gate]  # of the engine's own input, where it dumped no logits
+        score = sigmoid(exact.theirs.get(gate, ours))
+        score = score + dequantize(weights.gate.e_score_correction_bias, np.float64)
+        score, group_margin = limit_groups(score, decoder.cfg, decoder.nx)
+        noise = np.sqrt(np.mean([(s.gates[gate] - ours) ** 2 for s in samples]))
+        # seven deviations of a difference of two scores, sigmoid' being at most 1/4
+        tie = 7 * np.sqrt(2) * 0.25 * noise + 4 * 2.0**-24
         for row, (mine, theirs) in enumerate(
             zip(exact.ours[path], exact.theirs[path], strict=True)
         ):
@@ -298,7 +321,8 @@ def _router(
                 continue
             count["flips"] += 1
             gap = max(score[row, list(lost)]) - min(score[row, list(taken)]) if taken else np.inf
-            if gap <= tie:
+            # another group altogether: its two best are near the two best of the one refused
+            if gap <= tie or (np.isinf(gap) and taken and group_margin[row] <= 2 * tie):
                 count["explained"] += 1
             else:
                 count["unexplained"] += 1
