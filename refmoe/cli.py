@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import refmoe
-from refmoe.config import CONVENTIONS, InputError
+from refmoe.config import CONVENTIONS, InputError, read_json
 from refmoe.model.numerics import POLICIES, NonFinite
 from refmoe.oracle import golden
 from refmoe.oracle.compare import Report, arbitrate, check
@@ -353,25 +353,16 @@ def _tiny(args: argparse.Namespace) -> int:
 
 def read_messages(file: Path) -> list[dict[str, Any]]:
     """A JSON list of chat messages, or an object that holds it under `messages`."""
-    value = _read_json(file)
+    value = read_json(file)
     value = value.get("messages") if isinstance(value, dict) else value
     if not isinstance(value, list):
         raise InputError(f"{file}: expected a list of messages")
     return value
 
 
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file") from None
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{file}: not JSON ({e})") from None
-
-
 def read_tokens(file: Path) -> list[list[int]]:
     """A JSON list of integers is one sequence, a list of lists several."""
-    value = _read_json(file)
+    value = read_json(file)
     several = value if value and all(isinstance(v, list) for v in value) else [value]
     for tokens in several:
         if not isinstance(tokens, list) or not all(type(t) is int for t in tokens):

@@ -182,25 +182,34 @@ class Config:
 MODEL_TYPES = ("kimi_k2", "deepseek_v3")
 
 
-JSON_LIMIT = 200_000_000  # bytes; the index of K2's 208,550 tensors has some 20 million
+FILE_LIMIT = 200_000_000  # bytes; the index of K2's 208,550 tensors has some 20 million
+
+
+def read_text(file: Path) -> str:
+    """A UTF-8 file; `InputError` if it is not there, too large, or anything else."""
+    try:
+        if file.stat().st_size > FILE_LIMIT:
+            raise InputError(f"{file}: more than {FILE_LIMIT:,} bytes; is it the right file?")
+        return file.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{file}: cannot be read as UTF-8 ({e})") from None
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file holds."""
+    try:
+        return json.loads(read_text(file))
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as e:  # also an integer of more than 4,300 digits
+        raise InputError(f"{file}: not JSON ({e})") from None
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object from a file; `InputError` if it is not there, or is anything else."""
-    try:
-        if file.stat().st_size > JSON_LIMIT:
-            raise InputError(f"{file}: more than {JSON_LIMIT} bytes; no file of a checkpoint")
-        value = json.loads(file.read_bytes().decode("utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file; it belongs to a checkpoint's folder") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise InputError(f"{file}: not JSON ({e})") from None
-    except RecursionError:
-        raise InputError(f"{file}: nested too deeply") from None
-    except InputError:
-        raise
-    except ValueError as e:  # an integer of more than 4,300 digits
-        raise InputError(f"{file}: {e}") from None
+    """What a JSON file holds, which must be an object."""
+    value = read_json(file)
     if not isinstance(value, dict):
         raise InputError(f"{file}: a JSON {type(value).__name__}, expected an object")
     return value

@@ -52,10 +52,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from refmoe.config import InputError
+from refmoe.config import InputError, read_json, read_object, read_text
 from refmoe.text.tokenizer import Tokenizer
 
-FILE = 2**26  # bytes of a file read here
 SOURCE = 2**20  # characters of a template; K2's have 4,000
 BUDGET = 2**26  # characters made in one rendering; K2's longest prompts have 2**20
 STEP = 128  # what a call, a filter or a turn of a loop costs beside what it makes
@@ -83,14 +82,12 @@ class ChatTemplate:
     def load(cls, folder: str | Path) -> "ChatTemplate":
         """From a checkpoint's folder: `chat_template.jinja`, else in `tokenizer_config.json`."""
         file, config = Path(folder) / "chat_template.jinja", Path(folder) / "tokenizer_config.json"
-        raw = _read_json(config) if config.is_file() else {}
-        if not isinstance(raw, dict):
-            raise InputError(f"{config}: expected an object")
+        raw = read_object(config) if config.is_file() else {}
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
         tokens = {k: t.get("content") if isinstance(t := raw.get(k), dict) else t for k in names}
         special = {k: t for k, t in tokens.items() if isinstance(t, str)}
         if file.is_file():
-            return cls(_read_text(file), str(file), **special)
+            return cls(read_text(file), str(file), **special)
         source = raw.get("chat_template")
         if isinstance(source, list):  # several, each with a name
             named = (t for t in source if isinstance(t, dict) and t.get("name") == "default")
@@ -260,7 +257,7 @@ def check_tools(tools: Any, where: str) -> list[dict[str, Any]]:
 
 def read_tools(file: str | Path) -> list[dict[str, Any]]:
     """A JSON list of function declarations, or an object that holds it under `tools`."""
-    value = _read_json(Path(file))
+    value = read_json(Path(file))
     return check_tools(value.get("tools") if isinstance(value, dict) else value, str(file))
 
 
@@ -282,28 +279,6 @@ def _copied(value: Any, swap: Mapping[int, int], where: str) -> Any:
     if isinstance(value, list | tuple):
         return [_copied(item, swap, where) for item in value]
     raise InputError(f"{where}: it holds a {type(value).__name__}; expected what JSON can hold")
-
-
-def _read_text(file: Path) -> str:
-    try:
-        with file.open("rb") as stream:
-            content = stream.read(FILE + 1)
-        text = content.decode()
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{file}: cannot be read as UTF-8 ({e})") from None
-    if len(content) > FILE:
-        raise InputError(f"{file}: more than {FILE:,} bytes; is it the right file?")
-    return text
-
-
-def _read_json(file: Path) -> Any:
-    text = _read_text(file)
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{file}: not JSON ({e})") from None
 
 
 def _short(value: Any) -> str:
