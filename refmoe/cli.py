@@ -208,7 +208,7 @@ def _trace(args: argparse.Namespace) -> int:
     arrays = {}
     for i, tokens in enumerate(sequences):
         prefix = f"{i}/" if len(sequences) > 1 else ""
-        for name, x in trace(model, tokens, args.points).items():
+        for name, x in trace(model, tokens, args.points, args.sketch).items():
             arrays[prefix + name] = x
     metadata = {
         "producer": f"refmoe {refmoe.__version__}",
@@ -467,6 +467,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     source.add_argument("--text", help="a text instead")
     p.add_argument("--points", nargs="+", metavar="PATTERN", help="names or patterns; default: all")
+    p.add_argument("--sketch", action="store_true", help="65 numbers a row instead of each tensor")
     p.add_argument("--out", type=Path, required=True, metavar="FILE")
     p.add_argument("--verbose", action="store_true", help="list the points")
 
@@ -475,7 +476,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint's folder")
     p.add_argument("--tokens", type=Path, metavar="FILE", help="JSON: the ids, if not in the dump")
     p.add_argument("--engine", choices=tuple(CONVENTIONS), default="refmoe")
-    p.add_argument("--profile", choices=tuple(PROFILES), help="default: the type of its values")
+    p.add_argument("--profile", choices=tuple(PROFILES), help="default: as its values are")
     p.add_argument("--against", type=Path, metavar="DUMP", help="which of two is further off?")
     p.add_argument("--against-engine", choices=tuple(CONVENTIONS), help="default: as --engine")
     p.add_argument("--against-profile", choices=tuple(PROFILES))

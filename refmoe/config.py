@@ -366,6 +366,7 @@ class Conventions:
     rounded_products: tuple[str, ...] = ()  # formats whose q·s is rounded to bf16: int4, fp8
     router_logits: Literal["wide", "activations"] = "wide"  # float32 at least, or as activations
     normaliser: Literal["sum + 1e-20", "sum", "max(sum, 2^-14)"] = "sum + 1e-20"
+    routed_scale: Literal["weights", "sum"] = "weights"  # what γ multiplies: decides what is dumped
     masked_groups: float = float("-inf")  # choice score of experts in groups not chosen
     rope_layout: Literal["pairs", "halves"] = "pairs"  # of q_pe, k_pe in memory and in dumps
     yarn_betas: tuple[float, float] | None = None  # (fast, slow); None: the config's
@@ -386,6 +387,7 @@ CONVENTIONS = {
             rounded_products=("int4",),
             router_logits="activations",
             normaliser="sum",
+            routed_scale="sum",
         ),
         Conventions(
             "sglang",

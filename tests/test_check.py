@@ -86,7 +86,6 @@ def test_mlx_passes_in_float32_from_logits_and_layers_alone():
         "rounded_products",
         "router_logits",
         "normaliser",
-        "masked_groups",
     }
     assert "model.layers.1.mlp.experts" in report.points[1].through
 

@@ -60,7 +60,9 @@ def route(x: np.ndarray, w: GateWeights, cfg: Config, nx: Numerics) -> Routing:
     g = xp.take_along_axis(s, top, axis=-1)
     if cfg.norm_topk_prob:
         g = g / _normaliser(g.sum(axis=-1, keepdims=True), nx)
-    g = nx.tap("gate#weights", g * wide.type(cfg.routed_scaling_factor))
+    scale = wide.type(cfg.routed_scaling_factor)
+    on_sum = nx.conventions.routed_scale == "sum"  # a sum is linear: only what is shown differs
+    g = nx.tap("gate#weights", g) * scale if on_sum else nx.tap("gate#weights", g * scale)
     return Routing(top, g, _gap(best, K), group_margin)
 
 

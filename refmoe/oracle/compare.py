@@ -15,6 +15,7 @@ alarm below `alpha`. Routing is compared as sets; a flip is explained if the sco
 places were nearer than the noise of a score; what follows uses the engine's choice.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from math import log
@@ -28,8 +29,10 @@ from refmoe.model.decoder import Decoder, policy
 from refmoe.model.experts import MoeWeights
 from refmoe.model.matrix import dequantize
 from refmoe.model.router import limit_groups, sigmoid
-from refmoe.oracle.noise import PROFILES, Profile, emulated
+from refmoe.oracle.adapters import adapt
+from refmoe.oracle.noise import PROFILES, Envelope, Lens, Profile, envelope, profile_of, rms
 from refmoe.oracle.readers import Dump, fit, nearest
+from refmoe.oracle.trace import sketch
 from refmoe.run.model import Model
 
 RUNS = 12
@@ -68,12 +71,17 @@ class Report:
 
 
 class Replay:
-    """A watcher that notes what we compute and goes on with what the engine had."""
+    """A watcher that notes what we compute and goes on with what the engine had.
+
+    Of a tensor that is known in part (a print of its corners, a sketch, top-k log-probabilities)
+    that part is compared, and the computation goes on with ours.
+    """
 
     def __init__(self, dump: Dump, decoder: Decoder):
         self.dump, self.cfg, self.sides = dump, decoder.cfg, decoder.nx.conventions
         self.ours: dict[str, np.ndarray] = {}
         self.theirs: dict[str, np.ndarray] = {}
+        self.lenses: dict[str, Lens] = {}
         self.gates: dict[str, np.ndarray] = {}  # our router logits, whether dumped or not
         self.misfits: dict[str, str] = {}
         self.broken: list[str] = []  # choices that name no expert; ours are used instead
@@ -83,6 +91,10 @@ class Replay:
         self.order.append(path)
         if path.endswith(".mlp.gate"):
             self.gates[path] = x
+        if path == "lm_head" and self.dump.top is not None:
+            return self._top(path, x)
+        if path + "#sketch" in self.dump.arrays:
+            return self._sketched(path, x)
         raw = self.dump.arrays.get(path)
         if raw is None or path.endswith("#rows"):
             return x
@@ -90,6 +102,8 @@ class Replay:
         if theirs is None:
             self.misfits[path] = f"it is {list(raw.shape)}, this point is {list(x.shape)}"
             return x
+        if path in self.dump.partial:
+            return self._partial(path, x, theirs)
         if path.endswith("#scores"):  # what an engine writes where it masks is nobody's concern
             theirs = np.where(np.tri(len(x), dtype=bool)[:, None], theirs, x)
         if path.endswith("#experts"):
@@ -100,8 +114,52 @@ class Replay:
                 self.broken.append(path)
                 return x
         theirs = theirs.astype(x.dtype)
-        self.ours[path], self.theirs[path] = x, theirs
+        self._note(path, x, theirs, Lens(lambda full: full, True))
         return theirs
+
+    def _note(self, path: str, ours: np.ndarray, theirs: np.ndarray, lens: Lens) -> None:
+        self.ours[path], self.theirs[path], self.lenses[path] = lens.look(ours), theirs, lens
+
+    def _partial(self, path: str, x: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+        known = ~np.isnan(theirs)
+        rows = known.reshape(len(x), -1).any(axis=1)
+        if rows.any() and x.dtype.kind == "f":
+
+            def look(full: np.ndarray) -> np.ndarray:
+                return np.where(known, full, 0)[rows]
+
+            key = hashlib.sha256(np.packbits(known).tobytes()).hexdigest()
+            lens = Lens(look, False, self.dump.step, key)
+            self._note(path, x, np.where(known, theirs, 0)[rows], lens)
+        return x
+
+    def _sketched(self, path: str, x: np.ndarray) -> np.ndarray:
+        theirs = self.dump.arrays[path + "#sketch"]
+        lens = Lens(lambda full: sketch(path, full), False, key="sketch")
+        if theirs.shape == lens.look(x).shape:
+            self._note(path, x, theirs.astype(x.dtype), lens)
+        else:
+            self.misfits[path] = f"its sketch is {list(theirs.shape)} for {len(x)} tokens"
+        return x
+
+    def _top(self, path: str, x: np.ndarray) -> np.ndarray:
+        assert self.dump.top is not None
+        ids, theirs = self.dump.top
+        if len(ids) != len(x) or ids.max(initial=-1) >= self.cfg.vocab_size:
+            self.misfits[path] = f"log-probabilities of {len(ids)} positions for {len(x)} tokens"
+            return x
+        known = ids >= 0
+        rows = known.any(axis=1)
+
+        def look(logits: np.ndarray) -> np.ndarray:
+            most = logits.max(axis=-1, keepdims=True)
+            total = np.log(np.exp(logits - most).sum(axis=-1, keepdims=True)) + most
+            return np.where(known, np.take_along_axis(logits, ids, axis=-1) - total, 0)[rows]
+
+        if rows.any():
+            key = hashlib.sha256(ids.tobytes()).hexdigest()
+            self._note(path, x, np.where(known, theirs, 0)[rows], Lens(look, False, key=key))
+        return x
 
 
 def check(
@@ -113,49 +171,71 @@ def check(
     profile: Profile | str | None = None,
     alpha: float = ALPHA,
     runs: int = RUNS,
+    keep: bool = True,
 ) -> Report:
     """Judge a dump of the same tokens and weights.
 
     engine   whose conventions it is to be held to
     profile  its precision; without one, that of the values in the dump
+    keep     False: sample the envelope anew, and leave nothing on disk
     Raises `InputError` where tokens are missing, or a name is unknown.
     """
-    if engine not in CONVENTIONS:
-        raise InputError(f"engine {engine!r}; known: {', '.join(CONVENTIONS)}")
-    name = profile if isinstance(profile, str) else dump.rounded
-    if not isinstance(profile, Profile):
-        if name not in PROFILES:
-            raise InputError(f"profile {name!r}; known: {', '.join(PROFILES)}")
-        profile = PROFILES[name]
-    tokens = dump.tokens if tokens is None else tokens
-    if tokens is None:
-        raise InputError(f"{dump.path}: it does not say its tokens; give them (--tokens FILE)")
-    decoder = model.decoder.using(policy("float64", engine))
-    exact = _replay(decoder, dump, tokens)
-    samples = []
-    for seed in range(runs):
-        replay = Replay(dump, decoder)
-        noisy = emulated(decoder, profile, len(tokens), np.random.default_rng(seed), replay)
-        _run(noisy, tokens)
-        samples.append(replay)
-    return _judge(decoder, dump, exact, samples, engine, profile, alpha)
+    return Case(model, dump, tokens, engine, profile, alpha, runs, keep).report
 
 
-def _replay(decoder: Decoder, dump: Dump, tokens: Sequence[int]) -> Replay:
-    replay = Replay(dump, decoder)
-    _run(decoder.using(decoder.nx.watching(replay)), tokens)
-    return replay
+class Case:
+    """A dump before its judge: both replays, and what can be asked of them afterwards."""
 
+    def __init__(
+        self,
+        model: Model,
+        dump: Dump,
+        tokens: Sequence[int] | None = None,
+        engine: str = "refmoe",
+        profile: Profile | str | None = None,
+        alpha: float = ALPHA,
+        runs: int = RUNS,
+        keep: bool = True,
+    ):
+        if engine not in CONVENTIONS:
+            raise InputError(f"engine {engine!r}; known: {', '.join(CONVENTIONS)}")
+        if isinstance(profile, str):
+            if profile not in PROFILES:
+                raise InputError(f"profile {profile!r}; known: {', '.join(PROFILES)}")
+            profile = PROFILES[profile]
+        tokens = dump.tokens if tokens is None else tokens
+        if tokens is None:
+            raise InputError(f"{dump.path}: it does not say its tokens; give them (--tokens FILE)")
+        self.tokens, self.engine = tokens, engine
+        self.profile = profile or profile_of(dump.rounded, engine)
+        self.decoder = model.decoder.using(policy("float64", engine))
+        self.dump = replace(dump, arrays=adapt(dump.arrays, model.cfg))
+        self.exact = self.replay(self.decoder)
+        self.envelope = envelope(
+            self.decoder,
+            self.profile,
+            tokens,
+            self.exact.lenses,
+            runs,
+            model.checkpoint.identity if keep else None,
+        )
+        self.report = _judge(
+            self.decoder, self.dump, self.exact, self.envelope, engine, self.profile, alpha
+        )
 
-def _run(decoder: Decoder, tokens: Sequence[int]) -> None:
-    decoder.using(replace(decoder.nx, stop_at_nonfinite=False)).logits(tokens)
+    def replay(self, decoder: Decoder) -> Replay:
+        """This decoder, or an altered one, on the engine's own inputs."""
+        seen = Replay(self.dump, decoder)
+        watched = decoder.nx.watching(seen)
+        decoder.using(replace(watched, stop_at_nonfinite=False)).logits(self.tokens)
+        return seen
 
 
 def _judge(
     decoder: Decoder,
     dump: Dump,
     exact: Replay,
-    samples: list[Replay],
+    noise: Envelope,
     engine: str,
     profile: Profile,
     alpha: float,
@@ -164,9 +244,9 @@ def _judge(
     finite = {p for p in numbers if np.isfinite(exact.theirs[p]).all()}
     # what comes of an engine's NaN is not finite either, and is judged no more
     judged = [p for p in numbers if p in finite and np.isfinite(exact.ours[p]).all()]
-    rows = {p: _Rows(exact, samples, p) for p in judged}
+    rows = _rows(exact, noise, judged)
     outside, points = _holm(rows, _spread(rows), _through(exact), alpha)
-    router, flips = _router(decoder, exact, samples)
+    router, flips = _router(decoder, exact, noise)
     suspects = {p: exact.misfits[p] for p in exact.broken}
     suspects |= {p: "not finite" for p in numbers if p not in finite}
     suspects |= {p: f"{points[p].multiple:.3g} times what rounding explains" for p in outside}
@@ -175,7 +255,7 @@ def _judge(
     known = [p for p in dict.fromkeys(exact.order) if not p.endswith("#rows")]
     unmatched = {}
     for name in dump.arrays:
-        if name not in exact.theirs and not name.endswith("#rows"):
+        if name.removesuffix("#sketch") not in exact.theirs and not name.endswith("#rows"):
             near = nearest(name, known)
             unmatched[name] = exact.misfits.get(name) or (
                 f"no such point{f'; the nearest is {near}' if near else ''}"
@@ -189,18 +269,13 @@ def _judge(
         verdict, reason = "undecidable", "rounding alone could explain anything here"
     else:
         verdict, reason = "pass", f"{len(points)} points within their rounding"
-    ours, sides = CONVENTIONS["refmoe"], decoder.nx.conventions
     return Report(
         verdict,
         first,
         reason,
         engine,
         profile.name,
-        {
-            f.name: f"{getattr(sides, f.name)} (here {getattr(ours, f.name)})"
-            for f in fields(sides)
-            if f.name != "name" and getattr(sides, f.name) != getattr(ours, f.name)
-        },
+        _sides(decoder),
         len(exact.theirs),
         tuple(p for p in known if p not in exact.theirs and ".experts." not in p),
         unmatched,
@@ -210,15 +285,30 @@ def _judge(
     )
 
 
+def _sides(decoder: Decoder) -> dict[str, str]:
+    """Where the engine's conventions are not ours, as far as this model can show it."""
+    cfg, ours, theirs = decoder.cfg, CONVENTIONS["refmoe"], decoder.nx.conventions
+    idle = {"name"}
+    if cfg.quantization is None:
+        idle.add("rounded_products")
+    if cfg.n_group == cfg.topk_group:
+        idle.add("masked_groups")
+    if cfg.rope_scaling is None:
+        idle.add("yarn_betas")
+    return {
+        f.name: f"{getattr(theirs, f.name)} (here {getattr(ours, f.name)})"
+        for f in fields(theirs)
+        if f.name not in idle and getattr(theirs, f.name) != getattr(ours, f.name)
+    }
+
+
 class _Rows:
     """Relative errors of one point: the engine's [T], and each emulated run's [runs, T]."""
 
-    def __init__(self, exact: Replay, samples: list[Replay], path: str):
-        ours, theirs = exact.ours[path], exact.theirs[path]
-        size = _rms(ours)
-        self.size = np.where(size > 0, size, 1)
-        self.error = _rms(theirs - ours) / self.size
-        self.noise = np.stack([_rms(s.ours[path] - ours) / self.size for s in samples])
+    def __init__(self, ours: np.ndarray, theirs: np.ndarray, noise: np.ndarray):
+        size = rms(ours)
+        self.error = rms(theirs - ours) / np.where(size > 0, size, 1)
+        self.noise = noise
 
     def ratios(self, error: np.ndarray, noise: np.ndarray) -> tuple[float, float]:
         """log R and log M of an error against the noise of these runs."""
@@ -228,9 +318,21 @@ class _Rows:
         return log(np.sqrt((ratio**2).mean()) + 1e-12), log(ratio.max() + 1e-12)
 
 
-def _rms(x: np.ndarray) -> np.ndarray:
-    flat = x.reshape(len(x), -1)
-    return np.sqrt((flat * flat).mean(axis=1))
+def _rows(exact: Replay, noise: Envelope, judged: list[str]) -> dict[str, _Rows]:
+    """Where the engine chose other experts than float64 does, their rows have the kind's noise."""
+    levels: dict[str, list[np.ndarray]] = {}
+    for path, sampled in noise.noise.items():
+        levels.setdefault(_kind(path), []).append(np.sqrt((sampled**2).mean(axis=1)))
+    out = {}
+    for path in judged:
+        ours, known = exact.ours[path], noise.noise.get(path)
+        if known is None or known.shape[1] != len(ours):
+            if _kind(path) not in levels:
+                continue
+            level = np.sqrt(np.mean(np.square(levels[_kind(path)]), axis=0))
+            known = np.repeat(level[:, None], len(ours), axis=1)
+        out[path] = _Rows(ours, exact.theirs[path], known)
+    return out
 
 
 Spread = dict[str, tuple[np.ndarray, np.ndarray]]  # kind → mean and deviation of (log R, log M)
@@ -289,6 +391,7 @@ def _through(exact: Replay) -> dict[str, tuple[str, ...]]:
     for path in exact.order:
         if path in exact.theirs:
             out[path] = tuple(p for p in lacking if ".experts." not in p)
+        if path in exact.lenses and exact.lenses[path].goes_on:
             lacking = []
         else:
             lacking.append(path)
@@ -296,7 +399,7 @@ def _through(exact: Replay) -> dict[str, tuple[str, ...]]:
 
 
 def _router(
-    decoder: Decoder, exact: Replay, samples: list[Replay]
+    decoder: Decoder, exact: Replay, sampled: Envelope
 ) -> tuple[dict[str, int], dict[str, str]]:
     """Choices as sets: how many flipped, and which are nearer to a tie than the noise."""
     count = {"flips": 0, "explained": 0, "unexplained": 0}
@@ -309,7 +412,7 @@ def _router(
         score = sigmoid(exact.theirs.get(gate, ours))
         score = score + dequantize(weights.gate.e_score_correction_bias, np.float64)
         score, group_margin = limit_groups(score, decoder.cfg, decoder.nx)
-        noise = np.sqrt(np.mean([(s.gates[gate] - ours) ** 2 for s in samples]))
+        noise = sampled.gates[gate]
         # seven deviations of a difference of two scores, sigmoid' being at most 1/4
         tie = 7 * np.sqrt(2) * 0.25 * noise + 4 * 2.0**-24
         for row, (mine, theirs) in enumerate(

@@ -37,6 +37,10 @@ class Dump:
     arrays: dict[str, np.ndarray]
     tokens: list[int] | None
     rounded: str  # the narrowest type that holds every value: bfloat16, float16, float32, float64
+    partial: frozenset[str] = frozenset()  # NaN where unknown: compared where known, never fed back
+    step: float = 0.0  # half of the last decimal, where numbers were printed
+    top: tuple[np.ndarray, np.ndarray] | None = None  # ids [T, K], -1: none; log-probabilities
+    notes: tuple[str, ...] = ()  # what was not read, and why
 
 
 def read_dump(path: str | Path) -> Dump:

@@ -15,6 +15,7 @@ later wrap the text model and write `language_model.model.layers.0…`; transfor
 `model.language_model.layers.0…`, older NVFP4 exports `language_model.layers.0…`.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -163,6 +164,15 @@ class Checkpoint:
         out = cls(path, cfg, tensors, _generation_eos(path), stray=stray)
         out._compare()
         return out
+
+    @property
+    def identity(self) -> str:
+        """Changes when config or a shard does: a hash of config.json, sizes and times."""
+        facts = [self.path.resolve().as_posix(), (self.path / "config.json").read_text("utf-8")]
+        for file in sorted({t.file for t in self.tensors.values()}):
+            stat = file.stat()
+            facts.append(f"{file.name} {stat.st_size} {stat.st_mtime_ns}")
+        return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
     def _compare(self) -> None:
         unread = dict.fromkeys(self.tensors)

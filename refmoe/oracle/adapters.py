@@ -1,0 +1,101 @@
+"""What an engine fuses, stacks or renames → the points of the Hugging Face graph.
+
+Whoever dumps by module path dumps what the engine has. vLLM and SGLang multiply q_a and kv_a, and
+gate and up, as one matrix; their norms add the residual first and return both; their mixture
+returns the routed and the shared sum together; fused expert kernels and llama.cpp hold one row for
+each token and slot. Each habit is known by its name, so no engine needs to be told.
+
+    fused_qkv_a_proj[_with_mqa]         [T, A+C+R]   q_a_proj, kv_a_proj_with_mqa
+    gate_up_proj                        [T, 2F]      gate_proj, up_proj
+    act_fn, beside a gate_up_proj       [T, F]       act
+    input_layernorm#residual            [T, D]       the layer before
+    post_attention_layernorm#residual   [T, D]       #attn_residual
+    model.norm#residual                 [T, D]       the last layer
+    mla_attn.mla_attn [#q, #k_pe]       [T, H(N+R)]  #context, #q_pe, #k_pe (also attn_mqa, attn)
+    experts.gate_proj, up_proj, ...     [T, K, F]    experts.E.gate_proj, ...
+
+Sources: vllm-project/vllm `model_executor/models/deepseek_v2.py`, `layers/mla.py`,
+`layers/fused_moe/runner/moe_runner.py`; sgl-project/sglang `python/sglang/srt/models/
+deepseek_v2.py`; ggml-org/llama.cpp `src/llama-graph.cpp` (build_moe_ffn).
+"""
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from refmoe.config import Config
+
+Arrays = dict[str, np.ndarray]
+Named = Iterator[tuple[str, np.ndarray]]
+
+
+def adapt(arrays: Arrays, cfg: Config) -> Arrays:
+    """The arrays under refmoe's names. What is no habit of these keeps its name."""
+    out: Arrays = {}
+    for name, x in arrays.items():
+        for point, part in _points(name, x, arrays, cfg):
+            out.setdefault(point, part)
+    return out
+
+
+def _points(name: str, x: np.ndarray, arrays: Arrays, cfg: Config) -> Named:
+    at, _, last = name.rpartition(".")
+    layer = re.match(r"model\.layers\.(\d+)", name)
+    match last:
+        case "fused_qkv_a_proj" | "fused_qkv_a_proj_with_mqa":
+            yield f"{at}.q_a_proj", x[..., : cfg.q_lora_rank]
+            yield f"{at}.kv_a_proj_with_mqa", x[..., cfg.q_lora_rank :]
+        case "gate_up_proj":
+            yield f"{at}.gate_proj", x[..., : x.shape[-1] // 2]
+            yield f"{at}.up_proj", x[..., x.shape[-1] // 2 :]
+        case "act_fn" if f"{at}.gate_up_proj" in arrays:  # elsewhere it is silu alone
+            yield f"{at}.act", x
+        case "input_layernorm#residual" if layer:
+            yield f"model.layers.{int(layer[1]) - 1}", x
+        case "post_attention_layernorm#residual":
+            yield f"{at}#attn_residual", x
+        case "norm#residual":
+            yield f"model.layers.{cfg.num_hidden_layers - 1}", x
+        case "mla_attn" | "attn_mqa" | "attn_mha" if at.endswith((".mla_attn", ".self_attn")):
+            attention = at.removesuffix(".mla_attn")
+            if (
+                x.size
+                == len(x) * cfg.num_attention_heads * cfg.v_head_dim
+                != _size(arrays.get(attention))
+            ):
+                yield f"{attention}#context", x
+        case "mla_attn#q":
+            heads = x.reshape(-1, cfg.num_attention_heads, cfg.qk_head_dim)
+            yield f"{at.removesuffix('.mla_attn')}#q_pe", heads[..., cfg.qk_nope_head_dim :]
+        case "mla_attn#k_pe":
+            yield f"{at.removesuffix('.mla_attn')}#k_pe", x
+        case "mla_attn#kv_c" | "rotary_emb":  # what kv_a_layernorm wrote; the query alone
+            return
+        case i if i.isdigit() and f"{name}.post_attention_layernorm#residual" in arrays:
+            return  # its output is the mlp's; the sum is in the next norm
+        case "experts" if _same(x, arrays.get(at)):  # the shared expert is in it already
+            return
+        case "gate_proj" | "up_proj" | "act" | "down_proj" if at.endswith(".mlp.experts"):
+            yield from _slots(name, x, arrays.get(at.removesuffix("experts") + "gate#experts"))
+        case _:
+            yield name, x
+
+
+def _slots(name: str, x: np.ndarray, chosen: np.ndarray | None) -> Named:
+    """[T, K, F] or [T·K, F] → each expert's rows, in the order of the tokens."""
+    at, _, last = name.rpartition(".")
+    if chosen is None or x.size % chosen.size or len(x) not in (len(chosen), chosen.size):
+        yield name, x
+        return
+    rows = x.reshape((*chosen.shape, -1))
+    for e in np.unique(chosen):
+        yield f"{at}.{int(e)}.{last}", rows[chosen == e]
+
+
+def _size(x: np.ndarray | None) -> int:
+    return -1 if x is None else x.size
+
+
+def _same(x: np.ndarray, y: np.ndarray | None) -> bool:
+    return y is not None and x.size == y.size and bool((x.ravel() == y.ravel()).all())
