@@ -1,4 +1,4 @@
-"""The verbs: `refmoe generate | chat | tok | inspect | trace | check | golden | tiny`.
+"""The verbs: `refmoe generate | chat | tok | inspect | trace | check | bench | golden | tiny`.
 
 Without --model they use the embedded tiny-k2. With --json they print one JSON document. Exit
 codes: 0 fine, 1 differs or fails, 2 could not tell or bad use.
@@ -16,7 +16,7 @@ from typing import Any
 import refmoe
 from refmoe.config import CONVENTIONS, InputError, read_json
 from refmoe.model.numerics import POLICIES, NonFinite
-from refmoe.oracle import golden
+from refmoe.oracle import bench, golden
 from refmoe.oracle.compare import Report, arbitrate, check
 from refmoe.oracle.noise import PROFILES
 from refmoe.oracle.readers import read_dump
@@ -321,6 +321,48 @@ def _golden_table(rows: list[golden.Row]) -> None:
     print(f"{len(rows)} comparisons, {bad or 'none'} outside the bound")
 
 
+def _bench(args: argparse.Namespace) -> int:
+    rows: dict[str, list[dict[str, Any]]] = {"healthy": [], "planted": []}
+    for kind, row in bench.real_engines(args.quick):
+        rows[kind].append(row)
+        if not args.json:
+            print(_bench_row(kind, row), flush=True)
+    alarms = {}
+    runs = args.runs or (16 if args.quick else 200)
+    for profile, found in bench.false_alarms(runs):
+        low, high = bench.interval(found["alarms"], runs)
+        alarms[profile] = {**found, "interval": [low, high]}
+        if not args.json:
+            print(
+                f"false alarms, {profile:<16} {found['alarms']} of {runs}, "
+                f"95 % interval {low:.2%} to {high:.2%}",
+                flush=True,
+            )
+    if args.json:
+        _print_json({**rows, "false_alarms": alarms})
+    else:
+        for precision in dict.fromkeys(row["precision"] for row in rows["planted"]):
+            here = [row for row in rows["planted"] if row["precision"] == precision]
+            counts = [sum(row[key] for row in here) for key in ("detected", "placed")]
+            print(f"{precision}: of {len(here)} faults {counts[0]} detected, {counts[1]} placed")
+    passed = all(row["verdict"] == "pass" for row in rows["healthy"])
+    found_all = all(row["detected"] for row in rows["planted"])
+    few = all(found["alarms"] <= max(1, runs // 200) for found in alarms.values())
+    return 0 if passed and found_all and few else 1
+
+
+def _bench_row(kind: str, row: dict[str, Any]) -> str:
+    if kind == "healthy":
+        sides = ", ".join(row["conventions"]) or "none"
+        return (
+            f"healthy  {row['verdict']:<12} {row['engine']:<52} {row['compared']:>3} tensors, "
+            f"worst {row['worst']:.2f} of what is explained; sides of its own: {sides}"
+        )
+    mark = "placed  " if row["placed"] else "detected" if row["detected"] else "MISSED  "
+    name = f"{row['fault']}, {row['engine']}, {row['precision']}"
+    return f"planted  {mark}     {name:<72} {row['point']}"
+
+
 def _tiny(args: argparse.Namespace) -> int:
     shape: dict[str, Any] = {}
     for item in args.shape:
@@ -487,6 +529,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--folder", type=Path, metavar="DIR", help="goldens elsewhere")
     p.add_argument("--reference", action="store_true", help="the definition in model/ alone")
     p.add_argument("--all", action="store_true", help="print every point")
+
+    p = verb("bench", _bench, "measure: `bench oracle` judges other engines", model=False)
+    p.add_argument("what", choices=["oracle"], help="healthy and faulty engines, false alarms")
+    p.add_argument("--quick", action="store_true", help="fewer engines and runs")
+    p.add_argument("--runs", type=int, metavar="N", help="for false alarms, each profile; 200")
 
     p = verb("tiny", _tiny, "write a random checkpoint in Hugging Face layout", model=False)
     p.add_argument("folder", type=Path)

@@ -1,12 +1,10 @@
 """The oracle against real engines: healthy ones pass, planted faults are found where they are."""
 
-import importlib.util
 import json
 import pickle
 import subprocess
 import sys
 import zipfile
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ import safetensors.numpy
 import refmoe
 from refmoe import cli
 from refmoe.config import CONVENTIONS, InputError
+from refmoe.oracle import bench
 from refmoe.oracle.compare import check
 from refmoe.oracle.readers import Dump, fit, read_dump
 from refmoe.run.model import golden_folder
@@ -24,56 +23,12 @@ from tests.test_tiny_k2 import PASSAGE
 
 torch = pytest.importorskip("torch", reason="the peers extra is not installed")
 pytest.importorskip("mlx_lm", reason="the peers extra is not installed")
-planted = pytest.importorskip("tests.planted", reason="the peers extra is not installed")
 
 
-def script(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("script", ROOT / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make, dumper = script("golden/make.py"), script("examples/dump_transformers.py")
+engines = bench.engines()
+make, dumper = engines.make, engines.dumper
 MODEL = refmoe.load()
 TOKENS = MODEL.tokenizer.encode(PASSAGE)[:32]
-
-
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def peer(request):
-    """A running transformers model, hooked."""
-    model = make.load(golden_folder() / "tiny-k2", getattr(torch, request.param))
-    return request.param, model, dumper.watch(model)
-
-
-def run(peer, path) -> Dump:  # type: ignore[no-untyped-def]
-    _, model, seen = peer
-    seen.clear()
-    with torch.no_grad():
-        model(torch.tensor([TOKENS]), use_cache=False)
-    make.safetensors.torch.save_file(dict(seen), path, {"tokens": json.dumps(TOKENS)})
-    return read_dump(path)
-
-
-def test_a_healthy_engine_passes(peer, tmp_path):
-    dump = run(peer, tmp_path / "d.safetensors")
-    report = check(MODEL, dump)
-    assert dump.rounded == peer[0]
-    assert (report.verdict, report.point) == ("pass", None), report.reason
-    assert report.compared == 90
-    assert report.unmatched == {}
-    assert report.router["unexplained"] == 0
-
-
-@pytest.mark.parametrize("fault", planted.FAULTS, ids=lambda f: f.name)
-def test_a_planted_fault_is_found_where_it_is(peer, fault, tmp_path):
-    with fault.plant(peer[1]):
-        dump = run(peer, tmp_path / "d.safetensors")
-    report = check(MODEL, dump)
-    assert report.verdict == "fault"
-    assert report.point in fault.points, report.reason
 
 
 def test_mlx_passes_in_float32_from_logits_and_layers_alone():
@@ -246,12 +201,12 @@ def test_experts_left_random_by_a_loader_are_caught(tmp_path):
     make.twin(golden_folder() / "tiny-k2", tmp_path, torch.float32)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "kimi_k2"}))
-    model, info = planted.hf.DeepseekV3ForCausalLM.from_pretrained(
+    model, info = engines.planted.hf.DeepseekV3ForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float32, output_loading_info=True
     )
     assert info["missing_keys"], "this transformers reads the experts: the trap is gone"
     seen = dumper.watch(model)
-    dump = run(("float32", model.eval(), seen), tmp_path / "d.safetensors")
+    dump = engines.transformers_run(model.eval(), seen, TOKENS)
     report = check(MODEL, dump)
     assert (report.verdict, report.point) == ("fault", "model.layers.1.mlp.experts")
 

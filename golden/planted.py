@@ -1,6 +1,7 @@
-"""Faults planted in a running transformers model, and the point where each must be found.
+"""Faults planted in running engines, and the point where each must be found.
 
-Every one is a patch of the live model or of its code, as in the issues named beside it.
+Every one of `FAULTS` is a patch of a live transformers model or of its code, as in the issues named
+beside it; those of vLLM are planted by golden/make_vllm.py, and only their points are here.
 """
 
 import contextlib
@@ -198,3 +199,18 @@ FAULTS = [
     ),
     Fault("last layer dropped", last_layer_dropped, ("model.layers.3",)),  # lablup/mlxcel#618
 ]
+
+# dump of golden/vllm → where it begins. vLLM scales the routed sum and adds the shared expert to it
+# before anything can be seen.
+VLLM = {
+    "scaling-dropped": ("model.layers.1.mlp",),
+    "scaling-twice": ("model.layers.1.mlp",),
+    "bias-ignored": (f"model.layers.1.{C}",),
+    "not-renormalised": (f"model.layers.1.{W}",),
+    "biased-weights": (f"model.layers.1.{W}",),
+    "mscale-missing": (f"model.layers.0.{X}",),
+    "kv-a-norm-skipped": ("model.layers.0.self_attn.kv_a_layernorm",),
+    "rope-halves": ("model.layers.0.self_attn#q_pe",),
+    "rope-off-by-one": ("model.layers.0.self_attn#q_pe",),
+    "gate-up-swapped-shared": ("model.layers.1.mlp.shared_experts.gate_proj",),
+}
