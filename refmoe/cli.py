@@ -16,8 +16,8 @@ from typing import Any
 import refmoe
 from refmoe.config import CONVENTIONS, InputError, read_json
 from refmoe.model.numerics import POLICIES, NonFinite
-from refmoe.oracle import bench, golden
-from refmoe.oracle.compare import Report, arbitrate, check
+from refmoe.oracle import bench, golden, repro
+from refmoe.oracle.compare import Case, Report, arbitrate, check
 from refmoe.oracle.noise import PROFILES
 from refmoe.oracle.readers import read_dump
 from refmoe.oracle.trace import trace, write
@@ -233,7 +233,11 @@ def _trace(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     model = load(args.model, "float64", reference=True)
     tokens = read_tokens(args.tokens)[0] if args.tokens else None
-    report = check(model, read_dump(args.dump), tokens, engine=args.engine, profile=args.profile)
+    case = Case(model, read_dump(args.dump), tokens, args.engine, args.profile)
+    report = case.report
+    if args.repro and report.verdict == "fault":
+        for path in repro.write(case, args.repro):
+            print(f"refmoe: wrote {path}", file=sys.stderr)
     if args.against is None:
         if args.json:
             _print_json(report.as_json())
@@ -522,6 +526,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--against", type=Path, metavar="DUMP", help="which of two is further off?")
     p.add_argument("--against-engine", choices=tuple(CONVENTIONS), help="default: as --engine")
     p.add_argument("--against-profile", choices=tuple(PROFILES))
+    p.add_argument("--repro", type=Path, metavar="FILE", help="write the fault as a NumPy script")
     p.add_argument("--all", action="store_true", help="print every point")
 
     p = verb("golden", _golden, "compare with other engines' numbers", model=False)
