@@ -12,17 +12,18 @@ from pathlib import Path
 import numpy as np
 
 import refmoe
-from refmoe.oracle.compare import arbitrate
+from refmoe.oracle.compare import Case, arbitrate
 
 model = refmoe.load()
 tokens = model.tokenizer.encode("To be, or not to be, that is the question")
-reports = {}
+cases = {}
 with tempfile.TemporaryDirectory() as tmp:
     for name in ("bfloat16", "float16"):
         file = Path(tmp) / f"{name}.npz"
         points = refmoe.trace(refmoe.load(numerics=name), tokens)
         np.savez(file, tokens=np.array(tokens), **points)
-        reports[name] = refmoe.check(model, refmoe.read_dump(file))
-        print(f"{name}: {reports[name].verdict}, {reports[name].compared} tensors compared")
-both = arbitrate(reports["bfloat16"], reports["float16"])
+        cases[name] = Case(model, refmoe.read_dump(file))
+        report = cases[name].report
+        print(f"{name}: {report.verdict}, {report.compared} tensors compared")
+both = arbitrate(cases["bfloat16"], cases["float16"])
 print(f"bfloat16 errs {both.ratio:.1f} times as much as float16 (8 bits of significand and 11)")

@@ -17,7 +17,7 @@ import refmoe
 from refmoe.config import CONVENTIONS, InputError, read_json
 from refmoe.model.numerics import POLICIES, NonFinite
 from refmoe.oracle import bench, golden, repro
-from refmoe.oracle.compare import Case, Report, arbitrate, check
+from refmoe.oracle.compare import Case, Report, arbitrate
 from refmoe.oracle.noise import PROFILES
 from refmoe.oracle.readers import read_dump
 from refmoe.oracle.trace import trace, write
@@ -245,8 +245,8 @@ def _check(args: argparse.Namespace) -> int:
             _check_report(report, args.all)
         return EXIT[report.verdict]
     engine, profile = args.against_engine or args.engine, args.against_profile
-    other = check(model, read_dump(args.against), tokens, engine=engine, profile=profile)
-    both = arbitrate(report, other)
+    second = Case(model, read_dump(args.against), tokens, engine, profile)
+    other, both = second.report, arbitrate(case, second)
     if args.json:
         _print_json(both.as_json())
     else:
@@ -255,6 +255,8 @@ def _check(args: argparse.Namespace) -> int:
             print(f"{name}: {r.verdict}{where} under profile {r.profile}; {r.reason}")
         if both.ratio is not None:
             print(f"errors of the first over the second: {both.ratio:.3g} at {both.shared} points")
+        at = both.first_difference
+        print(f"the same bits at {both.equal}{f'; they part at {at}' if at else ''}")
         further = {"a": args.dump, "b": args.against}.get(both.further, "neither")
         print(f"further from float64: {further}")
     return max(EXIT[report.verdict], EXIT[other.verdict])

@@ -39,6 +39,7 @@ RUNS = 12
 ALPHA = 1e-3
 SLACK = 2.0  # of the noise: four times as many roundings as the profile knows
 LEAST_SPREAD = 0.05  # of log R: no spread is known better than this from a dozen runs
+TOP = "top log-probabilities"  # what a report calls them
 WIDE = 0.5  # noise that is half the signal decides nothing
 
 
@@ -146,7 +147,7 @@ class Replay:
         assert self.dump.top is not None
         ids, theirs = self.dump.top
         if len(ids) != len(x) or ids.max(initial=-1) >= self.cfg.vocab_size:
-            self.misfits[path] = f"log-probabilities of {len(ids)} positions for {len(x)} tokens"
+            self.misfits[TOP] = f"of {len(ids)} positions for {len(x)} tokens, or of other words"
             return x
         known = ids >= 0
         rows = known.any(axis=1)
@@ -260,6 +261,8 @@ def _judge(
             unmatched[name] = exact.misfits.get(name) or (
                 f"no such point{f'; the nearest is {near}' if near else ''}"
             )
+    if TOP in exact.misfits:
+        unmatched[TOP] = exact.misfits[TOP]
     wide = [p for p in points if points[p].envelope > WIDE]
     if first is not None:
         verdict, reason = "fault", suspects[first]
@@ -409,7 +412,8 @@ def _router(
         weights = decoder.layers[int(path.split(".")[2])].mlp
         assert isinstance(weights, MoeWeights)
         ours = exact.gates[gate]  # of the engine's own input, where it dumped no logits
-        score = sigmoid(exact.theirs.get(gate, ours))
+        whole = gate in exact.lenses and exact.lenses[gate].goes_on
+        score = sigmoid(exact.theirs[gate] if whole else ours)
         score = score + dequantize(weights.gate.e_score_correction_bias, np.float64)
         score, group_margin = limit_groups(score, decoder.cfg, decoder.nx)
         noise = sampled.gates[gate]
@@ -439,11 +443,17 @@ def _router(
 
 @dataclass(frozen=True)
 class Arbitration:
-    """Two engines against float64: which is further, and whether either is at fault by itself."""
+    """Two engines against float64: which is further, and whether either is at fault by itself.
+
+    Also one engine against itself: prefill and decoding, two chunk sizes, two batch neighbours.
+    Both then pass, and `first_difference` is where their bits part, None if they never do.
+    """
 
     a: Report
     b: Report
     shared: int  # points of both
+    equal: int  # of these, the same bit for bit
+    first_difference: str | None
     ratio: float | None  # geometric mean of a's error over b's, at the points where both err
 
     @property
@@ -457,10 +467,13 @@ class Arbitration:
         return {**asdict(self), "further": self.further}
 
 
-def arbitrate(a: Report, b: Report) -> Arbitration:
+def arbitrate(a: Case, b: Case) -> Arbitration:
     """Both judged on their own inputs, so that one engine's error is not the other's."""
-    errors = {p.name: p.rel_error for p in b.points}
-    pairs = [(p.rel_error, errors[p.name]) for p in a.points if p.name in errors]
+    errors = {p.name: p.rel_error for p in b.report.points}
+    pairs = [(p.rel_error, errors[p.name]) for p in a.report.points if p.name in errors]
     logs = [log(x / y) for x, y in pairs if x > 0 and y > 0]
     ratio = float(np.exp(np.mean(logs))) if logs else None
-    return Arbitration(a, b, len(pairs), ratio)
+    shared = [p for p in a.exact.theirs if p in b.exact.theirs]
+    differ = [p for p in shared if not np.array_equal(a.exact.theirs[p], b.exact.theirs[p])]
+    first = differ[0] if differ else None
+    return Arbitration(a.report, b.report, len(pairs), len(shared) - len(differ), first, ratio)

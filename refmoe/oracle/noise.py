@@ -303,7 +303,8 @@ def cache_folder() -> Path:
 
 def _recall(key: str) -> Envelope | None:
     try:
-        with np.load(cache_folder() / f"{key}.npz", allow_pickle=False) as file:
+        path = cache_folder() / f"{key}.npz"
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             noise = {n[1:]: file[n] for n in file.files if n[0] == "n"}
             return Envelope(noise, {n[1:]: float(file[n]) for n in file.files if n[0] == "g"})
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
