@@ -10,6 +10,7 @@ from refmoe.oracle import noise
 from refmoe.oracle.adapters import adapt
 from refmoe.oracle.bench import rounded_run
 from refmoe.oracle.compare import Case, arbitrate, check
+from refmoe.oracle.graph import parents
 from refmoe.oracle.noise import PROFILES, profile_of
 from refmoe.oracle.readers import Dump
 from refmoe.oracle.trace import DIRECTIONS, sketch, trace
@@ -157,6 +158,49 @@ def test_rows_of_tokens_and_slots_become_those_of_experts(model, random_bf16):
         assert report.verdict == "pass", report.reason
         assert report.unmatched == {}
         assert report.compared == len([n for n in arrays if not n.endswith("#rows")])
+
+
+# --- the graph of names
+
+
+@pytest.mark.parametrize("member", [None, "moonlight"])
+def test_a_point_depends_on_its_parents_and_on_nothing_else(member, random_bf16, tmp_path):
+    """With every parent given, a change anywhere else does not reach a point; through one it does."""
+    if member:
+        write_member(random_bf16 := tmp_path / member, member, seed=3)
+    model = refmoe.load(random_bf16, "float64", reference=True)
+    exact = refmoe.trace(model, TOKENS)
+    exact = {n: x for n, x in exact.items() if ".experts." not in n}
+    at = "model.layers.1"
+    for point in [n for n in exact if n.startswith(at) or n in ("model.norm", "lm_head")]:
+        makers = set(parents(point, model.cfg))
+        reached = set()
+        for spoilt in exact:
+            if "#experts" in spoilt or point == spoilt:
+                continue
+            seen = {}
+
+            def watch(path, x, spoilt=spoilt, seen=seen, makers=makers):  # type: ignore
+                seen[path] = x
+                if path == spoilt:
+                    return -exact[path]
+                return exact[path] if path in makers and path in exact else x
+
+            model.using(model.nx.watching(watch)).logits(TOKENS)
+            if not np.allclose(seen[point], exact[point], rtol=1e-9, atol=1e-12):
+                reached.add(spoilt)
+        wanted = {m for m in makers if m in exact and "#experts" not in m}
+        assert reached == wanted, point
+
+
+def test_what_a_dump_lacks_is_named_along_the_way_and_not_beside_it(model, random_bf16):
+    """vLLM shows the shared expert's inside and the sum, and never the routed sum alone."""
+    arrays = refmoe.trace(refmoe.load(random_bf16), TOKENS)
+    del arrays["model.layers.1.mlp.experts"]
+    arrays = {n: x for n, x in arrays.items() if ".experts." not in n}
+    report = check(model, Dump(random_bf16, arrays, TOKENS, "float32"))
+    named = {p.name: p.through for p in report.points if p.through}
+    assert named == {"model.layers.1.mlp": ("model.layers.1.mlp.experts",)}
 
 
 # --- profiles and envelopes

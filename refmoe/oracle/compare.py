@@ -30,6 +30,7 @@ from refmoe.model.experts import MoeWeights
 from refmoe.model.matrix import dequantize
 from refmoe.model.router import limit_groups, sigmoid
 from refmoe.oracle.adapters import adapt
+from refmoe.oracle.graph import through
 from refmoe.oracle.noise import PROFILES, Envelope, Lens, Profile, envelope, profile_of, rms
 from refmoe.oracle.readers import Dump, fit, nearest
 from refmoe.oracle.trace import sketch
@@ -246,14 +247,17 @@ def _judge(
     # what comes of an engine's NaN is not finite either, and is judged no more
     judged = [p for p in numbers if p in finite and np.isfinite(exact.ours[p]).all()]
     rows = _rows(exact, noise, judged)
-    outside, points = _holm(rows, _spread(rows), _through(exact), alpha)
+    fed = {p for p, lens in exact.lenses.items() if lens.goes_on}
+    order = dict.fromkeys(exact.order)
+    lacking = {p: tuple(through(p, fed, order, decoder.cfg)) for p in rows}
+    outside, points = _holm(rows, _spread(rows), lacking, alpha)
     router, flips = _router(decoder, exact, noise)
     suspects = {p: exact.misfits[p] for p in exact.broken}
     suspects |= {p: "not finite" for p in numbers if p not in finite}
     suspects |= {p: f"{points[p].multiple:.3g} times what rounding explains" for p in outside}
     suspects |= flips
     first = next((p for p in exact.order if p in suspects), None)
-    known = [p for p in dict.fromkeys(exact.order) if not p.endswith("#rows")]
+    known = [p for p in order if not p.endswith("#rows")]
     unmatched = {}
     for name in dump.arrays:
         if name.removesuffix("#sketch") not in exact.theirs and not name.endswith("#rows"):
@@ -299,10 +303,16 @@ def _sides(decoder: Decoder) -> dict[str, str]:
     if cfg.rope_scaling is None:
         idle.add("yarn_betas")
     return {
-        f.name: f"{getattr(theirs, f.name)} (here {getattr(ours, f.name)})"
+        f.name: f"{_said(getattr(theirs, f.name))} (here {_said(getattr(ours, f.name))})"
         for f in fields(theirs)
         if f.name not in idle and getattr(theirs, f.name) != getattr(ours, f.name)
     }
+
+
+def _said(value: Any) -> str:
+    if value is None:
+        return "the config's"
+    return (", ".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
 
 
 class _Rows:
@@ -360,7 +370,7 @@ def _spread(rows: dict[str, _Rows]) -> Spread:
 
 
 def _holm(
-    rows: dict[str, _Rows], spread: Spread, through: dict[str, tuple[str, ...]], alpha: float
+    rows: dict[str, _Rows], spread: Spread, lacking: dict[str, tuple[str, ...]], alpha: float
 ) -> tuple[list[str], dict[str, Point]]:
     """The points outside, and every point with its share of what is explained."""
     normal = NormalDist()
@@ -383,22 +393,8 @@ def _holm(
         multiple = float((np.exp(r.ratios(r.error, r.noise)) / explained).max())
         level = float(np.sqrt((r.noise**2).mean()))
         error = float(np.sqrt((r.error**2).mean()))
-        points[path] = Point(path, error, level * float(explained[0]), multiple, through[path])
+        points[path] = Point(path, error, level * float(explained[0]), multiple, lacking[path])
     return outside, points
-
-
-def _through(exact: Replay) -> dict[str, tuple[str, ...]]:
-    """For each point of the dump, the points before it that it lacks, back to the last it has."""
-    out: dict[str, tuple[str, ...]] = {}
-    lacking: list[str] = []
-    for path in exact.order:
-        if path in exact.theirs:
-            out[path] = tuple(p for p in lacking if ".experts." not in p)
-        if path in exact.lenses and exact.lenses[path].goes_on:
-            lacking = []
-        else:
-            lacking.append(path)
-    return out
 
 
 def _router(
