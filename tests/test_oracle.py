@@ -165,7 +165,7 @@ def test_rows_of_tokens_and_slots_become_those_of_experts(model, random_bf16):
 
 @pytest.mark.parametrize("member", [None, "moonlight"])
 def test_a_point_depends_on_its_parents_and_on_nothing_else(member, random_bf16, tmp_path):
-    """With every parent given, a change anywhere else does not reach a point; through one it does."""
+    """With its parents given, a change of one of them reaches a point, and no other does."""
     if member:
         write_member(random_bf16 := tmp_path / member, member, seed=3)
     model = refmoe.load(random_bf16, "float64", reference=True)
