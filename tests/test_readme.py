@@ -50,7 +50,8 @@ def stable(output: str) -> str:
 
 
 def workplace(folder: Path) -> Path:
-    (folder / "examples").symlink_to(ROOT / "examples")
+    for name in ("examples", "golden"):
+        (folder / name).symlink_to(ROOT / name)
     return folder
 
 
