@@ -288,7 +288,26 @@ def _check_report(report: Report, every: bool) -> None:
     through = next((p.through for p in report.points if p.name == report.point), ())
     if through:
         print(f"judged together with {', '.join(through)}, which the dump lacks")
+    _cause(report)
     print(f"nominal chance of a false alarm in the whole report: {report.alpha:g}")
+
+
+def _cause(report: Report) -> None:
+    if report.cause is None:
+        if report.verdict == "fault":
+            print(f"CAUSE: none known fits{f'; {report.shape}' if report.shape else ''}")
+        return
+    cause = report.cause
+    print(f"CAUSE: {cause.text} [{cause.id}]")
+    if cause.references:
+        print(f"  as in {', '.join(cause.references)}")
+    if cause.fitted:
+        print(f"  {cause.fitted}")
+    if cause.equivalent:
+        print(f"  here the same as: {', '.join(cause.equivalent)}")
+    if cause.runner_up:
+        worse = f", {cause.times_worse:.3g} times worse" if cause.times_worse else ""
+        print(f"  next best: {cause.runner_up}{worse}")
 
 
 def _golden(args: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ from refmoe.config import InputError
 from refmoe.model.decoder import Decoder, policy
 from refmoe.model.matrix import E4M3, Fp8Block, Matrix, dequantize, round_bf16
 from refmoe.model.numerics import round_float16
+from refmoe.oracle.cause import Cause
 from refmoe.oracle.compare import check
 from refmoe.oracle.noise import PROFILES, Profile
 from refmoe.oracle.readers import Dump
@@ -84,10 +85,17 @@ def real_engines(quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
                 "precision": run.precision,
                 "detected": report.verdict == "fault",
                 "placed": report.point in run.points,
+                "named": report.cause is not None and _named(report.cause, run.ids),
                 "point": report.point,
+                "cause": report.cause.id if report.cause else None,
                 "reason": report.reason,
             }
             yield "planted", row
+
+
+def _named(cause: Cause, ids: tuple[str, ...]) -> bool:
+    """Under one of these ids of the dictionary, or one that the same dump cannot be told from."""
+    return bool({cause.id, *cause.equivalent} & set(ids))
 
 
 def false_alarms(runs: int) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -15,7 +15,6 @@ alarm below `alpha`. Routing is compared as sets; a flip is explained if the sco
 places were nearer than the noise of a score; what follows uses the engine's choice.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from math import log
@@ -29,18 +28,18 @@ from refmoe.model.decoder import Decoder, policy
 from refmoe.model.experts import MoeWeights
 from refmoe.model.matrix import dequantize
 from refmoe.model.router import limit_groups, sigmoid
+from refmoe.oracle import cause as causes
 from refmoe.oracle.adapters import adapt
 from refmoe.oracle.graph import through
-from refmoe.oracle.noise import PROFILES, Envelope, Lens, Profile, envelope, profile_of, rms
-from refmoe.oracle.readers import Dump, fit, nearest
-from refmoe.oracle.trace import sketch
+from refmoe.oracle.noise import PROFILES, Envelope, Profile, envelope, profile_of, rms
+from refmoe.oracle.readers import Dump, nearest
+from refmoe.oracle.replay import TOP, Replay
 from refmoe.run.model import Model
 
 RUNS = 12
 ALPHA = 1e-3
 SLACK = 2.0  # of the noise: four times as many roundings as the profile knows
 LEAST_SPREAD = 0.05  # of log R: no spread is known better than this from a dozen runs
-TOP = "top log-probabilities"  # what a report calls them
 WIDE = 0.5  # noise that is half the signal decides nothing
 
 
@@ -67,101 +66,11 @@ class Report:
     points: tuple[Point, ...]
     router: dict[str, int]
     alpha: float
+    cause: causes.Cause | None = None
+    shape: str | None = None  # of a residual that no known fault explains
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-class Replay:
-    """A watcher that notes what we compute and goes on with what the engine had.
-
-    Of a tensor that is known in part (a print of its corners, a sketch, top-k log-probabilities)
-    that part is compared, and the computation goes on with ours.
-    """
-
-    def __init__(self, dump: Dump, decoder: Decoder):
-        self.dump, self.cfg, self.sides = dump, decoder.cfg, decoder.nx.conventions
-        self.ours: dict[str, np.ndarray] = {}
-        self.theirs: dict[str, np.ndarray] = {}
-        self.lenses: dict[str, Lens] = {}
-        self.gates: dict[str, np.ndarray] = {}  # our router logits, whether dumped or not
-        self.misfits: dict[str, str] = {}
-        self.broken: list[str] = []  # choices that name no expert; ours are used instead
-        self.order: list[str] = []
-
-    def __call__(self, path: str, x: np.ndarray) -> np.ndarray:
-        self.order.append(path)
-        if path.endswith(".mlp.gate"):
-            self.gates[path] = x
-        if path == "lm_head" and self.dump.top is not None:
-            return self._top(path, x)
-        if path + "#sketch" in self.dump.arrays:
-            return self._sketched(path, x)
-        raw = self.dump.arrays.get(path)
-        if raw is None or path.endswith("#rows"):
-            return x
-        theirs = fit(path, raw, x.shape, self.sides)
-        if theirs is None:
-            self.misfits[path] = f"it is {list(raw.shape)}, this point is {list(x.shape)}"
-            return x
-        if path in self.dump.partial:
-            return self._partial(path, x, theirs)
-        if path.endswith("#scores"):  # what an engine writes where it masks is nobody's concern
-            theirs = np.where(np.tri(len(x), dtype=bool)[:, None], theirs, x)
-        if path.endswith("#experts"):
-            inside = (theirs >= 0) & (theirs < self.cfg.n_routed_experts) & (theirs % 1 == 0)
-            if not inside.all():
-                row = int(np.argwhere(~inside)[0][0])
-                self.misfits[path] = f"token {row} chose {theirs[row].tolist()}, no expert's index"
-                self.broken.append(path)
-                return x
-        theirs = theirs.astype(x.dtype)
-        self._note(path, x, theirs, Lens(lambda full: full, True))
-        return theirs
-
-    def _note(self, path: str, ours: np.ndarray, theirs: np.ndarray, lens: Lens) -> None:
-        self.ours[path], self.theirs[path], self.lenses[path] = lens.look(ours), theirs, lens
-
-    def _partial(self, path: str, x: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-        known = ~np.isnan(theirs)
-        rows = known.reshape(len(x), -1).any(axis=1)
-        if rows.any() and x.dtype.kind == "f":
-
-            def look(full: np.ndarray) -> np.ndarray:
-                return np.where(known, full, 0)[rows]
-
-            key = hashlib.sha256(np.packbits(known).tobytes()).hexdigest()
-            lens = Lens(look, False, self.dump.step, key)
-            self._note(path, x, np.where(known, theirs, 0)[rows], lens)
-        return x
-
-    def _sketched(self, path: str, x: np.ndarray) -> np.ndarray:
-        theirs = self.dump.arrays[path + "#sketch"]
-        lens = Lens(lambda full: sketch(path, full), False, key="sketch")
-        if theirs.shape == lens.look(x).shape:
-            self._note(path, x, theirs.astype(x.dtype), lens)
-        else:
-            self.misfits[path] = f"its sketch is {list(theirs.shape)} for {len(x)} tokens"
-        return x
-
-    def _top(self, path: str, x: np.ndarray) -> np.ndarray:
-        assert self.dump.top is not None
-        ids, theirs = self.dump.top
-        if len(ids) != len(x) or ids.max(initial=-1) >= self.cfg.vocab_size:
-            self.misfits[TOP] = f"of {len(ids)} positions for {len(x)} tokens, or of other words"
-            return x
-        known = ids >= 0
-        rows = known.any(axis=1)
-
-        def look(logits: np.ndarray) -> np.ndarray:
-            most = logits.max(axis=-1, keepdims=True)
-            total = np.log(np.exp(logits - most).sum(axis=-1, keepdims=True)) + most
-            return np.where(known, np.take_along_axis(logits, ids, axis=-1) - total, 0)[rows]
-
-        if rows.any():
-            key = hashlib.sha256(ids.tobytes()).hexdigest()
-            self._note(path, x, np.where(known, theirs, 0)[rows], Lens(look, False, key=key))
-        return x
 
 
 def check(
@@ -221,9 +130,13 @@ class Case:
             runs,
             model.checkpoint.identity if keep else None,
         )
-        self.report = _judge(
+        self.report, self.rows = _judge(
             self.decoder, self.dump, self.exact, self.envelope, engine, self.profile, alpha
         )
+        if self.report.verdict == "fault":
+            found = causes.find(self)
+            shape = None if found else causes.describe(self)
+            self.report = replace(self.report, cause=found, shape=shape)
 
     def replay(self, decoder: Decoder) -> Replay:
         """This decoder, or an altered one, on the engine's own inputs."""
@@ -241,7 +154,7 @@ def _judge(
     engine: str,
     profile: Profile,
     alpha: float,
-) -> Report:
+) -> tuple[Report, dict[str, "Rows"]]:
     numbers = [p for p in exact.theirs if not p.endswith("#experts")]
     finite = {p for p in numbers if np.isfinite(exact.theirs[p]).all()}
     # what comes of an engine's NaN is not finite either, and is judged no more
@@ -276,7 +189,7 @@ def _judge(
         verdict, reason = "undecidable", "rounding alone could explain anything here"
     else:
         verdict, reason = "pass", f"{len(points)} points within their rounding"
-    return Report(
+    report = Report(
         verdict,
         first,
         reason,
@@ -290,6 +203,7 @@ def _judge(
         router,
         alpha,
     )
+    return report, rows
 
 
 def _sides(decoder: Decoder) -> dict[str, str]:
@@ -315,13 +229,24 @@ def _said(value: Any) -> str:
     return (", ".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
 
 
-class _Rows:
+class Rows:
     """Relative errors of one point: the engine's [T], and each emulated run's [runs, T]."""
 
     def __init__(self, ours: np.ndarray, theirs: np.ndarray, noise: np.ndarray):
         size = rms(ours)
         self.error = rms(theirs - ours) / np.where(size > 0, size, 1)
         self.noise = noise
+        self.explained = np.ones(2)  # the largest R and M that are; `_holm` knows
+
+    def multiple(self) -> float:
+        """Of what is explained; above 1 is outside."""
+        return float((np.exp(self.ratios(self.error, self.noise)) / self.explained).max())
+
+    def against(self, ours: np.ndarray, theirs: np.ndarray) -> float:
+        """The same for another hypothesis of what the engine should have computed here."""
+        other = Rows(ours, theirs, self.noise)
+        other.explained = self.explained
+        return other.multiple()
 
     def ratios(self, error: np.ndarray, noise: np.ndarray) -> tuple[float, float]:
         """log R and log M of an error against the noise of these runs."""
@@ -331,7 +256,7 @@ class _Rows:
         return log(np.sqrt((ratio**2).mean()) + 1e-12), log(ratio.max() + 1e-12)
 
 
-def _rows(exact: Replay, noise: Envelope, judged: list[str]) -> dict[str, _Rows]:
+def _rows(exact: Replay, noise: Envelope, judged: list[str]) -> dict[str, Rows]:
     """Where the engine chose other experts than float64 does, their rows have the kind's noise."""
     levels: dict[str, list[np.ndarray]] = {}
     for path, sampled in noise.noise.items():
@@ -344,7 +269,7 @@ def _rows(exact: Replay, noise: Envelope, judged: list[str]) -> dict[str, _Rows]
                 continue
             level = np.sqrt(np.mean(np.square(levels[_kind(path)]), axis=0))
             known = np.repeat(level[:, None], len(ours), axis=1)
-        out[path] = _Rows(ours, exact.theirs[path], known)
+        out[path] = Rows(ours, exact.theirs[path], known)
     return out
 
 
@@ -355,7 +280,7 @@ def _kind(path: str) -> str:
     return ".".join(part for part in path.split(".") if not part.split("#")[0].isdigit())
 
 
-def _spread(rows: dict[str, _Rows]) -> Spread:
+def _spread(rows: dict[str, Rows]) -> Spread:
     """How log R and log M of one emulated run lie against the others, pooled over layers."""
     drawn: dict[str, list[tuple[float, float]]] = {}
     for path, r in rows.items():
@@ -370,7 +295,7 @@ def _spread(rows: dict[str, _Rows]) -> Spread:
 
 
 def _holm(
-    rows: dict[str, _Rows], spread: Spread, lacking: dict[str, tuple[str, ...]], alpha: float
+    rows: dict[str, Rows], spread: Spread, lacking: dict[str, tuple[str, ...]], alpha: float
 ) -> tuple[list[str], dict[str, Point]]:
     """The points outside, and every point with its share of what is explained."""
     normal = NormalDist()
@@ -389,11 +314,11 @@ def _holm(
     points = {}
     for path, r in rows.items():
         mean, deviation = spread[_kind(path)]
-        explained = np.exp(mean + log(SLACK) + reach * deviation)
-        multiple = float((np.exp(r.ratios(r.error, r.noise)) / explained).max())
+        r.explained = np.exp(mean + log(SLACK) + reach * deviation)
         level = float(np.sqrt((r.noise**2).mean()))
         error = float(np.sqrt((r.error**2).mean()))
-        points[path] = Point(path, error, level * float(explained[0]), multiple, lacking[path])
+        envelope = level * float(r.explained[0])
+        points[path] = Point(path, error, envelope, r.multiple(), lacking[path])
     return outside, points
 
 

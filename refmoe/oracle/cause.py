@@ -1,0 +1,238 @@
+"""Why is the first wrong operation wrong? Each fault of the dictionary is tried in its place.
+
+At the failing point every candidate (faults.py) recomputes that one layer on the engine's own
+inputs, as an engine with that fault would. The residual left is measured against the envelope as
+the healthy hypothesis was: inside it, the fault explains the engine. Of those that do, the one that
+also explains the layer's other points best is named, with its fitted constant, the runner-up, and
+how much worse that fits. A fault of one expert is tried for the expert that all wrong rows and no
+right one have chosen.
+
+Where nothing fits, the residual's shape is described: what is constant in it is a clue.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from refmoe.model.decoder import Decoder, head, layer
+from refmoe.model.mla import Segment
+from refmoe.oracle.faults import Fault, altered, candidates, equivalent, strength_of
+from refmoe.oracle.noise import rms
+from refmoe.oracle.replay import Replay
+
+if TYPE_CHECKING:
+    from refmoe.oracle.compare import Case
+
+
+@dataclass(frozen=True)
+class Cause:
+    id: str
+    text: str  # a sentence, with the layer's expert where it is one expert's
+    references: tuple[str, ...]
+    fitted: str | None  # what the numbers say of its constant
+    runner_up: str | None  # id of the next best that is not equivalent to it
+    times_worse: float | None  # its residual over the best one's
+    equivalent: tuple[str, ...]  # ids that no dump of these points can tell from it
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    fault: Fault
+    expert: int | None
+    here: float  # misfit at the failing point, of what is explained; for choices, wrong ones in all
+    layer: float  # the worst misfit of the layer's points, this one included
+    fitted: str | None = None
+
+    @property
+    def text(self) -> str:
+        return self.fault.text + (f", in expert {self.expert}" if self.expert is not None else "")
+
+
+NOISE = 0.1  # of what is explained: below it, two hypotheses fit alike
+
+
+def find(case: "Case") -> Cause | None:
+    """The fault that explains the first wrong point, or None where none does."""
+    point = case.report.point
+    if point is None or point not in case.exact.theirs or case.report.reason == "not finite":
+        return None
+    enough = _enough(case, point)
+    trials = [t for t in _trials(case, point) if t.fault.predicts]
+    trials.sort(key=lambda t: (t.here > enough, max(t.layer, NOISE), t.expert is not None))
+    if not trials or trials[0].here > enough:
+        return None
+    best = trials[0]
+    same = next((ids for ids in equivalent if best.fault.id in ids), (best.fault.id,))
+    others = [t for t in trials[1:] if t.fault.id not in same]
+    ties = tuple(i for i in same if i != best.fault.id and i in {t.fault.id for t in trials})
+    worse = max(others[0].layer, NOISE) / max(best.layer, NOISE) if others else None
+    return Cause(
+        best.fault.id,
+        best.text,
+        best.fault.references,
+        best.fitted,
+        others[0].fault.id if others else None,
+        worse if worse is not None and np.isfinite(worse) else None,
+        ties,
+    )
+
+
+def _enough(case: "Case", point: str) -> float:
+    """Inside the envelope; of choices, one in a hundred may be a tie."""
+    return max(1.0, case.exact.theirs[point].size / 100) if point.endswith("#experts") else 1.0
+
+
+def _trials(case: "Case", point: str) -> Iterator[_Trial]:
+    through = next((p.through for p in case.report.points if p.name == point), ())
+    suspects = _experts(case, point)
+    within = _around(case, point)
+    for fault in candidates(point, through, case.decoder.cfg):
+        for expert in (None, *suspects):
+            try:
+                seen = _again(case, fault, expert, point)
+            except ValueError:  # no fault of a single expert
+                continue
+            misfits = {p: _misfit(case, p, seen.ours.get(p)) for p in within}
+            fitted = None
+            if fault.fitted is not None and not point.endswith("#experts"):
+                healthy, theirs = case.exact.ours[point], case.exact.theirs[point]
+                found = fault.fitted.at(
+                    case.decoder.cfg, strength_of(theirs, healthy, seen.ours[point])
+                )
+                right = fault.fitted.value(case.decoder.cfg)
+                fitted = f"{fault.fitted.name} {found:.5g}, expected {right:.5g}"
+            yield _Trial(fault, expert, misfits[point], max(misfits.values()), fitted)
+
+
+def _around(case: "Case", point: str) -> list[str]:
+    """The points of the dump that one layer's fault may change: the layer's, from the first on."""
+    if not point.startswith("model.layers."):
+        return [point]
+    at = "model.layers." + point.split(".")[2].split("#")[0]
+    inside = [p for p in case.exact.theirs if p == at or p.startswith((at + ".", at + "#"))]
+    return [p for p in inside if p in case.rows or p.endswith("#experts")]
+
+
+def _again(case: "Case", fault: Fault, expert: int | None, point: str) -> Replay:
+    """The layer as an engine with this fault computes it, from this engine's inputs."""
+    seen = Replay(case.dump, case.decoder)
+    nx = replace(case.decoder.nx.watching(seen), stop_at_nonfinite=False)
+    with np.errstate(all="ignore"):
+        run_layer(altered(case.decoder.using(nx), fault, expert=expert), case, point)
+    return seen
+
+
+def run_layer(decoder: Decoder, case: "Case", point: str) -> None:
+    """Only the part of the network that ends in this point, from what went into it."""
+    cfg, nx = decoder.cfg, decoder.nx
+    if not point.startswith("model.layers."):
+        if point == "model.embed_tokens":
+            decoder.logits(case.tokens)
+            return
+        x = _entering(decoder, case, len(decoder.layers))
+        head(x, decoder.norm, decoder.lm_head, cfg, nx)
+        return
+    first = last = int(point.split(".")[2].split("#")[0])
+    through = next((p.through for p in case.report.points if p.name == point), ())
+    layers = [int(p.split(".")[2].split("#")[0]) for p in through if p.startswith("model.layers.")]
+    first = min([first, *layers])
+    x = _entering(decoder, case, first)
+    for i in range(first, last + 1):
+        segments = [Segment(slice(0, len(x)), decoder.caches()[i])]
+
+        def expert(e: int, i: int = i) -> Any:
+            return decoder.experts(i, e)
+
+        x = layer(x, decoder.layers[i], expert, segments, cfg, nx.within(f"model.layers.{i}."))
+
+
+def _entering(decoder: Decoder, case: "Case", i: int) -> np.ndarray:
+    """What entered layer i, shown to the watcher as its own output was."""
+    path = f"model.layers.{i - 1}" if i else "model.embed_tokens"
+    return decoder.nx.tap(path, case.exact.entering[path])
+
+
+def _misfit(case: "Case", point: str, ours: np.ndarray | None) -> float:
+    theirs = case.exact.theirs[point]
+    if ours is None or ours.shape != theirs.shape:
+        return np.inf
+    if point.endswith("#experts"):
+        pairs = zip(ours.tolist(), theirs.tolist(), strict=True)
+        return float(sum(len(set(b) - set(a)) for a, b in pairs))
+    if not np.isfinite(ours).all():
+        return np.inf
+    return case.rows[point].against(ours, theirs)
+
+
+def _experts(case: "Case", point: str) -> list[int]:
+    """Experts that every wrong row has chosen, and no right one."""
+    name, _, _ = point.partition(".mlp")
+    chosen = case.exact.theirs.get(f"{name}.mlp.gate#experts")
+    if not point.endswith((".mlp", ".mlp.experts")) or chosen is None:
+        return []
+    rows = case.rows[point]
+    level = np.sqrt((rows.noise**2).mean(axis=0))
+    wrong = rows.error > 8 * np.maximum(level, level.mean() / 10)
+    if not wrong.any() or wrong.all():
+        return []
+    present = {int(e): (chosen == e).any(axis=1) for e in np.unique(chosen)}
+    return [e for e, rows_of in present.items() if (rows_of == wrong).all()][:4]
+
+
+def describe(case: "Case") -> str | None:
+    """The shape of a residual that no fault of the dictionary explains."""
+    point = case.report.point
+    if point is None or point.endswith("#experts") or point not in case.rows:
+        return None
+    ours, theirs = case.exact.ours[point], case.exact.theirs[point]
+    rows = case.rows[point]
+    level = np.sqrt((rows.noise**2).mean(axis=0))
+    wrong = rows.error > 8 * np.maximum(level, level.mean() / 10)
+    flat, other = ours.reshape(len(ours), -1), theirs.reshape(len(theirs), -1)
+    ratio = float((flat * other).sum() / max((flat * flat).sum(), 1e-300))
+    rest = rms(other - ratio * flat) / np.maximum(rms(flat), 1e-300)
+    said = []
+    if abs(ratio - 1) > 1e-4 and (rest <= np.maximum(4 * level, 0.02 * abs(ratio - 1))).all():
+        said.append(f"the engine's is ours times {ratio:.5g}")
+    if wrong.sum() == 1 < len(wrong):
+        said.append(f"only token {int(np.argmax(wrong))} is wrong")
+    elif not wrong[0] and wrong[1:].all() and len(wrong) > 2:
+        said.append("token 0 is right and all others are wrong, as with positions or masks")
+    elif len(wrong) > 7 and _rank(rows.error) > 0.9:
+        said.append("it grows with the position")
+    said += _blocks(case, point, flat, other)
+    experts = _experts(case, point)
+    if experts:
+        said.append(f"only tokens that chose expert {experts[0]} are wrong")
+    return "; ".join(said) or None
+
+
+def _rank(error: np.ndarray) -> float:
+    """Spearman's correlation with the position."""
+    order = np.argsort(np.argsort(error))
+    return float(np.corrcoef(order, np.arange(len(error)))[0, 1])
+
+
+def _blocks(case: "Case", point: str, ours: np.ndarray, theirs: np.ndarray) -> list[str]:
+    """Whether whole heads, or whole groups of 32 columns, are wrong and others right."""
+    cfg, width = case.decoder.cfg, ours.shape[1]
+    sizes = {"head": cfg.num_attention_heads, "group": width // 32}
+    if "self_attn" not in point or width % cfg.num_attention_heads:
+        del sizes["head"]
+    for name, count in sizes.items():
+        if count < 2 or width % count:
+            continue
+        error = ((theirs - ours) ** 2).reshape(len(ours), count, -1).mean(axis=(0, 2))
+        size = (ours**2).reshape(len(ours), count, -1).mean(axis=(0, 2))
+        share = error / np.maximum(size, 1e-300)
+        bad = share > 0.05 * share.max()
+        if bad.sum() <= count // 2 and share[~bad].max() < 1e-2 * share.max():
+            return [
+                f"{int(bad.sum())} of {count} {name}s wrong: {np.flatnonzero(bad)[:8].tolist()}"
+            ]
+    return []

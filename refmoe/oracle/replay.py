@@ -1,0 +1,111 @@
+"""The decoder on another engine's inputs: what we compute, beside what the engine had."""
+
+import hashlib
+
+import numpy as np
+
+from refmoe.model.decoder import Decoder
+from refmoe.oracle.noise import Lens
+from refmoe.oracle.readers import Dump, fit
+from refmoe.oracle.trace import sketch
+
+TOP = "top log-probabilities"  # what a report calls them
+
+
+class Replay:
+    """A watcher that notes what we compute and goes on with what the engine had.
+
+    Of a tensor that is known in part (a print of its corners, a sketch, top-k log-probabilities)
+    that part is compared, and the computation goes on with ours.
+    """
+
+    def __init__(self, dump: Dump, decoder: Decoder):
+        self.dump, self.cfg, self.sides = dump, decoder.cfg, decoder.nx.conventions
+        self.ours: dict[str, np.ndarray] = {}
+        self.theirs: dict[str, np.ndarray] = {}
+        self.lenses: dict[str, Lens] = {}
+        self.gates: dict[str, np.ndarray] = {}  # our router logits, whether dumped or not
+        self.misfits: dict[str, str] = {}
+        self.broken: list[str] = []  # choices that name no expert; ours are used instead
+        self.order: list[str] = []
+        self.entering: dict[str, np.ndarray] = {}  # what each layer got, whoever computed it
+
+    def __call__(self, path: str, x: np.ndarray) -> np.ndarray:
+        x = self._go_on(path, x)
+        if path == "model.embed_tokens" or path.rpartition(".")[0] == "model.layers":
+            self.entering[path] = x
+        return x
+
+    def _go_on(self, path: str, x: np.ndarray) -> np.ndarray:
+        self.order.append(path)
+        if path.endswith(".mlp.gate"):
+            self.gates[path] = x
+        if path == "lm_head" and self.dump.top is not None:
+            return self._top(path, x)
+        if path + "#sketch" in self.dump.arrays:
+            return self._sketched(path, x)
+        raw = self.dump.arrays.get(path)
+        if raw is None or path.endswith("#rows"):
+            return x
+        theirs = fit(path, raw, x.shape, self.sides)
+        if theirs is None:
+            self.misfits[path] = f"it is {list(raw.shape)}, this point is {list(x.shape)}"
+            return x
+        if path in self.dump.partial:
+            return self._partial(path, x, theirs)
+        if path.endswith("#scores"):  # what an engine writes where it masks is nobody's concern
+            theirs = np.where(np.tri(len(x), dtype=bool)[:, None], theirs, x)
+        if path.endswith("#experts"):
+            inside = (theirs >= 0) & (theirs < self.cfg.n_routed_experts) & (theirs % 1 == 0)
+            if not inside.all():
+                row = int(np.argwhere(~inside)[0][0])
+                self.misfits[path] = f"token {row} chose {theirs[row].tolist()}, no expert's index"
+                self.broken.append(path)
+                return x
+        theirs = theirs.astype(x.dtype)
+        self._note(path, x, theirs, Lens(lambda full: full, True))
+        return theirs
+
+    def _note(self, path: str, ours: np.ndarray, theirs: np.ndarray, lens: Lens) -> None:
+        self.ours[path], self.theirs[path], self.lenses[path] = lens.look(ours), theirs, lens
+
+    def _partial(self, path: str, x: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+        known = ~np.isnan(theirs)
+        rows = known.reshape(len(x), -1).any(axis=1)
+        if rows.any() and x.dtype.kind == "f":
+
+            def look(full: np.ndarray) -> np.ndarray:
+                return np.where(known, full, 0)[rows]
+
+            key = hashlib.sha256(np.packbits(known).tobytes()).hexdigest()
+            lens = Lens(look, False, self.dump.step, key)
+            self._note(path, x, np.where(known, theirs, 0)[rows], lens)
+        return x
+
+    def _sketched(self, path: str, x: np.ndarray) -> np.ndarray:
+        theirs = self.dump.arrays[path + "#sketch"]
+        lens = Lens(lambda full: sketch(path, full), False, key="sketch")
+        if theirs.shape == lens.look(x).shape:
+            self._note(path, x, theirs.astype(x.dtype), lens)
+        else:
+            self.misfits[path] = f"its sketch is {list(theirs.shape)} for {len(x)} tokens"
+        return x
+
+    def _top(self, path: str, x: np.ndarray) -> np.ndarray:
+        assert self.dump.top is not None
+        ids, theirs = self.dump.top
+        if len(ids) != len(x) or ids.max(initial=-1) >= self.cfg.vocab_size:
+            self.misfits[TOP] = f"of {len(ids)} positions for {len(x)} tokens, or of other words"
+            return x
+        known = ids >= 0
+        rows = known.any(axis=1)
+
+        def look(logits: np.ndarray) -> np.ndarray:
+            most = logits.max(axis=-1, keepdims=True)
+            total = np.log(np.exp(logits - most).sum(axis=-1, keepdims=True)) + most
+            return np.where(known, np.take_along_axis(logits, ids, axis=-1) - total, 0)[rows]
+
+        if rows.any():
+            key = hashlib.sha256(ids.tobytes()).hexdigest()
+            self._note(path, x, np.where(known, theirs, 0)[rows], Lens(look, False, key=key))
+        return x
