@@ -3,14 +3,16 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import refmoe
-from refmoe.model.decoder import Decoder
+from refmoe.model.decoder import Decoder, layer
 from refmoe.model.matrix import round_bf16
+from refmoe.model.mla import Segment
 from refmoe.model.rope import cos_sin, inv_freq, softmax_scale
 from refmoe.oracle import faults
 from refmoe.oracle.faults import BY_ID, FAULTS, Fault, altered, candidates, equivalent, kind
@@ -182,9 +184,37 @@ def test_a_fault_can_be_confined_to_one_expert(name, models, healthy):
     for p in found:
         assert p.startswith((f"model.layers.2.mlp.experts.{e}.", "model.layers.2.mlp.experts"))
         assert ".experts." not in p or f".experts.{e}." in p
-    for other in ("top-k-too-few", "head-tied"):
+    for other in ("top-k-too-few", "head-tied", "norm-sum"):
         with pytest.raises(ValueError, match="no fault of a single expert"):
             altered(decoder, BY_ID[other], 2, e)
+
+
+def test_a_fault_can_be_confined_to_one_matrix(models, healthy):
+    decoder, values = models["tiny-k2"], healthy["tiny-k2"]
+    e = int(values["model.layers.2.mlp.gate#experts"][0, 0])
+    swapped = BY_ID["int4-swapped"]
+    found = departures(decoder, values, lambda d: altered(d, swapped, 2, e, "up_proj"))
+    assert found == [f"model.layers.2.mlp.experts.{e}.up_proj"]
+    found = departures(decoder, values, lambda d: altered(d, swapped, None, e, "down_proj"))
+    assert {kind(p) for p in found} == {"model.layers.mlp.experts.down_proj"}
+    with pytest.raises(ValueError, match="act-gelu is no fault of a single up_proj"):
+        altered(decoder, BY_ID["act-gelu"], 2, e, "up_proj")
+
+
+def test_a_layer_can_be_run_alone(models, healthy):
+    """What enters it is shown to the watcher, and is not taken for a result of the fault."""
+    decoder, values = models["tiny-k2"], healthy["tiny-k2"]
+    for name in ("residual-twice", "layer-dropped", "layer-twice"):
+        made = {}
+        watched = decoder.using(decoder.nx.watching(lambda p, x, m=made: m.setdefault(p, x)))
+        faulty = altered(watched, BY_ID[name])
+        x = faulty.nx.tap("model.layers.1", values["model.layers.1"])
+        segments = [Segment(slice(0, len(x)), faulty.caches()[2])]
+        nx, experts = faulty.nx.within("model.layers.2."), partial(faulty.experts, 2)
+        layer(x, faulty.layers[2], experts, segments, faulty.cfg, nx)
+        assert not differ(made["model.layers.1"], values["model.layers.1"])
+        wanted = injected(decoder, values, lambda d, n=name: altered(d, BY_ID[n]))[1]
+        assert not differ(made["model.layers.2"], wanted["model.layers.2"])
 
 
 def test_the_watcher_inside_sees_what_is_written_and_not_how_it_is_misread(models, healthy):
@@ -225,11 +255,11 @@ def test_what_an_emulated_engine_writes_is_rounded(random_int4):
             np.testing.assert_array_equal(round_bf16(x), x, err_msg=path)
 
 
-def test_halves_are_those_of_an_engine_that_permutes_keys(random_bf16):
-    """transformers moves pairs to halves before it rotates; the fault forgets it for queries."""
-    model = refmoe.load(random_bf16, "float64", reference=True, conventions="transformers")
+def test_an_engine_that_forgets_to_permute_queries(random_bf16):
+    """transformers brings pairs into halves before it rotates; the fault forgets it for queries."""
+    model = refmoe.load(random_bf16, "float64", reference=True)
     decoder, cfg = model.decoder, model.cfg
-    values = recorded_with(decoder, BY_ID["rope-halves-q"])
+    values = recorded_with(decoder, BY_ID["rope-unpermuted-q"])
     at = "model.layers.0.self_attn"
     H, N, R = cfg.num_attention_heads, cfg.qk_nope_head_dim, cfg.qk_rope_head_dim
     q = values[f"{at}.q_b_proj"].reshape(len(TOKENS), H, -1)

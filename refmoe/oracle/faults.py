@@ -83,9 +83,11 @@ def altered(
     fault: Fault,
     layer: int | None = None,
     expert: int | None = None,
+    part: str | None = None,
     strength: float = 1.0,
 ) -> Decoder:
-    """The decoder as an engine with this fault computes: everywhere, in a layer, in an expert.
+    """The decoder as an engine with this fault computes: everywhere, or in one layer, in one
+    routed expert, in one part of it (`gate_proj`, `up_proj`, `down_proj`).
 
     A model that cannot have it is left as it is. Alter last: what replaces the watcher of an
     altered decoder takes the fault out of it.
@@ -98,18 +100,29 @@ def altered(
         out = fault.strength(decoder, layer, strength)
     else:
         raise ValueError(f"{fault.id} has no strength: it is there or it is not")
-    if expert is None:
-        return out
+    return out if expert is None and part is None else _within(decoder, out, fault, expert, part)
+
+
+def _within(
+    decoder: Decoder, out: Decoder, fault: Fault, expert: int | None, part: str | None
+) -> Decoder:
+    """`out` where this part of this expert is concerned, else the healthy decoder."""
     watch = out.nx.watch
-    if isinstance(watch, Planted):
-        watch = replace(watch, expert=expert)
-    elif out.experts is decoder.experts:
-        raise ValueError(f"{fault.id} is no fault of a single expert")
+    inside = any(end in EXPERT or end == ".act" for end in fault.points)
+    if isinstance(watch, Planted) and watch.decoder is decoder and inside and part is None:
+        return out.using(out.nx.watching(replace(watch, expert=expert)))
+    if out.experts is decoder.experts:
+        raise ValueError(f"{fault.id} is no fault of a single {'expert' if part is None else part}")
 
     def one(i: int, e: int) -> MlpWeights:
-        return (out if e == expert else decoder).experts(i, e)
+        if expert not in (None, e):
+            return decoder.experts(i, e)
+        wrong = out.experts(i, e)
+        if part is None:
+            return wrong
+        return decoder.experts(i, e)._replace(**{part: getattr(wrong, part)})
 
-    return replace(out, experts=one, nx=out.nx.watching(watch))
+    return replace(decoder, experts=one)
 
 
 def candidates(point: str, through: Iterable[str], cfg: Config | None = None) -> list[Fault]:
@@ -183,9 +196,6 @@ class Here:
     def beside(self, name: str) -> np.ndarray:
         """Another point of this module."""
         return self.seen[f"{self.path.rpartition('.')[0]}.{name}"]
-
-    def plain(self, m: Matrix) -> np.ndarray:
-        return dequantize(m, self.nx.dtype, self.nx.conventions.rounded_products)
 
 
 Change = Callable[[np.ndarray, Here], np.ndarray]
@@ -346,6 +356,10 @@ def rerouted(change: Reroute) -> Alter:
     return alter
 
 
+def plain(decoder: Decoder, m: Matrix) -> np.ndarray:
+    return dequantize(m, decoder.nx.dtype, decoder.nx.conventions.rounded_products)
+
+
 def _moe(w: LayerWeights) -> MoeWeights:
     assert isinstance(w.mlp, MoeWeights), "no mixture in this layer"
     return w.mlp
@@ -401,7 +415,7 @@ def _softmax(z: np.ndarray, _: np.ndarray) -> np.ndarray:
 
 
 def groups(**changes: Any) -> Callable[[np.ndarray, Here], np.ndarray]:
-    """Limited as another config says; not at all if that config cannot be."""
+    """Limited as another config says."""
 
     def limit(score: np.ndarray, here: Here) -> np.ndarray:
         cfg = replace(here.cfg, **changes)
@@ -465,7 +479,7 @@ def gate_left_random(_: np.ndarray, here: Here) -> np.ndarray:
 
 
 def gate_unnormed(_: np.ndarray, here: Here) -> np.ndarray:
-    return here["#attn_residual"] @ here.plain(_moe(here.w).gate.weight).T
+    return here["#attn_residual"] @ plain(here.decoder, _moe(here.w).gate.weight).T
 
 
 # ------------------------------------------------------------------ experts
@@ -521,10 +535,6 @@ def gelu(z: np.ndarray) -> np.ndarray:
     return 0.5 * z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
 
-def _plain(decoder: Decoder, m: Matrix) -> np.ndarray:
-    return dequantize(m, decoder.nx.dtype, decoder.nx.conventions.rounded_products)
-
-
 def gate_up_swapped(decoder: Decoder, i: int, e: int) -> MlpWeights:
     gate, up, down = decoder.experts(i, e)
     return MlpWeights(up, gate, down)
@@ -532,14 +542,14 @@ def gate_up_swapped(decoder: Decoder, i: int, e: int) -> MlpWeights:
 
 def gate_up_interleaved(decoder: Decoder, i: int, e: int) -> MlpWeights:
     gate, up, down = decoder.experts(i, e)
-    both = np.stack((_plain(decoder, gate), _plain(decoder, up)), axis=1)  # [F, 2, D]
+    both = np.stack((plain(decoder, gate), plain(decoder, up)), axis=1)  # [F, 2, D]
     first, second = np.split(both.reshape(-1, both.shape[-1]), 2)
     return MlpWeights(first, second, down)
 
 
 def down_transposed(decoder: Decoder, i: int, e: int) -> MlpWeights:
     w = decoder.experts(i, e)
-    down = _plain(decoder, w.down_proj)
+    down = plain(decoder, w.down_proj)
     return w._replace(down_proj=down.reshape(down.shape[::-1]).T)
 
 
@@ -716,10 +726,7 @@ def turn(
         cos, sin = cos_sin(positions, change(here.cfg), replace(nx, conventions=sides))
         if here.path.endswith(Q):
             cos, sin = cos[:, None], sin[:, None]
-        y = by(unrotated(x, here), cos, sin)
-        if by is rotate_halves and sides.rope_layout == "halves":  # as its dump is read
-            y = np.stack(np.split(y, 2, axis=-1), axis=-1).reshape(y.shape)
-        return y
+        return by(unrotated(x, here), cos, sin)
 
     return rotation
 
@@ -727,6 +734,12 @@ def turn(
 def rotate_halves(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     a, b = np.split(x, 2, axis=-1)
     return np.concatenate((a * cos - b * sin, b * cos + a * sin), axis=-1)
+
+
+def rotate_unpermuted(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """An engine that brings pairs into halves, rotates, and has forgotten the former: as pairs."""
+    a, b = np.split(rotate_halves(x, cos, sin), 2, axis=-1)
+    return np.stack((a, b), axis=-1).reshape(x.shape)
 
 
 def rotate_back(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
@@ -841,7 +854,7 @@ def heads_behind_each_other(x: np.ndarray, cfg: Config) -> np.ndarray:
 
 
 def key_untransposed(_: np.ndarray, here: Here) -> np.ndarray:
-    cfg, w = here.cfg, here.plain(here.w.self_attn.kv_b_proj).copy()
+    cfg, w = here.cfg, plain(here.decoder, here.w.self_attn.kv_b_proj).copy()
     H, N, C = cfg.num_attention_heads, cfg.qk_nope_head_dim, cfg.kv_lora_rank
     heads = w.reshape(H, -1, C)  # [H, N+V, C]
     heads[:, :N] = heads[:, :N].reshape(H, C, N).swapaxes(1, 2)
@@ -1334,7 +1347,7 @@ NORMS = (
     ),
     written(
         "norm-eps-latent",
-        "the norms of the latents have the config's eps, or 1e-6, where the other is meant",
+        "q_a_layernorm and kv_a_layernorm have the config's eps for 1e-6, or the reverse",
         dict.fromkeys(LATENT, latent_eps),
         "huggingface/transformers#44261 vllm-project/vllm#35515 sgl-project/sglang#16029 "
         "PaddlePaddle/FastDeploy#2797 pytorch/torchtitan#4395",
@@ -1400,6 +1413,17 @@ POSITIONS = (
         "rope-halves-k",
         "channels of the keys are rotated in halves, those of the queries in pairs",
         {K: turn(by=rotate_halves)},
+    ),
+    written(
+        "rope-unpermuted-q",
+        "queries are rotated in halves, but only the keys were brought into halves for it",
+        {Q: turn(by=rotate_unpermuted)},
+        "huggingface/optimum-intel#1877",
+    ),
+    written(
+        "rope-unpermuted-k",
+        "keys are rotated in halves, but only the queries were brought into halves for it",
+        {K: turn(by=rotate_unpermuted)},
     ),
     written(
         "rope-missing",

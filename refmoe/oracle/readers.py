@@ -1,34 +1,35 @@
-"""Another engine's dump → arrays under refmoe's names.
+"""Another engine's dump → arrays under its own names, and what else it says.
 
     .safetensors   by module path, any float type; metadata `tokens` if the engine put it there
     .npz           by module path, no pickles
-    .pt, .pth      what torch.save wrote of a dict of tensors, read without torch: its pickle is
-                   interpreted with five harmless names and nothing else, so no code of it runs
+    .pt, .pth      what torch.save wrote of tensors in dicts and lists, read without torch
+    .txt, .log     llama.cpp's llama-eval-callback (llamacpp_text.py)
+    .json          top-k log-probabilities, ours or as vLLM's server returns them
+    a folder       SGLang's dumper (sglang_folder.py)
 
-Module paths are those of the Hugging Face model; wrapper prefixes are taken off. An array fits a
-point if it has its rows and its numbers: a batch axis of one is dropped, heads may be flattened or
-stand before the rows, halves of rotated channels are put back into pairs where the engine's
-conventions say so.
+Module paths are those of the Hugging Face model; wrapper prefixes are taken off, and what an engine
+fuses is split by adapters.py. Hugging Face's `hidden_states`, `logits` and `router_logits` are read
+under the names of the points they are. An array fits a point if it has its rows and its numbers: a
+batch axis of one is dropped, heads may be flattened or stand before the rows, halves of rotated
+channels are put back into pairs where the engine's conventions say so.
 """
 
 import difflib
-import io
 import json
-import pickle
 import zipfile
-from collections import OrderedDict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from refmoe.config import Conventions, InputError
+from refmoe.config import Conventions, InputError, read_json
 from refmoe.model.matrix import widen_bf16
+from refmoe.oracle.llamacpp_text import read_llamacpp
+from refmoe.oracle.sglang_folder import read_sglang
+from refmoe.oracle.torch_file import read_torch
 from refmoe.weights.checkpoint import DTYPES, canonical, read_header
-
-PICKLE_LIMIT = 100_000_000  # bytes of data.pkl; tensors lie beside it
 
 
 @dataclass(frozen=True)
@@ -46,23 +47,88 @@ class Dump:
 def read_dump(path: str | Path) -> Dump:
     """Read a dump; `InputError` says what is wrong with the file."""
     path = Path(path)
+    if path.is_dir():
+        seen = read_sglang(path)
+        return _dump(path, seen.arrays, seen.tokens, notes=seen.notes)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    tokens: Any = None
     match path.suffix:
         case ".safetensors":
-            arrays, tokens = _safetensors(path)
+            return _dump(path, *_safetensors(path))
         case ".npz":
-            arrays = _npz(path)
+            return _dump(path, _npz(path), None)
         case ".pt" | ".pth":
-            arrays = _torch(path)
+            value = read_torch(path)
+            if not isinstance(value, dict):
+                raise InputError(f"{path}: a {type(value).__name__}, expected a dict of tensors")
+            return _dump(path, dict(_flat("", value)), None)
+        case ".txt" | ".log":
+            printed = read_llamacpp(path)
+            dump = _dump(path, printed.arrays, None, notes=printed.notes)
+            partial = frozenset(n for n, x in dump.arrays.items() if np.isnan(x).any())
+            return replace(dump, rounded="float32", partial=partial, step=printed.step)
+        case ".json":
+            tokens, top = read_logprobs(path)
+            return Dump(path, {}, tokens, "bfloat16", top=top)
         case other:
-            raise InputError(f"{path}: {other or 'no'} suffix; supported: .safetensors, .npz, .pt")
-    arrays = {canonical(name): x for name, x in arrays.items()}
-    for name in ("tokens", "input_ids"):
+            raise InputError(
+                f"{path}: {other or 'no'} suffix; supported: .safetensors, .npz, .pt, .txt, .json, "
+                "or a folder of SGLang's dumper"
+            )
+
+
+def _dump(
+    path: Path, arrays: dict[str, np.ndarray], tokens: Any, notes: tuple[str, ...] = ()
+) -> Dump:
+    arrays = {canonical(name): x for name, x in hugging_face(arrays).items()}
+    for name in ("tokens", "input_ids", "sequences"):
         if name in arrays:
             tokens = arrays.pop(name).reshape(-1).tolist()
-    return Dump(path, arrays, tokens, _narrowest(arrays.values()))
+    return Dump(path, arrays, tokens, _narrowest(arrays.values()), notes=notes)
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Tensors of nested dicts and lists: a.b, a.0; what is no tensor is left out."""
+    if isinstance(value, np.ndarray):
+        yield name, value
+        return
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    for key, part in items:
+        yield from _flat(f"{name}.{key}" if name else str(key), part)
+
+
+def hugging_face(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The outputs of a forward pass with `output_hidden_states` and `output_router_logits`.
+
+    hidden_states has one more entry than there are layers: the embedding first; the last is what
+    the final norm made of the last layer (transformers, `capture_outputs`). The routers are those
+    of the last layers.
+    """
+    out, layers, routers = {}, _entries(arrays, "hidden_states"), _entries(arrays, "router_logits")
+    for i in range(layers):
+        x = arrays[f"hidden_states.{i}"]
+        name = "model.embed_tokens" if i == 0 else f"model.layers.{i - 1}"
+        out["model.norm" if i == layers - 1 else name] = x
+    for i in range(routers):
+        layer = max(layers - 1, routers) - routers + i
+        out[f"model.layers.{layer}.mlp.gate"] = arrays[f"router_logits.{i}"]
+    taken = [f"hidden_states.{i}" for i in range(layers)]
+    taken += [f"router_logits.{i}" for i in range(routers)]
+    for name, x in arrays.items():
+        if name not in taken:
+            out.setdefault("lm_head" if name == "logits" else name, x)
+    return out
+
+
+def _entries(arrays: dict[str, np.ndarray], name: str) -> int:
+    count = 0
+    while f"{name}.{count}" in arrays:
+        count += 1
+    return count
 
 
 def fit(name: str, x: np.ndarray, shape: tuple[int, ...], sides: Conventions) -> np.ndarray | None:
@@ -80,6 +146,50 @@ def fit(name: str, x: np.ndarray, shape: tuple[int, ...], sides: Conventions) ->
     if sides.rope_layout == "halves" and name.endswith(("#q_pe", "#k_pe")):
         x = np.stack(np.split(x, 2, axis=-1), axis=-1).reshape(shape)
     return x
+
+
+def read_logprobs(path: Path) -> tuple[list[int] | None, tuple[np.ndarray, np.ndarray]]:
+    """Tokens, and for each position ids [T, K] (-1: none) and log-probabilities of what follows.
+
+    Ours: {"tokens": [...], "top_logprobs": [{"id": logprob, ...} or null, ...]}, entry t after
+    token t. vLLM's: {"prompt_token_ids": [...], "prompt_logprobs": [null, {"id": {"logprob": x,
+    ...}, ...}, ...]}, alone or in `choices`, entry t of token t itself (vllm-project/vllm,
+    entrypoints/openai/protocol.py).
+    """
+    value = read_json(path)
+    value = value if isinstance(value, dict) else {}
+    inside = value.get("choices") or [{}]
+    if isinstance(inside, list) and isinstance(inside[0], dict):
+        value = {**inside[0], **{k: v for k, v in value.items() if v is not None}}
+    tokens = value.get("tokens") or value.get("prompt_token_ids")
+    rows = value.get("top_logprobs")
+    if rows is None and isinstance(own := value.get("prompt_logprobs"), list):
+        rows = [*own[1:], None]  # what is said of token t is the distribution after token t - 1
+    if not isinstance(rows, list) or not rows:
+        raise InputError(f"{path}: neither top_logprobs nor prompt_logprobs is a list in it")
+    if tokens is not None and (not isinstance(tokens, list) or len(tokens) != len(rows)):
+        raise InputError(f"{path}: log-probabilities of {len(rows)} positions, and other tokens")
+    found = [_logprobs(f"{path}: position {t}", row) for t, row in enumerate(rows)]
+    width = max(map(len, found))
+    ids, values = np.full((len(rows), width), -1), np.full((len(rows), width), np.nan)
+    for t, row in enumerate(found):
+        ids[t, : len(row)], values[t, : len(row)] = list(row), list(row.values())
+    if not width or (np.nan_to_num(values) == 0).all():
+        raise InputError(f"{path}: every log-probability is 0 or missing; the server gave none")
+    return tokens, (ids, values)
+
+
+def _logprobs(where: str, row: Any) -> dict[int, float]:
+    if row is None:
+        return {}
+    try:
+        pairs = {int(i): float(x["logprob"] if isinstance(x, dict) else x) for i, x in row.items()}
+    except (TypeError, ValueError, KeyError, AttributeError):
+        raise InputError(f"{where} is no object of token ids and log-probabilities") from None
+    for i, x in pairs.items():
+        if i < 0 or not -9000 < x < 1e-3:
+            raise InputError(f"{where}: token {i} has log-probability {x}, expected one below 0")
+    return pairs
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
@@ -110,79 +220,6 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
             return {name: file[name] for name in file.files}
     except (ValueError, OSError, zipfile.BadZipFile, EOFError) as e:
         raise InputError(f"{path}: not an .npz of plain arrays ({e})") from None
-
-
-_STORAGES: dict[str, Any] = {
-    "DoubleStorage": np.dtype(np.float64),
-    "FloatStorage": np.dtype(np.float32),
-    "HalfStorage": np.dtype(np.float16),
-    "BFloat16Storage": np.dtype(np.uint16),  # the bits; widened below
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "ShortStorage": np.dtype(np.int16),
-    "CharStorage": np.dtype(np.int8),
-    "ByteStorage": np.dtype(np.uint8),
-    "BoolStorage": np.dtype(np.bool_),
-}
-
-
-@dataclass(frozen=True)
-class _Storage:
-    kind: str
-    data: bytes
-
-
-def _torch(path: Path) -> dict[str, np.ndarray]:
-    """A zip with data.pkl and one file a storage (torch.save since 1.6)."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            top = next(n for n in file.namelist() if n.endswith("/data.pkl"))
-            if file.getinfo(top).file_size > PICKLE_LIMIT:
-                raise InputError(f"{path}: data.pkl of {file.getinfo(top).file_size} bytes")
-            value = _Tensors(file, top.removesuffix("data.pkl")).load()
-    except InputError:
-        raise
-    except Exception as e:  # a pickle can be broken in any way
-        raise InputError(f"{path}: not a file of tensors that can be read safely ({e!r})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: a {type(value).__name__}, expected a dict of tensors")
-    return {str(name): x for name, x in value.items() if isinstance(x, np.ndarray)}
-
-
-class _Tensors(pickle.Unpickler):
-    """pickle's own machine, which can reach five names; the API asks for a subclass."""
-
-    def __init__(self, file: zipfile.ZipFile, prefix: str):
-        super().__init__(io.BytesIO(file.read(prefix + "data.pkl")))
-        self._file, self._prefix = file, prefix
-
-    def find_class(self, module: str, name: str) -> Any:
-        match module, name:
-            case "collections", "OrderedDict":
-                return OrderedDict
-            case "torch._utils", "_rebuild_tensor_v2":
-                return _tensor
-            case "torch._utils", "_rebuild_parameter":
-                return lambda data, *_: data
-            case "torch", "Size":
-                return tuple
-            case "torch", kind if kind in _STORAGES:
-                return kind
-        raise InputError(f"its pickle asks for {module}.{name}, which is not read")
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        _, kind, key, _, _ = pid
-        return _Storage(kind, self._file.read(f"{self._prefix}data/{key}"))
-
-
-def _tensor(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> np.ndarray:
-    flat = np.frombuffer(storage.data, _STORAGES[storage.kind])
-    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    if min(offset, *size, *stride, 0) < 0 or (np.prod(size) and last >= flat.size):
-        raise InputError("a tensor reaches outside its storage")
-    steps = [s * flat.itemsize for s in stride]
-    x = np.lib.stride_tricks.as_strided(flat[offset:], tuple(size), steps, writeable=False).copy()
-    return widen_bf16(x) if storage.kind == "BFloat16Storage" else x
 
 
 def _narrowest(arrays: Iterable[np.ndarray]) -> str:

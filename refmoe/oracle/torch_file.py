@@ -1,0 +1,89 @@
+"""What torch.save wrote, read without torch: no code of the pickle runs.
+
+A zip with data.pkl and one file a storage (torch.save since 1.6). The pickle is interpreted by
+pickle's own machine, which can reach six harmless names and nothing else.
+"""
+
+import io
+import pickle
+import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refmoe.config import InputError
+from refmoe.model.matrix import widen_bf16
+
+PICKLE_LIMIT = 100_000_000  # bytes of data.pkl; tensors lie beside it
+
+_STORAGES: dict[str, Any] = {
+    "DoubleStorage": np.dtype(np.float64),
+    "FloatStorage": np.dtype(np.float32),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(np.uint16),  # the bits; widened below
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+}
+
+
+@dataclass(frozen=True)
+class _Storage:
+    kind: str
+    data: bytes
+
+
+def read_torch(path: Path) -> Any:
+    """What was saved, tensors as arrays. `InputError` if it holds anything but plain data."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            top = next(n for n in file.namelist() if n.endswith("/data.pkl"))
+            if file.getinfo(top).file_size > PICKLE_LIMIT:
+                raise InputError(f"{path}: data.pkl of {file.getinfo(top).file_size} bytes")
+            return _Tensors(file, top.removesuffix("data.pkl")).load()
+    except InputError:
+        raise
+    except Exception as e:  # a pickle can be broken in any way
+        raise InputError(f"{path}: not a file of tensors that can be read safely ({e!r})") from None
+
+
+class _Tensors(pickle.Unpickler):
+    """pickle's own machine, which can reach five names; the API asks for a subclass."""
+
+    def __init__(self, file: zipfile.ZipFile, prefix: str):
+        super().__init__(io.BytesIO(file.read(prefix + "data.pkl")))
+        self._file, self._prefix = file, prefix
+
+    def find_class(self, module: str, name: str) -> Any:
+        match module, name:
+            case "collections", "OrderedDict":
+                return OrderedDict
+            case "torch._utils", "_rebuild_tensor_v2":
+                return _tensor
+            case "torch._utils", "_rebuild_parameter":
+                return lambda data, *_: data
+            case "torch", "Size":
+                return tuple
+            case "torch", kind if kind in _STORAGES:
+                return kind
+        raise InputError(f"its pickle asks for {module}.{name}, which is not read")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        _, kind, key, _, _ = pid
+        return _Storage(kind, self._file.read(f"{self._prefix}data/{key}"))
+
+
+def _tensor(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> np.ndarray:
+    flat = np.frombuffer(storage.data, _STORAGES[storage.kind])
+    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+    if min(offset, *size, *stride, 0) < 0 or (np.prod(size) and last >= flat.size):
+        raise InputError("a tensor reaches outside its storage")
+    steps = [s * flat.itemsize for s in stride]
+    x = np.lib.stride_tricks.as_strided(flat[offset:], tuple(size), steps, writeable=False).copy()
+    return widen_bf16(x) if storage.kind == "BFloat16Storage" else x
