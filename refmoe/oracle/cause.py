@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from refmoe.model.decoder import Decoder, head, layer
+from refmoe.model.experts import MlpWeights
 from refmoe.model.mla import Segment
-from refmoe.oracle.faults import Fault, altered, candidates, equivalent, strength_of
+from refmoe.oracle.faults import BY_ID, Fault, altered, candidates, equivalent, strength_of
 from refmoe.oracle.noise import rms
 from refmoe.oracle.replay import Replay
 
@@ -44,13 +45,21 @@ class Cause:
 class _Trial:
     fault: Fault
     expert: int | None
+    part: str | None
     here: float  # misfit at the failing point, of what is explained; for choices, wrong ones in all
     layer: float  # the worst misfit of the layer's points, this one included
     fitted: str | None = None
 
     @property
+    def confined(self) -> int:
+        """Of two that fit alike, the one that explains more rows says more."""
+        return (self.expert is not None) + (self.part is not None)
+
+    @property
     def text(self) -> str:
-        return self.fault.text + (f", in expert {self.expert}" if self.expert is not None else "")
+        part = f"{self.part} of " if self.part else ""
+        where = f", in {part}expert {self.expert}" if self.expert is not None else ""
+        return self.fault.text + where
 
 
 NOISE = 0.1  # of what is explained: below it, two hypotheses fit alike
@@ -59,13 +68,17 @@ NOISE = 0.1  # of what is explained: below it, two hypotheses fit alike
 def find(case: "Case") -> Cause | None:
     """The fault that explains the first wrong point, or None where none does."""
     point = case.report.point
-    if point is None or point not in case.exact.theirs or case.report.reason == "not finite":
+    if point is None or point not in case.exact.theirs:
         return None
+    if case.report.reason == "not finite":
+        return _named("not-finite")
     enough = _enough(case, point)
     trials = [t for t in _trials(case, point) if t.fault.predicts]
-    trials.sort(key=lambda t: (t.here > enough, max(t.layer, NOISE), t.expert is not None))
+    trials.sort(
+        key=lambda t: (t.here > enough, max(t.layer, NOISE), t.expert is not None, bool(t.part))
+    )
     if not trials or trials[0].here > enough:
-        return None
+        return _unforeseeable(case, point)
     best = trials[0]
     same = next((ids for ids in equivalent if best.fault.id in ids), (best.fault.id,))
     others = [t for t in trials[1:] if t.fault.id not in same]
@@ -82,6 +95,28 @@ def find(case: "Case") -> Cause | None:
     )
 
 
+def _named(id: str) -> Cause:
+    fault = BY_ID[id]
+    return Cause(id, fault.text, fault.references, None, None, None, ())
+
+
+UNRELATED = 0.5  # a correlation below it, over a whole tensor, leaves nothing of the right weights
+
+
+def _unforeseeable(case: "Case", point: str) -> Cause | None:
+    """Weights that nobody knows: what they give has nothing of what it should be, in every row."""
+    through = next((p.through for p in case.report.points if p.name == point), ())
+    faults = [f for f in candidates(point, through, case.decoder.cfg) if not f.predicts]
+    random = [f for f in faults if f.id.endswith("-random")]
+    if not random or point.endswith("#experts") or not point.endswith(random[0].points):
+        return None
+    ours, theirs = case.exact.ours[point], case.exact.theirs[point]
+    ours, theirs = ours.reshape(len(ours), -1), theirs.reshape(len(theirs), -1)
+    lengths = np.sqrt((ours * ours).sum(axis=1) * (theirs * theirs).sum(axis=1))
+    alike = (ours * theirs).sum(axis=1) / np.maximum(lengths, 1e-300)
+    return _named(random[0].id) if (np.abs(alike) < UNRELATED).all() else None
+
+
 def _enough(case: "Case", point: str) -> float:
     """Inside the envelope; of choices, one in a hundred may be a tie."""
     return max(1.0, case.exact.theirs[point].size / 100) if point.endswith("#experts") else 1.0
@@ -89,13 +124,14 @@ def _enough(case: "Case", point: str) -> float:
 
 def _trials(case: "Case", point: str) -> Iterator[_Trial]:
     through = next((p.through for p in case.report.points if p.name == point), ())
-    suspects = _experts(case, point)
+    places: list[tuple[int | None, str | None]] = [(None, None)]
+    places += [(e, part) for e in _experts(case, point) for part in (None, *MlpWeights._fields)]
     within = _around(case, point)
     for fault in candidates(point, through, case.decoder.cfg):
-        for expert in (None, *suspects):
+        for expert, part in places:
             try:
-                seen = _again(case, fault, expert, point)
-            except ValueError:  # no fault of a single expert
+                seen = _again(case, fault, expert, part, point)
+            except ValueError:  # no fault of a single expert, or of a part of it
                 continue
             misfits = {p: _misfit(case, p, seen.ours.get(p)) for p in within}
             fitted = None
@@ -106,7 +142,7 @@ def _trials(case: "Case", point: str) -> Iterator[_Trial]:
                 )
                 right = fault.fitted.value(case.decoder.cfg)
                 fitted = f"{fault.fitted.name} {found:.5g}, expected {right:.5g}"
-            yield _Trial(fault, expert, misfits[point], max(misfits.values()), fitted)
+            yield _Trial(fault, expert, part, misfits[point], max(misfits.values()), fitted)
 
 
 def _around(case: "Case", point: str) -> list[str]:
@@ -118,12 +154,12 @@ def _around(case: "Case", point: str) -> list[str]:
     return [p for p in inside if p in case.rows or p.endswith("#experts")]
 
 
-def _again(case: "Case", fault: Fault, expert: int | None, point: str) -> Replay:
+def _again(case: "Case", fault: Fault, expert: int | None, part: str | None, point: str) -> Replay:
     """The layer as an engine with this fault computes it, from this engine's inputs."""
     seen = Replay(case.dump, case.decoder)
     nx = replace(case.decoder.nx.watching(seen), stop_at_nonfinite=False)
     with np.errstate(all="ignore"):
-        run_layer(altered(case.decoder.using(nx), fault, expert=expert), case, point)
+        run_layer(altered(case.decoder.using(nx), fault, expert=expert, part=part), case, point)
     return seen
 
 

@@ -401,9 +401,26 @@ def weigh(scores: Scores, total: Callable[[np.ndarray, np.ndarray], np.ndarray])
     def change(g: np.ndarray, here: Here) -> np.ndarray:
         s = scores(*_logits_bias(here))
         chosen = np.take_along_axis(s, here[CHOICE], axis=-1)
-        return chosen / total(chosen, s) * here.cfg.routed_scaling_factor
+        on_sum = here.nx.conventions.routed_scale == "sum"
+        return chosen / total(chosen, s) * (1 if on_sum else here.cfg.routed_scaling_factor)
 
     return {WEIGHTS: change}
+
+
+def rescaled(
+    id: str, text: str, factor: Callable[[Config], float], references: str, **more: Any
+) -> Fault:
+    """The routed weights times a constant: the weights, or their sum, wherever an engine scales."""
+
+    def times(side: str) -> Change:
+        def change(x: np.ndarray, here: Here) -> np.ndarray:
+            return x * factor(here.cfg) if here.nx.conventions.routed_scale == side else x
+
+        return change
+
+    changes = {WEIGHTS: times("weights"), ROUTED: times("sum")}
+    fitted = Fitted("factor on the routed weights", factor)
+    return written(id, text, changes, references, fitted=fitted, **more)
 
 
 def _sum(chosen: np.ndarray, _: np.ndarray) -> np.ndarray:
@@ -545,6 +562,26 @@ def gate_up_interleaved(decoder: Decoder, i: int, e: int) -> MlpWeights:
     both = np.stack((plain(decoder, gate), plain(decoder, up)), axis=1)  # [F, 2, D]
     first, second = np.split(both.reshape(-1, both.shape[-1]), 2)
     return MlpWeights(first, second, down)
+
+
+def columns_swapped(decoder: Decoder, i: int, e: int) -> MlpWeights:
+    def swap(m: Matrix) -> np.ndarray:
+        w = plain(decoder, m)
+        even = w.shape[1] // 2 * 2
+        pairs = w[:, :even].reshape(len(w), -1, 2)[..., ::-1].reshape(len(w), even)
+        return np.concatenate((pairs, w[:, even:]), axis=1)
+
+    return MlpWeights(*map(swap, decoder.experts(i, e)))
+
+
+def projected(name: str) -> Change:
+    """A dense MLP's or the shared expert's input through another of its matrices."""
+
+    def change(_: np.ndarray, here: Here) -> np.ndarray:
+        w = here.w.mlp.shared_experts if isinstance(here.w.mlp, MoeWeights) else here.w.mlp
+        return here["post_attention_layernorm"] @ plain(here.decoder, getattr(w, name)).T
+
+    return change
 
 
 def down_transposed(decoder: Decoder, i: int, e: int) -> MlpWeights:
@@ -961,21 +998,17 @@ LINEAR = ("_proj", "kv_a_proj_with_mqa", ROUTED)
 LAYER = (*LINEAR, *MAIN[:2], *LATENT, "mlp.gate", CHOICE)
 
 ROUTER = (
-    scaled(
+    rescaled(
         "scaling-dropped",
         "routed_scaling_factor is not applied",
-        WEIGHTS,
-        "factor on the routed weights",
         lambda cfg: 1 / gamma(cfg),
         "sgl-project/sglang#8040 sgl-project/sglang#12738 sgl-project/sglang#8333 "
         "sgl-project/sglang#8688 sgl-project/sglang#8511 sgl-project/sglang-jax#1282 "
         "vllm-project/vllm#43769",
     ),
-    scaled(
+    rescaled(
         "scaling-twice",
         "routed_scaling_factor is applied twice",
-        WEIGHTS,
-        "factor on the routed weights",
         gamma,
         "vllm-project/vllm#24119 vllm-project/vllm#24132 vllm-project/vllm#45037 "
         "sgl-project/sglang#35152",
@@ -1008,12 +1041,11 @@ ROUTER = (
         "weights are divided by the sum over all experts, not over the chosen",
         weigh(lambda z, b: sigmoid(z), lambda chosen, s: s.sum(axis=-1, keepdims=True)),
     ),
-    scaled(
+    rescaled(
         "normalised-after-scaling",
         "weights are divided by their sum again after the scaling",
-        WEIGHTS,
-        "factor on the routed weights",
         lambda cfg: 1 / gamma(cfg),
+        "",
         where=renormalises,
     ),
     written(
@@ -1192,6 +1224,30 @@ EXPERTS = (
         "sgl-project/sglang#11081 vllm-project/vllm#40082 vllm-project/vllm#42821",
         (*IN, ROUTED),
         experts(gate_up_swapped),
+    ),
+    written(
+        "gate-up-swapped-shared",
+        "gate and up are swapped in the shared experts",
+        {
+            "mlp.shared_experts.gate_proj": projected("up_proj"),
+            "mlp.shared_experts.up_proj": projected("gate_proj"),
+        },
+        "vllm-project/vllm#40082",
+        where=has_shared,
+    ),
+    written(
+        "gate-up-swapped-dense",
+        "gate and up are swapped in the dense layers",
+        {"mlp.gate_proj": projected("up_proj"), "mlp.up_proj": projected("gate_proj")},
+        "vllm-project/vllm#40082",
+    ),
+    changed(
+        "columns-swapped",
+        "neighbouring columns of the routed experts are swapped, as by the nibbles of INT4",
+        "ggml-org/llama.cpp#17083",
+        (*EXPERT, ROUTED),
+        experts(columns_swapped),
+        where=lambda cfg: not has_int4(cfg),
     ),
     changed(
         "gate-up-interleaved",
