@@ -11,7 +11,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
+import mlx.core as mx
+import numpy as np
 import safetensors.torch
 import torch
 import transformers
@@ -39,7 +42,8 @@ class Run(NamedTuple):
     fault: str | None
     model: refmoe.Model  # the folder that the engine was given
     dump: Dump
-    points: tuple[str, ...]  # where the fault begins
+    points: tuple[str, ...] = ()  # where the fault begins, as patterns
+    ids: tuple[str, ...] = ()  # what it is called in the dictionary
 
 
 class Twins:
@@ -93,15 +97,12 @@ def healthy(twins: Twins, quick: bool) -> Iterator[Run]:
                 model = twins.transformers(checkpoint, precision, attention)
                 dump = transformers_run(model, dumper.watch(model), tokens)
                 name = f"transformers {transformers.__version__} {attention}"
-                yield Run(name, "transformers", checkpoint, precision, None, opened, dump, ())
+                yield Run(name, "transformers", checkpoint, precision, None, opened, dump)
         opened = twins.models[f"{checkpoint}-float32"]
-        points = make.mlx_run(opened.checkpoint.path, tokens)
-        arrays = {n: t.numpy() for n, t in points.items()}
-        dump = Dump(opened.checkpoint.path, arrays, tokens, "float32")
-        name = f"mlx-lm {make.mlx_lm.__version__}"
-        yield Run(name, "mlx", checkpoint, "float32", None, opened, dump, ())
+        dump = mlx_run(mlx_model(opened.checkpoint.path), tokens)
+        yield Run(MLX, "mlx", checkpoint, "float32", None, opened, dump)
     for precision in PRECISIONS:
-        yield vllm(twins, precision, "healthy", ())
+        yield vllm(twins, precision, "healthy")
 
 
 def faulty(twins: Twins, quick: bool) -> Iterator[Run]:
@@ -112,13 +113,79 @@ def faulty(twins: Twins, quick: bool) -> Iterator[Run]:
             with fault.plant(model):
                 dump = transformers_run(model, seen, twins.tokens["tiny-k2"])
             name = f"transformers {transformers.__version__}"
-            where = (opened, dump, fault.points)
+            where = (opened, dump, fault.points, fault.ids)
             yield Run(name, "transformers", "tiny-k2", precision, fault.name, *where)
-        for name, points in planted.VLLM.items():
-            yield vllm(twins, precision, name, points)
+        for name, (point, id) in planted.VLLM.items():
+            yield vllm(twins, precision, name, (point,), (id,))
+    opened = twins.models["tiny-k2-float32"]
+    live = mlx_model(opened.checkpoint.path)
+    for fault in planted.MLX:
+        with planted.set_in(fault.plant(live)):
+            dump = mlx_run(live, twins.tokens["tiny-k2"])
+        where = (opened, dump, fault.points, fault.ids)
+        yield Run(MLX, "mlx", "tiny-k2", "float32", fault.name, *where)
 
 
-def vllm(twins: Twins, precision: str, fault: str, points: tuple[str, ...]) -> Run:
+MLX = f"mlx-lm {make.mlx_lm.__version__}"
+
+
+def mlx_model(folder: Path) -> Any:
+    mx.set_default_device(mx.cpu)
+    model, _ = make.mlx_lm.utils.load_model(folder)
+    model.set_dtype(mx.float32)
+    return model
+
+
+def mlx_run(model: Any, tokens: list[int]) -> Dump:
+    """What every module of a running mlx-lm returns, by its path; rotation is called twice."""
+    names = {id(m): name for name, m in model.named_modules()}
+    seen: dict[str, Any] = {}
+
+    def keep(name: str, x: Any) -> None:
+        seen[name] = np.array(x.astype(mx.float32) if x.dtype != mx.uint32 else x)
+
+    def watched(original: Any) -> Any:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            out, name = original(self, *args, **kwargs), names.get(id(self), "")
+            at, _, last = name.rpartition(".")
+            match last:
+                case "gate":
+                    for end, x in zip(("#experts", "#weights"), out, strict=True):
+                        keep(name + end, x[0])
+                case "rope":
+                    keep(f"{at}#k_pe" if f"{at}#q_pe" in seen else f"{at}#q_pe", out)
+                case "switch_mlp":
+                    keep(f"{at}.experts.down_proj", out[0])
+                case _ if name and "switch_mlp" not in name and isinstance(out, mx.array):
+                    keep(name, out)
+            inputs = {"o_proj": "#context", "down_proj": ".act"}
+            inputs["post_attention_layernorm"] = "#attn_residual"
+            if last in inputs and "switch_mlp" not in name:
+                keep(at + inputs[last], args[0])
+            return out
+
+        return call
+
+    kinds = {type(m) for m in model.modules()} - {type(model)}
+    with contextlib.ExitStack() as stack:
+        for kind in kinds:
+            if "__call__" in vars(kind):
+                patch = mock.patch.object(kind, "__call__", watched(kind.__call__))
+                stack.enter_context(patch)
+        logits = model(mx.array([tokens]))
+        keep("lm_head", logits)
+    ends = ("embed_q", "unembed_out", ".mlp.gate", "model.embed_tokens.")
+    arrays = {n: x for n, x in seen.items() if not n.endswith(ends) and n != "model"}
+    return Dump(HERE, arrays, tokens, "float32")
+
+
+def vllm(
+    twins: Twins,
+    precision: str,
+    fault: str,
+    points: tuple[str, ...] = (),
+    ids: tuple[str, ...] = (),
+) -> Run:
     """Recorded, not live: vLLM wants an environment of its own."""
     file = HERE / "vllm" / f"{precision}-{fault}.safetensors"
     with contextlib.closing(file.open("rb")) as raw:
@@ -126,4 +193,5 @@ def vllm(twins: Twins, precision: str, fault: str, points: tuple[str, ...]) -> R
     engine = header["__metadata__"]["engine"].split(",")[0] + ", recorded"
     opened = twins.models[f"tiny-k2-{precision}"]
     named = None if fault == "healthy" else fault
-    return Run(engine, "vllm", "tiny-k2", precision, named, opened, read_dump(file), points)
+    dump = read_dump(file)
+    return Run(engine, "vllm", "tiny-k2", precision, named, opened, dump, points, ids)

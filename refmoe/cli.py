@@ -1,4 +1,4 @@
-"""The verbs: `refmoe generate | chat | tok | inspect | trace | check | bench | golden | tiny`.
+"""The verbs: `refmoe generate | chat | tok | inspect | trace | check | lint | bench | golden | tiny`.
 
 Without --model they use the embedded tiny-k2. With --json they print one JSON document. Exit
 codes: 0 fine, 1 differs or fails, 2 could not tell or bad use.
@@ -16,7 +16,7 @@ from typing import Any
 import refmoe
 from refmoe.config import CONVENTIONS, InputError, read_json
 from refmoe.model.numerics import POLICIES, NonFinite
-from refmoe.oracle import bench, golden, repro
+from refmoe.oracle import bench, golden, lint, repro
 from refmoe.oracle.compare import Case, Report, arbitrate
 from refmoe.oracle.noise import PROFILES
 from refmoe.oracle.readers import read_dump
@@ -388,6 +388,20 @@ def _bench_row(kind: str, row: dict[str, Any]) -> str:
     return f"planted  {mark}     {name:<72} {row['point']}"
 
 
+def _lint(args: argparse.Namespace) -> int:
+    folder = args.folder or golden_folder() / "tiny-k2"
+    found = lint.lint_against(folder, args.against) if args.against else lint.lint(folder)
+    document = lint.as_json(found)
+    if args.json:
+        _print_json(document)
+    else:
+        for f in found:
+            print(f"{f.level:<8} {f'{f.tensor}: ' if f.tensor else ''}{f.text}")
+        errors = sum(f.level == "error" for f in found)
+        print(f"{errors or 'no'} errors in {len(found)} findings")
+    return 0 if document["ok"] else 1
+
+
 def _tiny(args: argparse.Namespace) -> int:
     shape: dict[str, Any] = {}
     for item in args.shape:
@@ -555,6 +569,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--folder", type=Path, metavar="DIR", help="goldens elsewhere")
     p.add_argument("--reference", action="store_true", help="the definition in model/ alone")
     p.add_argument("--all", action="store_true", help="print every point")
+
+    p = verb("lint", _lint, "what is wrong with a checkpoint, without running it", model=False)
+    p.add_argument("folder", type=Path, nargs="?", metavar="DIR", help="default: tiny-k2")
+    p.add_argument("--against", type=Path, metavar="DIR", help="another copy of the same model")
 
     p = verb("bench", _bench, "measure: `bench oracle` judges other engines", model=False)
     p.add_argument("what", choices=["oracle"], help="healthy and faulty engines, false alarms")

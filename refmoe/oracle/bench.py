@@ -14,6 +14,7 @@ import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from math import comb
 from pathlib import Path
 from types import ModuleType
@@ -84,7 +85,7 @@ def real_engines(quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
                 "engine": run.engine,
                 "precision": run.precision,
                 "detected": report.verdict == "fault",
-                "placed": report.point in run.points,
+                "placed": any(fnmatchcase(report.point or "", p) for p in run.points),
                 "named": report.cause is not None and _named(report.cause, run.ids),
                 "point": report.point,
                 "cause": report.cause.id if report.cause else None,

@@ -20,6 +20,7 @@ from refmoe.model.decoder import Decoder, head, layer
 from refmoe.model.experts import MlpWeights
 from refmoe.model.mla import Segment
 from refmoe.oracle.faults import BY_ID, Fault, altered, candidates, equivalent, strength_of
+from refmoe.oracle.graph import SWIGLU
 from refmoe.oracle.noise import rms
 from refmoe.oracle.replay import Replay
 
@@ -35,7 +36,7 @@ class Cause:
     fitted: str | None  # what the numbers say of its constant
     runner_up: str | None  # id of the next best that is not equivalent to it
     times_worse: float | None  # its residual over the best one's
-    equivalent: tuple[str, ...]  # ids that no dump of these points can tell from it
+    equivalent: tuple[str, ...]  # ids that these numbers cannot tell from it
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,6 +64,7 @@ class _Trial:
 
 
 NOISE = 0.1  # of what is explained: below it, two hypotheses fit alike
+ALIKE = 1.1  # nor can these numbers decide between two that leave so nearly the same
 
 
 def find(case: "Case") -> Cause | None:
@@ -80,18 +82,24 @@ def find(case: "Case") -> Cause | None:
     if not trials or trials[0].here > enough:
         return _unforeseeable(case, point)
     best = trials[0]
-    same = next((ids for ids in equivalent if best.fault.id in ids), (best.fault.id,))
-    others = [t for t in trials[1:] if t.fault.id not in same]
-    ties = tuple(i for i in same if i != best.fault.id and i in {t.fault.id for t in trials})
-    worse = max(others[0].layer, NOISE) / max(best.layer, NOISE) if others else None
+    declared = next((ids for ids in equivalent if best.fault.id in ids), ())
+    # a fault elsewhere in the layer, or a hypothesis wider than the fault: only this point counts
+    fit = (lambda t: t.here) if best.layer > 1 else (lambda t: t.layer)
+    least = max(fit(best), NOISE)
+    rivals = [t for t in trials[1:] if t.fault.id != best.fault.id]
+    alike = [t.fault.id for t in rivals if t.here <= enough and fit(t) <= ALIKE * least]
+    alike += [i for i in declared if i in {t.fault.id for t in rivals}]
+    alike = [i for i in dict.fromkeys(alike) if i != best.fault.id]
+    others = [t for t in rivals if t.fault.id not in alike]
+    worse = fit(others[0]) / least if others else np.inf
     return Cause(
         best.fault.id,
         best.text,
         best.fault.references,
         best.fitted,
         others[0].fault.id if others else None,
-        worse if worse is not None and np.isfinite(worse) else None,
-        ties,
+        worse if np.isfinite(worse) else None,
+        tuple(alike),
     )
 
 
@@ -106,7 +114,8 @@ UNRELATED = 0.5  # a correlation below it, over a whole tensor, leaves nothing o
 def _unforeseeable(case: "Case", point: str) -> Cause | None:
     """Weights that nobody knows: what they give has nothing of what it should be, in every row."""
     through = next((p.through for p in case.report.points if p.name == point), ())
-    faults = [f for f in candidates(point, through, case.decoder.cfg) if not f.predicts]
+    faults = candidates(point, _inside(point, through), case.decoder.cfg)
+    faults = [f for f in faults if not f.predicts]
     random = [f for f in faults if f.id.endswith("-random")]
     if not random or point.endswith("#experts") or not point.endswith(random[0].points):
         return None
@@ -127,7 +136,7 @@ def _trials(case: "Case", point: str) -> Iterator[_Trial]:
     places: list[tuple[int | None, str | None]] = [(None, None)]
     places += [(e, part) for e in _experts(case, point) for part in (None, *MlpWeights._fields)]
     within = _around(case, point)
-    for fault in candidates(point, through, case.decoder.cfg):
+    for fault in candidates(point, _inside(point, through), case.decoder.cfg):
         for expert, part in places:
             try:
                 seen = _again(case, fault, expert, part, point)
@@ -143,6 +152,12 @@ def _trials(case: "Case", point: str) -> Iterator[_Trial]:
                 right = fault.fitted.value(case.decoder.cfg)
                 fitted = f"{fault.fitted.name} {found:.5g}, expected {right:.5g}"
             yield _Trial(fault, expert, part, misfits[point], max(misfits.values()), fitted)
+
+
+def _inside(point: str, through: tuple[str, ...]) -> list[str]:
+    """What is judged with the point; reports leave out the experts' own points."""
+    routed = [p for p in (point, *through) if p.endswith(".mlp.experts")]
+    return [*through, *(f"{p}.0.{end}" for p in routed for end in SWIGLU)]
 
 
 def _around(case: "Case", point: str) -> list[str]:

@@ -549,6 +549,10 @@ def activated(rule: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Changes:
 
 
 def gelu(z: np.ndarray) -> np.ndarray:
+    return 0.5 * z * (1 + np.vectorize(math.erf, otypes=[z.dtype])(z / math.sqrt(2)))
+
+
+def gelu_tanh(z: np.ndarray) -> np.ndarray:
     return 0.5 * z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
 
@@ -597,6 +601,10 @@ def nothing(decoder: Decoder, i: int, e: int) -> MlpWeights:
 
 def next_expert(decoder: Decoder, i: int, e: int) -> MlpWeights:
     return decoder.experts(i, (e + 1) % decoder.cfg.n_routed_experts)
+
+
+def expert_before(decoder: Decoder, i: int, e: int) -> MlpWeights:
+    return decoder.experts(i, (e - 1) % decoder.cfg.n_routed_experts)
 
 
 def expert_left_random(decoder: Decoder, i: int, e: int) -> MlpWeights:
@@ -1204,6 +1212,13 @@ EXPERTS = (
         experts(next_expert),
     ),
     changed(
+        "experts-shifted-back",
+        "an expert's place is taken by the one before it",
+        "",
+        (*EXPERT, ROUTED),
+        experts(expert_before),
+    ),
+    changed(
         "experts-missing",
         "routed experts give nothing",
         "sgl-project/sglang#21348",
@@ -1274,6 +1289,11 @@ EXPERTS = (
         activated(lambda g, u: g * u * sigmoid(u)),
     ),
     written("act-gelu", "gelu takes the place of silu", activated(lambda g, u: gelu(g) * u)),
+    written(
+        "act-gelu-tanh",
+        "gelu, with its tanh, takes the place of silu",
+        activated(lambda g, u: gelu_tanh(g) * u),
+    ),
     written(
         "act-relu", "relu takes the place of silu", activated(lambda g, u: np.maximum(g, 0) * u)
     ),
