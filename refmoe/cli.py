@@ -1,4 +1,4 @@
-"""The verbs: `refmoe generate | chat | tok | inspect | trace | check | lint | bench | golden | tiny`.
+"""The verbs: generate, chat, tok, inspect, trace, check, lint, mutate, bench, golden, tiny.
 
 Without --model they use the embedded tiny-k2. With --json they print one JSON document. Exit
 codes: 0 fine, 1 differs or fails, 2 could not tell or bad use.
@@ -16,7 +16,7 @@ from typing import Any
 import refmoe
 from refmoe.config import CONVENTIONS, InputError, read_json
 from refmoe.model.numerics import POLICIES, NonFinite
-from refmoe.oracle import bench, golden, lint, repro
+from refmoe.oracle import bench, golden, lint, mutate, repro
 from refmoe.oracle.compare import Case, Report, arbitrate
 from refmoe.oracle.noise import PROFILES
 from refmoe.oracle.readers import read_dump
@@ -402,6 +402,33 @@ def _lint(args: argparse.Namespace) -> int:
     return 0 if document["ok"] else 1
 
 
+def _mutate(args: argparse.Namespace) -> int:
+    def show(fault: Any, score: Any, seconds: float) -> None:
+        if args.json:
+            return
+        marks = f"{score.detected:>3} {score.placed:>3} {score.named:>3} of {score.runs:<3}"
+        small = ", ".join(f"{p} {x:.2g}" for p, x in score.smallest.items())
+        print(f"{marks} {seconds:6.0f} s  {fault.id:<28}{f'down to {small}' if small else ''}")
+        for line in score.missed[:4] if args.verbose else ():
+            print(f"      {line}")
+        sys.stdout.flush()
+
+    if not args.json:
+        print("detected, placed, named")
+    document = mutate.run(args.quick, args.faults, args.seeds, show)
+    if args.json:
+        _print_json(document)
+    else:
+        shares = (f"{key} {document[key]:.1%}" for key in ("detected", "placed", "named"))
+        print(
+            f"{document['runs']} mutants of {len(document['faults'])} faults: {', '.join(shares)}"
+        )
+        if document["inert_everywhere"]:
+            print(f"without effect anywhere: {', '.join(document['inert_everywhere'])}")
+    fine = document["detected"] == 1 and document["placed"] >= 0.98 and document["named"] >= 0.95
+    return 0 if fine else 1
+
+
 def _tiny(args: argparse.Namespace) -> int:
     shape: dict[str, Any] = {}
     for item in args.shape:
@@ -573,6 +600,12 @@ def _parser() -> argparse.ArgumentParser:
     p = verb("lint", _lint, "what is wrong with a checkpoint, without running it", model=False)
     p.add_argument("folder", type=Path, nargs="?", metavar="DIR", help="default: tiny-k2")
     p.add_argument("--against", type=Path, metavar="DIR", help="another copy of the same model")
+
+    p = verb("mutate", _mutate, "plant every known fault and see it found", model=False)
+    p.add_argument("faults", nargs="*", metavar="ID", help="default: all")
+    p.add_argument("--quick", action="store_true", help="three checkpoints, one layer, one prompt")
+    p.add_argument("--seeds", type=int, default=1, metavar="N", help="prompts of each")
+    p.add_argument("--verbose", action="store_true", help="what was missed, and how")
 
     p = verb("bench", _bench, "measure: `bench oracle` judges other engines", model=False)
     p.add_argument("what", choices=["oracle"], help="healthy and faulty engines, false alarms")

@@ -83,8 +83,11 @@ def find(case: "Case") -> Cause | None:
         return _unforeseeable(case, point)
     best = trials[0]
     declared = next((ids for ids in equivalent if best.fault.id in ids), ())
+
     # a fault elsewhere in the layer, or a hypothesis wider than the fault: only this point counts
-    fit = (lambda t: t.here) if best.layer > 1 else (lambda t: t.layer)
+    def fit(t: _Trial) -> float:
+        return t.here if best.layer > 1 else t.layer
+
     least = max(fit(best), NOISE)
     rivals = [t for t in trials[1:] if t.fault.id != best.fault.id]
     alike = [t.fault.id for t in rivals if t.here <= enough and fit(t) <= ALIKE * least]
@@ -108,11 +111,11 @@ def _named(id: str) -> Cause:
     return Cause(id, fault.text, fault.references, None, None, None, ())
 
 
-UNRELATED = 0.5  # a correlation below it, over a whole tensor, leaves nothing of the right weights
+UNRELATED = 0.3  # a correlation below it leaves nothing of the right weights in a tensor
 
 
 def _unforeseeable(case: "Case", point: str) -> Cause | None:
-    """Weights that nobody knows: what they give has nothing of what it should be, in every row."""
+    """Weights that nobody knows: what they give has nothing of what it should be."""
     through = next((p.through for p in case.report.points if p.name == point), ())
     faults = candidates(point, _inside(point, through), case.decoder.cfg)
     faults = [f for f in faults if not f.predicts]
@@ -120,10 +123,9 @@ def _unforeseeable(case: "Case", point: str) -> Cause | None:
     if not random or point.endswith("#experts") or not point.endswith(random[0].points):
         return None
     ours, theirs = case.exact.ours[point], case.exact.theirs[point]
-    ours, theirs = ours.reshape(len(ours), -1), theirs.reshape(len(theirs), -1)
-    lengths = np.sqrt((ours * ours).sum(axis=1) * (theirs * theirs).sum(axis=1))
-    alike = (ours * theirs).sum(axis=1) / np.maximum(lengths, 1e-300)
-    return _named(random[0].id) if (np.abs(alike) < UNRELATED).all() else None
+    length = float(np.sqrt((ours * ours).sum() * (theirs * theirs).sum()))
+    alike = abs(float((ours * theirs).sum())) / max(length, 1e-300)
+    return _named(random[0].id) if alike < UNRELATED else None
 
 
 def _enough(case: "Case", point: str) -> float:

@@ -245,6 +245,8 @@ class Rows:
     def against(self, ours: np.ndarray, theirs: np.ndarray) -> float:
         """The same for another hypothesis of what the engine should have computed here."""
         other = Rows(ours, theirs, self.noise)
+        size = np.maximum(rms(ours), rms(theirs))  # a hypothesis of nothing explains nothing
+        other.error = rms(theirs - ours) / np.where(size > 0, size, 1)
         other.explained = self.explained
         return other.multiple()
 

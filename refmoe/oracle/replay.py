@@ -53,8 +53,11 @@ class Replay:
             return x
         if path in self.dump.partial:
             return self._partial(path, x, theirs)
-        if path.endswith("#scores"):  # what an engine writes where it masks is nobody's concern
-            theirs = np.where(np.tri(len(x), dtype=bool)[:, None], theirs, x)
+        if path.endswith("#scores"):  # what an engine writes where it masks is not compared
+            seen = np.tri(len(x), dtype=bool)[:, None]
+            shown = np.where(seen, theirs, 0).astype(x.dtype)
+            self._note(path, x, shown, Lens(lambda full: np.where(seen, full, 0), True))
+            return np.where(seen | np.isfinite(theirs), theirs, x)
         if path.endswith("#experts"):
             inside = (theirs >= 0) & (theirs < self.cfg.n_routed_experts) & (theirs % 1 == 0)
             if not inside.all():
