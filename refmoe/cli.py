@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 import refmoe
 from refmoe.config import CONVENTIONS, InputError, read_json
 from refmoe.model.numerics import POLICIES, NonFinite
@@ -20,7 +22,10 @@ from refmoe.oracle import bench, golden, lint, mutate, repro
 from refmoe.oracle.compare import Case, Report, arbitrate
 from refmoe.oracle.noise import PROFILES
 from refmoe.oracle.readers import read_dump
+from refmoe.oracle.report import write as write_html
 from refmoe.oracle.trace import trace, write
+from refmoe.oracle.truth import check_truth, read_truth
+from refmoe.oracle.truth import make as make_truth
 from refmoe.run.dialogue import Dialogue, interact, printable
 from refmoe.run.generate import generate_tokens, working
 from refmoe.run.model import Model, golden_folder, load
@@ -231,22 +236,34 @@ def _trace(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
+    dump = read_dump(args.dump)
+    for note in dump.notes:
+        print(f"refmoe: note: {note}", file=sys.stderr)
+    if args.truth:
+        for option in ("against", "repro", "html"):
+            if getattr(args, option):
+                raise InputError(f"--{option} needs the model; --truth has none")
+        report = check_truth(read_truth(args.truth), dump, engine=args.engine, profile=args.profile)
+        return _show(report, args)
     model = load(args.model, "float64", reference=True)
     tokens = read_tokens(args.tokens)[0] if args.tokens else None
-    case = Case(model, read_dump(args.dump), tokens, args.engine, args.profile)
-    report = case.report
-    if args.repro and report.verdict == "fault":
+    engine = args.engine or "refmoe"
+    case = Case(model, dump, tokens, engine, args.profile)
+    if args.repro and case.report.verdict == "fault":
         for path in repro.write(case, args.repro):
             print(f"refmoe: wrote {path}", file=sys.stderr)
+    if args.html:
+        print(f"refmoe: wrote {write_html(case, args.html)}", file=sys.stderr)
     if args.against is None:
-        if args.json:
-            _print_json(report.as_json())
-        else:
-            _check_report(report, args.all)
-        return EXIT[report.verdict]
-    engine, profile = args.against_engine or args.engine, args.against_profile
-    second = Case(model, read_dump(args.against), tokens, engine, profile)
-    other, both = second.report, arbitrate(case, second)
+        return _show(case.report, args)
+    second = Case(
+        model,
+        read_dump(args.against),
+        tokens,
+        args.against_engine or engine,
+        args.against_profile,
+    )
+    report, other, both = case.report, second.report, arbitrate(case, second)
     if args.json:
         _print_json(both.as_json())
     else:
@@ -260,6 +277,14 @@ def _check(args: argparse.Namespace) -> int:
         further = {"a": args.dump, "b": args.against}.get(both.further, "neither")
         print(f"further from float64: {further}")
     return max(EXIT[report.verdict], EXIT[other.verdict])
+
+
+def _show(report: Report, args: argparse.Namespace) -> int:
+    if args.json:
+        _print_json(report.as_json())
+    else:
+        _check_report(report, args.all)
+    return EXIT[report.verdict]
 
 
 EXIT = {"pass": 0, "fault": 1, "undecidable": 2}
@@ -311,6 +336,8 @@ def _cause(report: Report) -> None:
 
 
 def _golden(args: argparse.Namespace) -> int:
+    if args.action == "make":
+        return _golden_make(args)
     rows = []
     for row in golden.verify(args.folder, args.reference):
         rows.append(row)
@@ -326,6 +353,28 @@ def _golden(args: argparse.Namespace) -> int:
     if not rows:
         return 2
     return 0 if document["ok"] else 1
+
+
+def _golden_make(args: argparse.Namespace) -> int:
+    if not args.tokens or not args.out:
+        raise InputError("golden make needs --tokens FILE and --out FILE")
+    (tokens,) = sequences if len(sequences := read_tokens(args.tokens)) == 1 else ([],)
+    if not tokens:
+        raise InputError(f"{args.tokens}: golden make takes one sequence")
+    model = load(args.model, "float64", conventions=args.conventions)
+    with tqdm(unit="layer", disable=not sys.stderr.isatty()) as bar:
+
+        def progress(done: int, of: int) -> None:
+            bar.total, bar.n = of, done
+            bar.refresh()
+
+        make_truth(model, tokens, args.out, hash_shards=args.hash_shards, progress=progress)
+    size = args.out.stat().st_size
+    if args.json:
+        _print_json({"out": str(args.out), "tokens": len(tokens), "bytes": size})
+    else:
+        print(f"{args.out}: {len(tokens)} tokens, {size:,} bytes, {size // len(tokens):,} a token")
+    return 0
 
 
 def _golden_table(rows: list[golden.Row]) -> None:
@@ -583,16 +632,23 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("dump", type=Path, help="tensors by module path: .safetensors, .npz or .pt")
     p.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint's folder")
     p.add_argument("--tokens", type=Path, metavar="FILE", help="JSON: the ids, if not in the dump")
-    p.add_argument("--engine", choices=tuple(CONVENTIONS), default="refmoe")
+    p.add_argument("--truth", type=Path, metavar="FILE", help="of `golden make`, not the model")
+    p.add_argument("--engine", choices=tuple(CONVENTIONS), help="its conventions; default: refmoe")
     p.add_argument("--profile", choices=tuple(PROFILES), help="default: as its values are")
     p.add_argument("--against", type=Path, metavar="DUMP", help="which of two is further off?")
     p.add_argument("--against-engine", choices=tuple(CONVENTIONS), help="default: as --engine")
     p.add_argument("--against-profile", choices=tuple(PROFILES))
+    p.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page")
     p.add_argument("--repro", type=Path, metavar="FILE", help="write the fault as a NumPy script")
     p.add_argument("--all", action="store_true", help="print every point")
 
-    p = verb("golden", _golden, "compare with other engines' numbers", model=False)
-    p.add_argument("action", choices=["verify"])
+    p = verb("golden", _golden, "verify the goldens, or make one of a checkpoint", model=False)
+    p.add_argument("action", choices=["verify", "make"])
+    p.add_argument("--model", type=Path, metavar="DIR", help="make: a checkpoint's folder")
+    p.add_argument("--tokens", type=Path, metavar="FILE", help="make: JSON, a list of ids")
+    p.add_argument("--out", type=Path, metavar="FILE", help="make: the file to write")
+    p.add_argument("--conventions", choices=tuple(CONVENTIONS), default="refmoe")
+    p.add_argument("--hash-shards", action="store_true", help="make: also sha256 of every shard")
     p.add_argument("--folder", type=Path, metavar="DIR", help="goldens elsewhere")
     p.add_argument("--reference", action="store_true", help="the definition in model/ alone")
     p.add_argument("--all", action="store_true", help="print every point")
