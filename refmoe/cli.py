@@ -464,7 +464,7 @@ def _mutate(args: argparse.Namespace) -> int:
 
     if not args.json:
         print("detected, placed, named")
-    document = mutate.run(args.quick, args.faults, args.seeds, show)
+    document = mutate.run(args.quick, args.faults, args.seeds, args.jobs, show)
     if args.json:
         _print_json(document)
     else:
@@ -661,6 +661,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("faults", nargs="*", metavar="ID", help="default: all")
     p.add_argument("--quick", action="store_true", help="three checkpoints, one layer, one prompt")
     p.add_argument("--seeds", type=int, default=1, metavar="N", help="prompts of each")
+    p.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes")
     p.add_argument("--verbose", action="store_true", help="what was missed, and how")
 
     p = verb("bench", _bench, "measure: `bench oracle` judges other engines", model=False)

@@ -107,6 +107,7 @@ class Case:
         alpha: float = ALPHA,
         runs: int = RUNS,
         keep: bool = True,
+        explain: bool = True,
     ):
         if engine not in CONVENTIONS:
             raise InputError(f"engine {engine!r}; known: {', '.join(CONVENTIONS)}")
@@ -133,7 +134,7 @@ class Case:
         self.report, self.rows = _judge(
             self.decoder, self.dump, self.exact, self.envelope, engine, self.profile, alpha
         )
-        if self.report.verdict == "fault":
+        if explain and self.report.verdict == "fault":
             found = causes.find(self)
             shape = None if found else causes.describe(self)
             self.report = replace(self.report, cause=found, shape=shape)

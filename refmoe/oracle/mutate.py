@@ -14,10 +14,15 @@ what faults need, tiny-k2, random ones with INT4, with FP8 and groups, and one t
 router biases that bf16 rounds coarsely and values beyond float16.
 """
 
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +31,7 @@ import numpy as np
 from refmoe.model.decoder import Decoder
 from refmoe.oracle.bench import really_rounding
 from refmoe.oracle.compare import Case
-from refmoe.oracle.faults import FAULTS, Fault, altered, equivalent, kind
+from refmoe.oracle.faults import BY_ID, FAULTS, Fault, altered, equivalent, kind
 from refmoe.oracle.noise import PROFILES, Profile
 from refmoe.oracle.readers import Dump
 from refmoe.oracle.trace import Recorder
@@ -37,6 +42,7 @@ from refmoe.weights.random import write_random
 
 EFFECT = 3.0
 TOKENS = 24
+LEAST = 2.0**-12  # strength that is tried
 CHECKPOINTS = ("tiny-k2", "int4", "deepseek-v3", "loud")
 NAMES = ("float32", "bfloat16", "float16", "fp8-block", "llama.cpp-q8", "vllm")
 QUICK = (
@@ -100,8 +106,11 @@ def checkpoints(folder: Path) -> dict[str, Model]:
     groups = {"n_routed_experts": 12, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}
     write_random(folder / "loud", "bf16", seed=5, shape=groups)
     make_loud(folder / "loud")
-    found: dict[str, Path | None] = {n: folder / n for n in CHECKPOINTS}
-    return {n: load(None if n == "tiny-k2" else found[n], "float64", reference=True) for n in found}
+    return {name: _open(folder, name) for name in CHECKPOINTS}
+
+
+def _open(folder: Path, name: str) -> Model:
+    return load(None if name == "tiny-k2" else folder / name, "float64", reference=True)
 
 
 def make_loud(folder: Path) -> None:
@@ -117,27 +126,50 @@ def make_loud(folder: Path) -> None:
 
 
 def mutate(
-    folder: Path, quick: bool = False, ids: Sequence[str] = (), seeds: int = 1
+    folder: Path, quick: bool = False, ids: Sequence[str] = (), seeds: int = 1, jobs: int = 1
 ) -> Iterator[tuple[Fault, Score]]:
-    """Each fault with its score, as soon as all its mutants were judged."""
+    """Each fault with its score, in order; `jobs` processes of one thread each share them."""
     models = checkpoints(folder)
-    pairs = [(m, p) for m in CHECKPOINTS for p in NAMES if _makes_sense(m, p)]
-    healthy = Healthy(models, QUICK if quick else pairs)
-    for fault in FAULTS:
-        if ids and fault.id not in ids:
-            continue
-        score = Score(fault.id)
-        for checkpoint in CHECKPOINTS:
-            for mutant in healthy.mutants(fault, checkpoint, 1 if quick else 2, seeds, score):
-                score.runs += 1
-                score.detected += mutant.detected
-                score.placed += mutant.detected and mutant.placed
-                score.named += mutant.detected and mutant.named
-                if not (mutant.detected and mutant.placed and mutant.named):
-                    score.missed.append(str(mutant))
-        if not quick:
-            healthy.grade(fault, score)
-        yield fault, score
+    wanted = [f for f in FAULTS if not ids or f.id in ids]
+    if jobs == 1:
+        healthy = Healthy(models, _pairs(quick))
+        for fault in wanted:
+            yield fault, healthy.judge(fault, quick, seeds)
+        return
+    with _one_thread(), ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        work = partial(_judge, folder, quick, seeds)
+        yield from zip(wanted, pool.map(work, [f.id for f in wanted]), strict=True)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Of BLAS, in processes started meanwhile: they would wait for each other."""
+    names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@cache
+def _opened(folder: Path, quick: bool) -> "Healthy":
+    models = {name: _open(folder, name) for name in CHECKPOINTS}
+    return Healthy(models, _pairs(quick))
+
+
+def _judge(folder: Path, quick: bool, seeds: int, id: str) -> Score:
+    return _opened(folder, quick).judge(BY_ID[id], quick, seeds)
+
+
+def _pairs(quick: bool) -> Sequence[tuple[str, str]]:
+    every = [(m, p) for m in CHECKPOINTS for p in NAMES if _makes_sense(m, p)]
+    return QUICK if quick else every
 
 
 def _makes_sense(checkpoint: str, profile: str) -> bool:
@@ -152,6 +184,20 @@ class Healthy:
 
     def __init__(self, models: dict[str, Model], pairs: Sequence[tuple[str, str]]):
         self.models, self.pairs = models, pairs
+
+    def judge(self, fault: Fault, quick: bool, seeds: int) -> Score:
+        score = Score(fault.id)
+        for checkpoint in self.models:
+            for mutant in self.mutants(fault, checkpoint, seeds, score):
+                score.runs += 1
+                score.detected += mutant.detected
+                score.placed += mutant.detected and mutant.placed
+                score.named += mutant.detected and mutant.named
+                if not (mutant.detected and mutant.placed and mutant.named):
+                    score.missed.append(str(mutant))
+        if not quick:
+            self.grade(fault, score)
+        return score
 
     def tokens(self, checkpoint: str, seed: int = 0) -> list[int]:
         rng = np.random.default_rng([seed, 9])
@@ -170,24 +216,17 @@ class Healthy:
         seen = {n: x for n, x in recorder.seen.items() if ".experts." not in n and "#rows" not in n}
         return Dump(model.checkpoint.path, seen, tokens, profile.storage)
 
-    def mutants(
-        self, fault: Fault, checkpoint: str, count: int, seeds: int, score: Score
-    ) -> Iterator[Mutant]:
-        """In the first layers where it has an effect, so many, on so many prompts."""
+    def mutants(self, fault: Fault, checkpoint: str, seeds: int, score: Score) -> Iterator[Mutant]:
+        """In the first layer where it has an effect, on so many prompts."""
         model = self.models[checkpoint]
         for name in (p for m, p in self.pairs if m == checkpoint):
-            made = 0
             for layer in self.layers(fault, model):
-                found = [
-                    m
-                    for seed in range(seeds)
-                    if (m := self.mutant(fault, checkpoint, name, layer, seed)) is not None
-                ]
-                yield from found
-                made += bool(found)
-                if made == count:
+                found = [self.mutant(fault, checkpoint, name, layer, i) for i in range(seeds)]
+                effective = [m for m in found if m is not None]
+                yield from effective
+                if effective:
                     break
-            if not made:
+            else:
                 score.inert_on.add(f"{checkpoint}, {name}")
 
     def mutant(
@@ -216,7 +255,7 @@ class Healthy:
         return [0, count - 1, *range(1, count - 1)]
 
     def grade(self, fault: Fault, score: Score) -> None:
-        """The smallest strength that is still detected on tiny-k2, halving from 1."""
+        """The smallest strength that is still detected on tiny-k2, in quarters from 1."""
         if fault.strength is None or not score.detected:
             return
         for name in ("float32", "bfloat16"):
@@ -228,12 +267,12 @@ class Healthy:
             if first is None:
                 continue
             strength = 1.0
-            while strength > 2.0**-20:
-                where = {"layer": first.layer, "strength": strength / 2}
+            while strength > LEAST:
+                where = {"layer": first.layer, "strength": strength / 4}
                 dump = self.dump("tiny-k2", profile, fault, **where)
-                if Case(model, dump, profile=profile).report.verdict != "fault":
+                if Case(model, dump, profile=profile, explain=False).report.verdict != "fault":
                     break
-                strength /= 2
+                strength /= 4
             score.smallest[name] = strength
 
 
@@ -254,12 +293,12 @@ def summary(scores: Sequence[Score]) -> dict[str, Any]:
     }
 
 
-def run(quick: bool, ids: Sequence[str], seeds: int, show: Any) -> dict[str, Any]:
+def run(quick: bool, ids: Sequence[str], seeds: int, jobs: int, show: Any) -> dict[str, Any]:
     """All of it, in a temporary folder; `show(fault, score, seconds)` after each fault."""
     scores = []
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as tmp:
-        for fault, score in mutate(Path(tmp), quick, ids, seeds):
+        for fault, score in mutate(Path(tmp), quick, ids, seeds, jobs):
             scores.append(score)
             show(fault, score, time.perf_counter() - began)
     return {**summary(scores), "seconds": time.perf_counter() - began}
