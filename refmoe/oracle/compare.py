@@ -15,7 +15,7 @@ alarm below `alpha`. Routing is compared as sets; a flip is explained if the sco
 places were nearer than the noise of a score; what follows uses the engine's choice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from math import log
 from statistics import NormalDist
@@ -165,11 +165,16 @@ def _judge(
     order = dict.fromkeys(exact.order)
     lacking = {p: tuple(through(p, fed, order, decoder.cfg)) for p in rows}
     outside, points = _holm(rows, _spread(rows), lacking, alpha)
-    router, flips = _router(decoder, exact, noise)
+    flipped = list(flips(decoder, exact, noise))
+    explained = sum(f.explained for f in flipped)
+    router = {"flips": len(flipped), "explained": explained}
+    router["unexplained"] = len(flipped) - explained
     suspects = {p: exact.misfits[p] for p in exact.broken}
     suspects |= {p: "not finite" for p in numbers if p not in finite}
     suspects |= {p: f"{points[p].multiple:.3g} times what rounding explains" for p in outside}
-    suspects |= flips
+    for f in flipped:
+        if not f.explained:
+            suspects.setdefault(f.path, str(f))
     first = next((p for p in exact.order if p in suspects), None)
     known = [p for p in order if not p.endswith("#rows")]
     unmatched = {}
@@ -325,12 +330,32 @@ def _holm(
     return outside, points
 
 
-def _router(
-    decoder: Decoder, exact: Replay, sampled: Envelope
-) -> tuple[dict[str, int], dict[str, str]]:
-    """Choices as sets: how many flipped, and which are nearer to a tie than the noise."""
-    count = {"flips": 0, "explained": 0, "unexplained": 0}
-    faults: dict[str, str] = {}
+@dataclass(frozen=True)
+class Flip:
+    """A token whose experts are not ours: which, and how near to a tie."""
+
+    path: str
+    token: int
+    taken: list[int]
+    lost: list[int]
+    gap: float  # between the best score lost and the worst taken; inf: of another group
+    tie: float  # gap that the noise of scores explains
+    groups: float  # margin of the group refused, where groups are limited
+    explained: bool
+
+    @property
+    def layer(self) -> int:
+        return int(self.path.split(".")[2])
+
+    def __str__(self) -> str:
+        return (
+            f"token {self.token} chose {self.taken} over {self.lost}, whose scores are "
+            f"{self.gap:.3g} better; noise explains {self.tie:.1g}"
+        )
+
+
+def flips(decoder: Decoder, exact: Replay, sampled: Envelope) -> Iterator[Flip]:
+    """Choices as sets: which flipped, and whether they are nearer to a tie than the noise."""
     for path in (p for p in exact.theirs if p.endswith("gate#experts")):
         gate = path.removesuffix("#experts")
         weights = decoder.layers[int(path.split(".")[2])].mlp
@@ -339,30 +364,20 @@ def _router(
         whole = gate in exact.lenses and exact.lenses[gate].goes_on
         score = sigmoid(exact.theirs[gate] if whole else ours)
         score = score + dequantize(weights.gate.e_score_correction_bias, np.float64)
-        score, group_margin = limit_groups(score, decoder.cfg, decoder.nx)
-        noise = sampled.gates[gate]
+        score, margin = limit_groups(score, decoder.cfg, decoder.nx)
         # seven deviations of a difference of two scores, sigmoid' being at most 1/4
-        tie = 7 * np.sqrt(2) * 0.25 * noise + 4 * 2.0**-24
-        for row, (mine, theirs) in enumerate(
-            zip(exact.ours[path], exact.theirs[path], strict=True)
-        ):
-            lost, taken = set(mine.tolist()) - set(theirs.tolist()), set(theirs.tolist())
-            taken -= set(mine.tolist())
+        tie = float(7 * np.sqrt(2) * 0.25 * sampled.gates[gate] + 4 * 2.0**-24)
+        pairs = zip(exact.ours[path].astype(int), exact.theirs[path].astype(int), strict=True)
+        for row, (mine, theirs) in enumerate(pairs):
+            lost = sorted(set(mine.tolist()) - set(theirs.tolist()))
+            taken = sorted(set(theirs.tolist()) - set(mine.tolist()))
             if not lost:
                 continue
-            count["flips"] += 1
-            gap = max(score[row, list(lost)]) - min(score[row, list(taken)]) if taken else np.inf
+            gap = float(max(score[row, lost]) - min(score[row, taken])) if taken else np.inf
+            groups = float(margin[row])
             # another group altogether: its two best are near the two best of the one refused
-            if gap <= tie or (np.isinf(gap) and taken and group_margin[row] <= 2 * tie):
-                count["explained"] += 1
-            else:
-                count["unexplained"] += 1
-                faults.setdefault(
-                    path,
-                    f"token {row} chose {sorted(taken)} over {sorted(lost)}, whose scores are "
-                    f"{gap:.3g} better; noise explains {tie:.1g}",
-                )
-    return count, faults
+            near = gap <= tie or (np.isinf(gap) and bool(taken) and groups <= 2 * tie)
+            yield Flip(path, row, taken, lost, gap, tie, groups, near)
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,17 @@
     a folder       SGLang's dumper (sglang_folder.py)
 
 Module paths are those of the Hugging Face model; wrapper prefixes are taken off, and what an engine
-fuses is split by adapters.py. Hugging Face's `hidden_states`, `logits` and `router_logits` are read
-under the names of the points they are. An array fits a point if it has its rows and its numbers: a
-batch axis of one is dropped, heads may be flattened or stand before the rows, halves of rotated
-channels are put back into pairs where the engine's conventions say so.
+fuses is split by adapters.py. What Hugging Face's forward and generate return is read under the
+names of the points it is (huggingface.py). An array fits a point if it has its rows and its
+numbers: a batch axis of one is dropped, heads may be flattened or stand before the rows, halves of
+rotated channels are put back into pairs where the engine's conventions say so.
 """
 
 import difflib
 import json
-import zipfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,14 @@ import numpy as np
 
 from refmoe.config import Conventions, InputError, read_json
 from refmoe.model.matrix import widen_bf16
+from refmoe.oracle.huggingface import hugging_face
 from refmoe.oracle.llamacpp_text import read_llamacpp
 from refmoe.oracle.sglang_folder import read_sglang
 from refmoe.oracle.torch_file import read_torch
 from refmoe.weights.checkpoint import DTYPES, canonical, read_header
+
+TOKENS = ("tokens", "input_ids", "sequences")
+DEPTH, ENTRIES = 20, 1_000_000  # of dicts in dicts: a pickle may hold itself
 
 
 @dataclass(frozen=True)
@@ -49,24 +53,24 @@ def read_dump(path: str | Path) -> Dump:
     path = Path(path)
     if path.is_dir():
         seen = read_sglang(path)
-        return _dump(path, seen.arrays, seen.tokens, notes=seen.notes)
+        return _dump(path, seen.arrays, seen.tokens, seen.notes, seen.partial)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     match path.suffix:
         case ".safetensors":
             return _dump(path, *_safetensors(path))
         case ".npz":
-            return _dump(path, _npz(path), None)
+            return _dump(path, _npz(path))
         case ".pt" | ".pth":
             value = read_torch(path)
             if not isinstance(value, dict):
                 raise InputError(f"{path}: a {type(value).__name__}, expected a dict of tensors")
-            return _dump(path, dict(_flat("", value)), None)
+            return _dump(path, _flat(path, value))
         case ".txt" | ".log":
             printed = read_llamacpp(path)
-            dump = _dump(path, printed.arrays, None, notes=printed.notes)
-            partial = frozenset(n for n, x in dump.arrays.items() if np.isnan(x).any())
-            return replace(dump, rounded="float32", partial=partial, step=printed.step)
+            partial = frozenset(n for n, x in printed.arrays.items() if np.isnan(x).any())
+            own = printed.arrays, printed.tokens, "float32", partial, printed.step
+            return Dump(path, *own, notes=printed.notes)
         case ".json":
             tokens, top = read_logprobs(path)
             return Dump(path, {}, tokens, "bfloat16", top=top)
@@ -78,57 +82,67 @@ def read_dump(path: str | Path) -> Dump:
 
 
 def _dump(
-    path: Path, arrays: dict[str, np.ndarray], tokens: Any, notes: tuple[str, ...] = ()
+    path: Path,
+    arrays: dict[str, np.ndarray],
+    tokens: Any = None,
+    notes: tuple[str, ...] = (),
+    partial: frozenset[str] = frozenset(),
 ) -> Dump:
-    arrays = {canonical(name): x for name, x in hugging_face(arrays).items()}
-    for name in ("tokens", "input_ids", "sequences"):
-        if name in arrays:
-            tokens = arrays.pop(name).reshape(-1).tolist()
-    return Dump(path, arrays, tokens, _narrowest(arrays.values()), notes=notes)
+    named = {canonical(name): x for name, x in arrays.items()}
+    ids = {name: named.pop(name) for name in TOKENS if name in named}
+    read = hugging_face(named, ids.pop("sequences", None))
+    if read.sequence is not None:
+        ids.setdefault("sequences", read.sequence)
+    for name, value in ids.items():  # the last says most
+        tokens = read_ids(f"{path}: {name}", value)
+    if tokens is not None and not isinstance(tokens, list):
+        tokens = read_ids(f"{path}: tokens", tokens)
+    numbers = {n: x for n, x in read.arrays.items() if x.dtype.kind in "fiub"}
+    others = tuple(f"{n}: {read.arrays[n].dtype}, no numbers" for n in read.arrays.keys() - numbers)
+    partial |= read.partial
+    rounded = _narrowest(numbers.values())
+    notes += read.notes + others
+    return Dump(path, numbers, tokens, rounded, partial & numbers.keys(), notes=notes)
 
 
-def _flat(name: str, value: Any) -> Iterator[tuple[str, np.ndarray]]:
+def read_ids(where: str, value: Any) -> list[int]:
+    """Token ids of one sequence, whatever axes of one stand before it."""
+    x = value if isinstance(value, np.ndarray) else None
+    if x is None and isinstance(value, list) and all(type(i) is int for i in value):
+        x = np.array(value)  # of ids too large: objects, refused below
+    if x is None or x.dtype.kind not in "iu" or not x.size:
+        found = "no list of integers" if x is None else f"{x.dtype} {list(x.shape)}"
+        raise InputError(f"{where} is {found}, expected the token ids of one sequence")
+    if x.ndim and x.size != x.shape[-1]:
+        raise InputError(f"{where} is {list(x.shape)}, several sequences; dump one at a time")
+    ids: list[int] = x.reshape(-1).tolist()
+    return ids
+
+
+def _flat(path: Path, value: Any) -> dict[str, np.ndarray]:
     """Tensors of nested dicts and lists: a.b, a.0; what is no tensor is left out."""
-    if isinstance(value, np.ndarray):
-        yield name, value
-        return
-    items: Iterable[tuple[Any, Any]] = ()
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list | tuple):
-        items = enumerate(value)
-    for key, part in items:
-        yield from _flat(f"{name}.{key}" if name else str(key), part)
-
-
-def hugging_face(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The outputs of a forward pass with `output_hidden_states` and `output_router_logits`.
-
-    hidden_states has one more entry than there are layers: the embedding first; the last is what
-    the final norm made of the last layer (transformers, `capture_outputs`). The routers are those
-    of the last layers.
-    """
-    out, layers, routers = {}, _entries(arrays, "hidden_states"), _entries(arrays, "router_logits")
-    for i in range(layers):
-        x = arrays[f"hidden_states.{i}"]
-        name = "model.embed_tokens" if i == 0 else f"model.layers.{i - 1}"
-        out["model.norm" if i == layers - 1 else name] = x
-    for i in range(routers):
-        layer = max(layers - 1, routers) - routers + i
-        out[f"model.layers.{layer}.mlp.gate"] = arrays[f"router_logits.{i}"]
-    taken = [f"hidden_states.{i}" for i in range(layers)]
-    taken += [f"router_logits.{i}" for i in range(routers)]
-    for name, x in arrays.items():
-        if name not in taken:
-            out.setdefault("lm_head" if name == "logits" else name, x)
-    return out
-
-
-def _entries(arrays: dict[str, np.ndarray], name: str) -> int:
-    count = 0
-    while f"{name}.{count}" in arrays:
-        count += 1
-    return count
+    out: dict[str, np.ndarray] = {}
+    left: list[tuple[str, Any, int]] = [("", value, 0)]
+    for _ in range(ENTRIES):
+        if not left:
+            return out
+        name, part, depth = left.pop()
+        if isinstance(part, np.ndarray):
+            out[name] = part
+            continue
+        if depth > DEPTH:
+            raise InputError(f"{path}: dicts or lists nested {depth} deep, or in a circle")
+        items: list[tuple[Any, Any]] = []
+        if isinstance(part, dict):
+            items = list(part.items())
+        elif isinstance(part, list | tuple):
+            if name in TOKENS and part and all(type(i) is int for i in part):
+                out[name] = np.array(part)
+                continue
+            items = list(enumerate(part))
+        at = f"{name}." if name else ""
+        left += [(f"{at}{key}", x, depth + 1) for key, x in reversed(items)]
+    raise InputError(f"{path}: more than {ENTRIES} entries; save tensors, not lists of numbers")
 
 
 def fit(name: str, x: np.ndarray, shape: tuple[int, ...], sides: Conventions) -> np.ndarray | None:
@@ -140,7 +154,7 @@ def fit(name: str, x: np.ndarray, shape: tuple[int, ...], sides: Conventions) ->
         x = x[0]  # heads flattened behind a batch axis
     if len(shape) == 3 and x.shape == (shape[1], shape[0], shape[2]):
         x = x.transpose(1, 0, 2) if heads_first or x.shape != shape else x
-    if x.size != np.prod(shape) or not x.size or x.shape[0] != shape[0]:
+    if x.size != np.prod(shape) or not x.ndim or not x.size or x.shape[0] != shape[0]:
         return None
     x = x.reshape(shape)
     if sides.rope_layout == "halves" and name.endswith(("#q_pe", "#k_pe")):
@@ -167,8 +181,11 @@ def read_logprobs(path: Path) -> tuple[list[int] | None, tuple[np.ndarray, np.nd
         rows = [*own[1:], None]  # what is said of token t is the distribution after token t - 1
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{path}: neither top_logprobs nor prompt_logprobs is a list in it")
-    if tokens is not None and (not isinstance(tokens, list) or len(tokens) != len(rows)):
-        raise InputError(f"{path}: log-probabilities of {len(rows)} positions, and other tokens")
+    tokens = None if tokens is None else read_ids(f"{path}: tokens", tokens)
+    if tokens is not None and len(tokens) != len(rows):
+        raise InputError(
+            f"{path}: log-probabilities of {len(rows)} positions, and other tokens ({len(tokens)})"
+        )
     found = [_logprobs(f"{path}: position {t}", row) for t, row in enumerate(rows)]
     width = max(map(len, found))
     ids, values = np.full((len(rows), width), -1), np.full((len(rows), width), np.nan)
@@ -184,11 +201,19 @@ def _logprobs(where: str, row: Any) -> dict[int, float]:
         return {}
     try:
         pairs = {int(i): float(x["logprob"] if isinstance(x, dict) else x) for i, x in row.items()}
-    except (TypeError, ValueError, KeyError, AttributeError):
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
         raise InputError(f"{where} is no object of token ids and log-probabilities") from None
     for i, x in pairs.items():
-        if i < 0 or not -9000 < x < 1e-3:
-            raise InputError(f"{where}: token {i} has log-probability {x}, expected one below 0")
+        if not 0 <= i < 2**31 or not -9000 < x < 1e-3:
+            hint = " (-9999 stands for none)" if x <= -9000 else ""
+            raise InputError(
+                f"{where}: token {i} has log-probability {x}, expected one below 0{hint}"
+            )
+    if len(pairs) != len(row):
+        raise InputError(f"{where}: the same token twice; the keys must be ids, not texts")
+    total = math.fsum(map(math.exp, pairs.values()))
+    if total > 1.1:  # some servers print few digits
+        raise InputError(f"{where}: the probabilities add up to {total:.3g}; are they logarithms?")
     return pairs
 
 
@@ -198,27 +223,36 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     return found[0] if found else None
 
 
-def _safetensors(path: Path) -> tuple[dict[str, np.ndarray], Any]:
+def _safetensors(path: Path) -> tuple[dict[str, np.ndarray], Any, tuple[str, ...]]:
     stored = read_header(path)
-    raw = path.read_bytes()
-    arrays = {}
-    for name, t in stored.items():
-        part = raw[t.start : t.start + t.nbytes]
-        x = np.frombuffer(part, np.uint8).view(DTYPES[t.dtype]).reshape(t.shape)
-        arrays[name] = widen_bf16(x) if t.dtype == "BF16" else x
-    length = int.from_bytes(raw[:8], "little")
-    metadata = json.loads(raw[8 : 8 + length]).get("__metadata__") or {}
+    arrays, notes = {}, []
+    with path.open("rb") as file:
+        for name, t in stored.items():
+            if t.dtype.startswith("F8"):
+                notes.append(f"{name}: {t.dtype} means nothing without its scales; dump it widened")
+                continue
+            file.seek(t.start)
+            x = np.frombuffer(file.read(t.nbytes), DTYPES[t.dtype]).reshape(t.shape)
+            arrays[name] = widen_bf16(x) if t.dtype == "BF16" else x
+        file.seek(0)
+        length = int.from_bytes(file.read(8), "little")
+        metadata = json.loads(file.read(length)).get("__metadata__") or {}
     try:
-        return arrays, json.loads(metadata["tokens"]) if "tokens" in metadata else None
-    except (ValueError, TypeError) as e:
+        tokens = json.loads(metadata["tokens"]) if "tokens" in metadata else None
+    except (ValueError, TypeError, RecursionError) as e:
         raise InputError(f"{path}: metadata `tokens` is no JSON list ({e})") from None
+    tokens = None if tokens is None else read_ids(f"{path}: metadata `tokens`", tokens)
+    return arrays, tokens, tuple(notes)
 
 
 def _npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as e:
+            arrays = {name: file[name] for name in file.files}
+            if others := [name for name, x in arrays.items() if not isinstance(x, np.ndarray)]:
+                raise ValueError(f"{others[0]} is no array")
+            return arrays
+    except Exception as e:  # a header of an array is a text that numpy parses
         raise InputError(f"{path}: not an .npz of plain arrays ({e})") from None
 
 
@@ -231,7 +265,10 @@ def _narrowest(arrays: Iterable[np.ndarray]) -> str:
     for x in arrays:
         if x.dtype.kind != "f" or not x.size:
             continue
-        some = np.ascontiguousarray(x.reshape(-1)[:4096])
+        some = x.reshape(-1)
+        some = some[~np.isnan(some)][:4096]
+        if not some.size:
+            continue
         if x.dtype == np.float16:
             votes["float16"] += 1
         elif (some.astype(np.float32) != some).any():

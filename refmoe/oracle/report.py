@@ -19,10 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import refmoe
-from refmoe.model.experts import MoeWeights
-from refmoe.model.matrix import dequantize
-from refmoe.model.router import limit_groups, sigmoid
-from refmoe.oracle.compare import Case, Point, Report
+from refmoe.oracle.compare import Case, Flip, Point, Report, flips
 from refmoe.oracle.faults import BY_ID
 
 MOST = 1000  # rows of any list, so that a page of a large model still opens
@@ -67,8 +64,8 @@ def render(case: Case, title: str | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    report, flips = case.report, list(_flips(case))
-    cells = _Cells(case, flips)
+    report, found = case.report, list(flips(case.decoder, case.exact, case.envelope))
+    cells = _Cells(case, found)
     grid = _Map(case, cells)
     model = [n for n in dict.fromkeys(case.exact.order) if not LAYER.match(n)]
     return env.get_template("report.html").render(
@@ -82,10 +79,10 @@ def render(case: Case, title: str | None = None) -> str:
         model=[(n, cells.points.get(n), cells.of(n)) for n in model],
         steps=_legend(),
         marks=_signs([c for _, row in grid.rows for _, c in row if c] + list(map(cells.of, model))),
-        charts=list(_charts(case, flips)),
+        charts=list(_charts(case, found)),
         not_finite=_not_finite(case),
-        flips=sorted(flips, key=lambda f: f.explained)[:MOST],
-        flips_of=len(flips),
+        flips=sorted(found, key=lambda f: f.explained)[:MOST],
+        flips_of=len(found),
         routers=sum(p.endswith("#experts") for p in case.exact.theirs),
         sides=[_both(name, text) for name, text in report.conventions.items()],
         tokens=len(case.tokens),
@@ -174,45 +171,6 @@ def _both(name: str, text: str) -> tuple[str, str, str]:
 
 
 # --- the router
-
-
-@dataclass(frozen=True)
-class Flip:
-    """A token whose experts are not ours: which, and how near to a tie."""
-
-    layer: int
-    token: int
-    taken: list[int]
-    lost: list[int]
-    gap: float  # between the best score lost and the worst taken; inf: of another group
-    tie: float  # gap that the noise of scores explains
-    groups: float  # margin of the group refused, where groups are limited
-    explained: bool
-
-
-def _flips(case: Case) -> Iterator[Flip]:
-    """What compare.py judged, one by one and with the numbers it was judged by."""
-    exact, decoder = case.exact, case.decoder
-    for path in (p for p in exact.theirs if p.endswith("gate#experts")):
-        gate, i = path.removesuffix("#experts"), int(path.split(".")[2])
-        weights = decoder.layers[i].mlp
-        assert isinstance(weights, MoeWeights)
-        whole = gate in exact.lenses and exact.lenses[gate].goes_on
-        score = sigmoid(exact.theirs[gate] if whole else exact.gates[gate])
-        score = score + dequantize(weights.gate.e_score_correction_bias, np.float64)
-        score, margin = limit_groups(score, decoder.cfg, decoder.nx)
-        tie = float(7 * np.sqrt(2) * 0.25 * case.envelope.gates[gate] + 4 * 2.0**-24)
-        pairs = zip(exact.ours[path].tolist(), exact.theirs[path].tolist(), strict=True)
-        for row, (mine, theirs) in enumerate(pairs):
-            lost, taken = sorted(set(mine) - set(theirs)), sorted(set(theirs) - set(mine))
-            if not lost:
-                continue
-            gap = float(max(score[row, lost]) - min(score[row, taken])) if taken else np.inf
-            groups = float(margin[row])
-            near = gap <= tie or (np.isinf(gap) and bool(taken) and groups <= 2 * tie)
-            yield Flip(
-                i, row, [int(e) for e in taken], [int(e) for e in lost], gap, tie, groups, near
-            )
 
 
 # --- the map

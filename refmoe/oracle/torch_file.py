@@ -1,14 +1,17 @@
 """What torch.save wrote, read without torch: no code of the pickle runs.
 
-A zip with data.pkl and one file a storage (torch.save since 1.6). The pickle is interpreted by
-pickle's own machine, which can reach six harmless names and nothing else.
+A zip with data.pkl and one file a storage (torch.save since 1.6; pytorch/pytorch,
+torch/serialization.py). The pickle is interpreted by pickle's own machine, which can reach the
+names of `find_class` and nothing else.
 """
 
 import io
 import pickle
+import pickletools
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ from refmoe.config import InputError
 from refmoe.model.matrix import widen_bf16
 
 PICKLE_LIMIT = 100_000_000  # bytes of data.pkl; tensors lie beside it
+EXPANDED = 1024  # a saved view may repeat its storage (one rotated key for 128 heads), not for ever
+SMALL = 1 << 20  # numbers that any tensor may have
 
 _STORAGES: dict[str, Any] = {
     "DoubleStorage": np.dtype(np.float64),
@@ -33,6 +38,10 @@ _STORAGES: dict[str, Any] = {
 }
 
 
+class ForeignError(InputError):
+    """A whole file, whose pickle asks for something that is no plain data."""
+
+
 @dataclass(frozen=True)
 class _Storage:
     kind: str
@@ -43,21 +52,45 @@ def read_torch(path: Path) -> Any:
     """What was saved, tensors as arrays. `InputError` if it holds anything but plain data."""
     try:
         with zipfile.ZipFile(path) as file:
-            top = next(n for n in file.namelist() if n.endswith("/data.pkl"))
+            top = next((n for n in file.namelist() if n.endswith("/data.pkl")), None)
+            if top is None:
+                raise InputError(f"{path}: a zip without data.pkl; torch.save did not write it")
+            size = path.stat().st_size
+            for member in file.infolist():  # torch does not compress: nothing swells
+                if member.file_size > size:
+                    raise InputError(
+                        f"{path}: {member.filename} is said to have {member.file_size} bytes in a "
+                        f"file of {size}; save it again with torch.save"
+                    )
             if file.getinfo(top).file_size > PICKLE_LIMIT:
-                raise InputError(f"{path}: data.pkl of {file.getinfo(top).file_size} bytes")
-            return _Tensors(file, top.removesuffix("data.pkl")).load()
+                raise InputError(
+                    f"{path}: data.pkl of {file.getinfo(top).file_size} bytes, at most "
+                    f"{PICKLE_LIMIT} are read; save tensors, not lists of numbers"
+                )
+            try:
+                return _Tensors(file, top.removesuffix("data.pkl")).load()
+            except _ForeignNameError as e:
+                raise ForeignError(f"{path}: {e}; save tensors in dicts and lists") from None
     except InputError:
         raise
     except Exception as e:  # a pickle can be broken in any way
         raise InputError(f"{path}: not a file of tensors that can be read safely ({e!r})") from None
 
 
+class _ForeignNameError(Exception):
+    pass
+
+
 class _Tensors(pickle.Unpickler):
-    """pickle's own machine, which can reach five names; the API asks for a subclass."""
+    """pickle's own machine with few names in reach; the API asks for a subclass."""
 
     def __init__(self, file: zipfile.ZipFile, prefix: str):
-        super().__init__(io.BytesIO(file.read(prefix + "data.pkl")))
+        raw = file.read(prefix + "data.pkl")
+        for op, arg, _ in pickletools.genops(raw):
+            # the machine makes room for as many values as the largest place it is told of
+            if op.name in ("PUT", "BINPUT", "LONG_BINPUT") and (arg or 0) > len(raw):
+                raise ValueError(f"a memo of {arg} places in {len(raw)} bytes")
+        super().__init__(io.BytesIO(raw))
         self._file, self._prefix = file, prefix
 
     def find_class(self, module: str, name: str) -> Any:
@@ -72,7 +105,7 @@ class _Tensors(pickle.Unpickler):
                 return tuple
             case "torch", kind if kind in _STORAGES:
                 return kind
-        raise InputError(f"its pickle asks for {module}.{name}, which is not read")
+        raise _ForeignNameError(f"its pickle asks for {module}.{name}, which is not read")
 
     def persistent_load(self, pid: Any) -> _Storage:
         _, kind, key, _, _ = pid
@@ -82,8 +115,10 @@ class _Tensors(pickle.Unpickler):
 def _tensor(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> np.ndarray:
     flat = np.frombuffer(storage.data, _STORAGES[storage.kind])
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    if min(offset, *size, *stride, 0) < 0 or (np.prod(size) and last >= flat.size):
-        raise InputError("a tensor reaches outside its storage")
+    if min(offset, *size, *stride, 0) < 0 or (prod(size) and last >= flat.size):
+        raise ValueError("a tensor reaches outside its storage")
+    if prod(size) > max(SMALL, EXPANDED * flat.size):
+        raise ValueError(f"a tensor of shape {list(size)} in a storage of {flat.size} numbers")
     steps = [s * flat.itemsize for s in stride]
     x = np.lib.stride_tricks.as_strided(flat[offset:], tuple(size), steps, writeable=False).copy()
     return widen_bf16(x) if storage.kind == "BFloat16Storage" else x

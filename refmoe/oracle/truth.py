@@ -36,8 +36,8 @@ changes what comes after, however healthy the engine: its own row from that laye
 later rows from the next attention on. Two envelopes are therefore kept. *Same* is sampled on rows
 that no flip of the emulated run has reached, and judges rows that no flip of the engine has
 reached; the others are left out and counted. *All* is sampled on every row, flips included, and
-judges every row where the dump does not show its choices, or fewer than an eighth are untouched;
-rows that a near tie may change but that fewer than 3 emulated runs did are left out of it. A flip
+judges every row where the dump does not show its choices, where fewer than an eighth of the rows
+are untouched, and wherever its envelope is the narrower; rows that a near tie may change but that fewer than 3 emulated runs did are left out of it. A flip
 in an untouched row is judged by the scores here against their noise; beyond the four refused
 experts that are kept a score is taken as the last of them. In any row the share of experts lost is
 judged as a number.
@@ -330,17 +330,17 @@ def differences(ours: Values, theirs: Values) -> dict[int, np.ndarray]:
 # --- envelopes ----------------------------------------------------------------------------------
 
 
-def sample(
+def emulate(
     decoder: Decoder,
     profile: Profile,
     tokens: Sequence[int],
     truth: Values,
     runs: int,
     tick: Callable[[], None],
-) -> Values:
-    """The levels and spreads of one profile, under the names of the file."""
-    cfg, T, top = decoder.cfg, len(tokens), truth[LOGITS].shape[1]
-    seen = Seen(decoder, top, tick, truth)
+) -> list[Values]:
+    """What is kept of each emulated run; all are one batch, so that weights are read once."""
+    T = len(tokens)
+    seen = Seen(decoder, truth[LOGITS].shape[1], tick, truth)
     noisy = emulated(decoder, profile, T, np.random.default_rng(0), seen)
     inner = noisy.nx.watch
     assert inner is not None
@@ -354,7 +354,12 @@ def sample(
     nx = replace(noisy.nx, watch=watch, stop_at_nonfinite=False)
     forward(noisy.using(nx), [list(tokens)] * runs)
     every = {name: x.reshape(runs, T, *x.shape[1:]) for name, x in seen.values().items()}
-    each = [{name: x[run] for name, x in every.items()} for run in range(runs)]
+    return [{name: x[run] for name, x in every.items()} for run in range(runs)]
+
+
+def sample(profile: Profile, each: Sequence[Values], truth: Values, cfg: Config) -> Values:
+    """The levels and spreads of one profile from its emulated runs, as the file has them."""
+    T, top = truth[LOGITS].shape
     names = points(cfg, top)
     drawn = [errors(truth, run, ladder(top)) for run in each]
     e = np.array([[d[p] for p in names] for d in drawn])  # [runs, P, T]
@@ -495,7 +500,8 @@ def make(
     whole = _columns(truth, cfg)
     decoder = model.decoder.using(policy("float64", model.nx.conventions))
     for name in profiles:
-        whole |= sample(decoder, PROFILES[name], tokens, truth, runs, tick)
+        each = emulate(decoder, PROFILES[name], tokens, truth, runs, tick)
+        whole |= sample(PROFILES[name], each, truth, cfg)
     wanted = layout(cfg, len(tokens), top, profiles)
     arrays = {n: whole[n].astype(DTYPES[d]).reshape(s) for n, (d, s) in wanted.items()}
     facts = _facts(model, hash_shards) | {
@@ -610,8 +616,9 @@ def read_truth(path: str | Path) -> Truth:
         cfg, tokens, conventions, profiles = _understood(facts)
         check_tokens(tokens, 0, cfg)
         sketches = stored.get("layers#sketch")
-        if sketches is None or sketches.shape[1:2] != (cfg.num_hidden_layers,):
-            raise InputError("layers#sketch is missing, or of another number of layers")
+        rows = (len(tokens), cfg.num_hidden_layers, WIDTH)
+        if sketches is None or sketches.shape != rows:  # before anything is as long as it claims
+            raise InputError(f"layers#sketch is missing, or not {list(rows)}")
         wanted = layout(cfg, len(tokens), facts["top"], list(profiles))
         found = {name: (t.dtype, t.shape) for name, t in stored.items()}
         if found != wanted:
@@ -642,15 +649,17 @@ def _understood(
         raise InputError(f"top = {top!r}, expected 1 to {cfg.vocab_size}")
     if facts["numerics"] not in POLICIES:
         raise InputError(f"numerics {facts['numerics']!r}; known: {', '.join(POLICIES)}")
-    sides: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in facts["conventions"].items()
-    }
+    tuples = {k: tuple(v) for k, v in facts["conventions"].items() if isinstance(v, list)}
     profiles = [Profile(**p) for p in facts["profiles"]]
     for p in profiles:
         types = {p.storage, p.sums, p.logits, p.weights, p.angles, p.cache or p.storage}
         if not types <= set(UNIT) or not isinstance(p.name, str):
             raise InputError(f"profile {p.name!r} has types {sorted(types)}; known: {list(UNIT)}")
-    return cfg, tokens, Conventions(**sides), {p.name: p for p in profiles}
+    conventions = Conventions(**facts["conventions"] | tuples)
+    if not isinstance(conventions.name, str):
+        raise InputError(f"conventions named {conventions.name!r}")
+    sides(conventions, cfg)
+    return cfg, tokens, conventions, {p.name: p for p in profiles}
 
 
 def _sound(arrays: Mapping[str, np.ndarray], cfg: Config) -> None:
@@ -755,6 +764,11 @@ class _Row(NamedTuple):
     deviation: np.ndarray
     same: bool
 
+    @property
+    def reach(self) -> float:
+        """What is explained of R, five deviations up."""
+        return float(log(rms(self.level[None])[0]) + self.mean[0] + 5 * self.deviation[0])
+
 
 class _Check:
     def __init__(self, truth: Truth, dump: Dump, engine: str, profile: Profile, alpha: float):
@@ -851,9 +865,9 @@ class _Check:
         for t in np.flatnonzero(listed):
             row = dict(zip(ids[t].tolist(), values[t].tolist(), strict=True))
             row.pop(-1, None)
-            bound = sorted(row.values())[1] if len(row) > 1 else np.nan
-            for k, i in enumerate(known[t].tolist()):
-                out[t, k] = row[i] if i in row else min(ours[t, k], bound)
+            bound = sorted(row.values())[1] if len(row) > 1 else np.nan  # of one, nothing
+            unlisted = np.minimum(ours[t], bound)
+            out[t] = [row.get(i, unlisted[k]) for k, i in enumerate(known[t].tolist())]
         if not listed.any():
             return {}
         usual = int(np.median(listed[listed > 0]))
@@ -911,29 +925,33 @@ class _Check:
         return LOGITS if point.startswith(f"{LOGITS}#top") else point
 
     def rows(self, touched: Masks) -> dict[str, _Row]:
-        """Every point that can be judged, on the rows that can be."""
-        noise = {kind: self.truth.arrays[f"{self.profile.name}#{kind}"] for kind in ("same", "all")}
-        spreads = self.truth.arrays[f"{self.profile.name}#spread"].astype(np.float64)
+        """Every point that can be judged, by the envelope that says more."""
         found = errors(self.ours, self.theirs, self.rungs)
         out = {}
         for p, path in enumerate(self.names):
-            if path not in found:
+            mask, error = touched[path], found.get(path)
+            if error is None:
                 continue
-            mask, error = touched[path], found[path]
-            for same in (True, False):
-                level = decode(noise["same" if same else "all"][: self.T, p])
-                mean, deviation = spreads[p, 0 if same else 1].T
-                usable = np.isfinite(error) & np.isfinite(level)
-                if same:  # choices are judged one by one there
-                    if mask is None or path.endswith("#experts"):
-                        continue
-                    usable &= ~mask
-                if np.isfinite(mean).all() and usable.sum() >= max(1, FEWEST * self.T):
-                    fewer = np.sqrt(len(self.truth.tokens) / usable.sum())
-                    deviation = deviation * max(1.0, fewer)
-                    out[path] = _Row(error[usable], level[usable], mean, deviation, same)
-                    break
+            rows = [self.row(p, error, None)]
+            if mask is not None and not path.endswith("#experts"):  # judged one by one there
+                rows.append(self.row(p, error, ~mask))
+            usable = [r for r in rows if r is not None]
+            if usable:
+                out[path] = min(usable, key=lambda r: r.reach)
         return out
+
+    def row(self, p: int, error: np.ndarray, untouched: np.ndarray | None) -> _Row | None:
+        kind = "all" if untouched is None else "same"
+        level = decode(self.truth.arrays[f"{self.profile.name}#{kind}"][: self.T, p])
+        rows = np.isfinite(error) & np.isfinite(level)
+        if untouched is not None:
+            rows &= untouched
+        spreads = self.truth.arrays[f"{self.profile.name}#spread"][p, 0 if kind == "same" else 1]
+        mean, deviation = spreads.astype(np.float64).T
+        if not np.isfinite(spreads).all() or rows.sum() < max(1, FEWEST * self.T):
+            return None
+        deviation = deviation * max(1.0, np.sqrt(len(self.truth.tokens) / rows.sum()))
+        return _Row(error[rows], level[rows], mean, deviation, kind == "same")
 
     def holm(self, rows: Mapping[str, _Row]) -> tuple[list[str], dict[str, Point]]:
         """The points outside, and every point with its share of what is explained."""
@@ -1002,7 +1020,7 @@ class _Check:
         if free:
             out.append(
                 f"{len(free)} of {len(rows)} points, from {_said(free[0])} on, against noise that "
-                "includes flipped choices, as the dump shows too few of the same choices"
+                "includes flipped choices, as the dump shows too few rows of the same choices"
             )
         last = [m for p, r in rows.items() if r.same and (m := touched[p]) is not None]
         if last and last[-1].any():
