@@ -43,9 +43,16 @@ def test_healthy_engines_pass_under_their_own_conventions(document):
 
 
 def test_planted_faults_are_found_where_they_begin(document):
-    assert len(document["planted"]) == 52
+    assert len(document["planted"]) == 99
     missed = [row for row in document["planted"] if not row["placed"]]
     assert missed == []
+
+
+@pytest.mark.parametrize(("precision", "share"), [("float32", 0.9), ("bfloat16", 0.8)])
+def test_planted_faults_are_named(document, precision, share):
+    rows = [row for row in document["planted"] if row["precision"] == precision]
+    unnamed = [row for row in rows if not row["named"]]
+    assert len(unnamed) <= (1 - share) * len(rows), unnamed
 
 
 def test_engines_that_really_round_raise_no_alarm(document):

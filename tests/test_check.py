@@ -209,6 +209,8 @@ def test_experts_left_random_by_a_loader_are_caught(tmp_path):
     dump = engines.transformers_run(model.eval(), seen, TOKENS)
     report = check(MODEL, dump)
     assert (report.verdict, report.point) == ("fault", "model.layers.1.mlp.experts")
+    assert report.cause is not None
+    assert report.cause.id == "experts-random"
 
 
 def test_the_dumping_example_runs_as_a_script(tmp_path):
