@@ -283,16 +283,17 @@ def _show(report: Report, args: argparse.Namespace) -> int:
     if args.json:
         _print_json(report.as_json())
     else:
-        _check_report(report, args.all)
+        _check_report(report, args.all, bool(args.truth))
     return EXIT[report.verdict]
 
 
 EXIT = {"pass": 0, "fault": 1, "undecidable": 2}
 
 
-def _check_report(report: Report, every: bool) -> None:
+def _check_report(report: Report, every: bool, truth: bool = False) -> None:
+    how = "end to end" if truth else "each operation on the engine's own inputs"
     print(
-        f"{report.compared} tensors compared, each operation on the engine's own inputs; "
+        f"{report.compared} tensors compared, {how}; "
         f"profile {report.profile}, conventions of {report.engine}"
     )
     for name, sides in report.conventions.items():

@@ -579,10 +579,10 @@ def columns_swapped(decoder: Decoder, i: int, e: int) -> MlpWeights:
 
 
 def projected(name: str) -> Change:
-    """A dense MLP's or the shared expert's input through another of its matrices."""
+    """The shared experts' input through another of their matrices."""
 
     def change(_: np.ndarray, here: Here) -> np.ndarray:
-        w = here.w.mlp.shared_experts if isinstance(here.w.mlp, MoeWeights) else here.w.mlp
+        w = _moe(here.w).shared_experts
         return here["post_attention_layernorm"] @ plain(here.decoder, getattr(w, name)).T
 
     return change
@@ -1249,12 +1249,6 @@ EXPERTS = (
         },
         "vllm-project/vllm#40082",
         where=has_shared,
-    ),
-    written(
-        "gate-up-swapped-dense",
-        "gate and up are swapped in the dense layers",
-        {"mlp.gate_proj": projected("up_proj"), "mlp.up_proj": projected("gate_proj")},
-        "vllm-project/vllm#40082",
     ),
     changed(
         "columns-swapped",

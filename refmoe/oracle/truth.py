@@ -37,10 +37,10 @@ later rows from the next attention on. Two envelopes are therefore kept. *Same* 
 that no flip of the emulated run has reached, and judges rows that no flip of the engine has
 reached; the others are left out and counted. *All* is sampled on every row, flips included, and
 judges every row where the dump does not show its choices, where fewer than an eighth of the rows
-are untouched, and wherever its envelope is the narrower; rows that a near tie may change but that fewer than 3 emulated runs did are left out of it. A flip
-in an untouched row is judged by the scores here against their noise; beyond the four refused
-experts that are kept a score is taken as the last of them. In any row the share of experts lost is
-judged as a number.
+are untouched, and where its envelope is less than half as wide; rows that a near tie may change
+but that fewer than 3 emulated runs did are left out of it. A flip in an untouched row is judged by
+the scores here against their noise; beyond the four refused experts that are kept a score is taken
+as the last of them. In any row the share of experts lost is judged as a number.
 """
 
 import hashlib
@@ -898,21 +898,20 @@ class _Check:
         else:
             verdict, reason = "pass", f"{len(judged)} points within their rounding"
         ours, defaults = asdict(self.truth.conventions), asdict(CONVENTIONS["refmoe"])
+        missing = [str(_said(p)) for p in self.names if self.path(p) not in self.theirs]
         return Report(
-            verdict,
-            _said(first),
-            f"{reason}; {self.limits(rows, touched, router)}",
-            self.engine,
-            self.profile.name,
-            {n: str(v) for n, v in ours.items() if v != defaults[n] and n != "name"},
-            len(self.theirs),
-            tuple(
-                dict.fromkeys(str(_said(p)) for p in self.names if self.path(p) not in self.theirs)
-            ),
-            dict(self.misfits),
-            tuple(judged.values()),
-            router,
-            self.alpha,
+            verdict=verdict,
+            point=_said(first),
+            reason=f"{reason}; {self.limits(rows, touched, router)}",
+            engine=self.engine,
+            profile=self.profile.name,
+            conventions={n: str(v) for n, v in ours.items() if v != defaults[n] and n != "name"},
+            compared=len(self.theirs),
+            missing=tuple(dict.fromkeys(missing)),
+            unmatched=dict(self.misfits),
+            points=tuple(judged.values()),
+            router=router,
+            alpha=self.alpha,
         )
 
     def signal(self, point: str) -> float:
@@ -925,7 +924,7 @@ class _Check:
         return LOGITS if point.startswith(f"{LOGITS}#top") else point
 
     def rows(self, touched: Masks) -> dict[str, _Row]:
-        """Every point that can be judged, by the envelope that says more."""
+        """Every point that can be judged; by the other envelope if it says twice as much."""
         found = errors(self.ours, self.theirs, self.rungs)
         out = {}
         for p, path in enumerate(self.names):
@@ -937,7 +936,7 @@ class _Check:
                 rows.append(self.row(p, error, ~mask))
             usable = [r for r in rows if r is not None]
             if usable:
-                out[path] = min(usable, key=lambda r: r.reach)
+                out[path] = min(usable, key=lambda r: r.reach - log(2) * r.same)
         return out
 
     def row(self, p: int, error: np.ndarray, untouched: np.ndarray | None) -> _Row | None:
@@ -1008,7 +1007,7 @@ class _Check:
         """Between which points the fault is."""
         before = self.names[: self.names.index(first)]
         good = [p for p in before if p in judged and judged[p].multiple <= 1]
-        return f"; the last point within its rounding is {good[-1]}" if good else ""
+        return f"; the last point within its rounding is {_said(good[-1])}" if good else ""
 
     def limits(self, rows: Mapping[str, _Row], touched: Masks, router: Mapping[str, int]) -> str:
         """What this verdict can see and what it cannot."""
