@@ -1,6 +1,6 @@
 """Dump every point that forward hooks can see of a transformers model, for `refmoe check`.
 
-    python examples/dump_transformers.py DIR OUT.safetensors [--dtype bfloat16] [--text TEXT]
+    python examples/dump_transformers.py DIR OUT.safetensors --tokens FILE.json [--check]
 
 needs torch and transformers. DIR is a folder that transformers opens by itself (for INT4 and FP8
 checkpoints see `golden/make.py`, which makes an exact twin). The hooks are `watch` below: paste it
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("out")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tokens", help="JSON: a list of ids", required=True)
+    parser.add_argument("--check", action="store_true", help="judge it as well")
     args = parser.parse_args()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         args.model, dtype=getattr(torch, args.dtype)
@@ -67,6 +68,13 @@ def main() -> None:
         model(torch.tensor([tokens]), use_cache=False)
     metadata = {"tokens": json.dumps(tokens), "engine": "transformers"}
     safetensors.torch.save_file(seen, args.out, metadata)
+    if args.check:
+        import refmoe
+
+        dump = refmoe.read_dump(args.out)
+        report = refmoe.check(refmoe.load(args.model), dump, engine="transformers")
+        cause = f": {report.cause.text}" if report.cause else ""
+        print(f"{report.verdict}, {report.point or report.reason}{cause}")
 
 
 if __name__ == "__main__":

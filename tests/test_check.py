@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 import zipfile
@@ -224,8 +225,11 @@ def test_the_dumping_example_runs_as_a_script(tmp_path):
         "float32",
         "--tokens",
         tmp_path / "t.json",
+        "--check",
     ]
-    subprocess.run([sys.executable, script_, *args], check=True, capture_output=True)
+    command = [sys.executable, script_, *args]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert re.fullmatch(r"pass, \d+ points within their rounding\n", done.stdout)
     dump = read_dump(tmp_path / "d.safetensors")
     assert dump.tokens == TOKENS[:8]
     assert check(MODEL, dump).verdict == "pass"
