@@ -52,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as e:  # a folder that is not there, a full disk
+        print(f"refmoe: {e}", file=sys.stderr)
+        return 2
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -128,7 +131,7 @@ def _tok(args: argparse.Namespace) -> int:
     words = Tokenizer.load(folder)
     ids, text = _tok_input(args, folder, words)
     pieces = [words.token_bytes(i).decode("utf-8", "backslashreplace") for i in ids]
-    theirs = read_tokens(args.against)[0] if args.against else None
+    theirs = read_sequence(args.against) if args.against else None
     found = explain(words, ids, theirs) if theirs is not None else None
     if args.json:
         document = {"text": text, "tokens": ids, "pieces": pieces}
@@ -246,7 +249,7 @@ def _check(args: argparse.Namespace) -> int:
         report = check_truth(read_truth(args.truth), dump, engine=args.engine, profile=args.profile)
         return _show(report, args)
     model = load(args.model, "float64", reference=True)
-    tokens = read_tokens(args.tokens)[0] if args.tokens else None
+    tokens = read_sequence(args.tokens) if args.tokens else None
     engine = args.engine or "refmoe"
     case = Case(model, dump, tokens, engine, args.profile)
     if args.repro and case.report.verdict == "fault":
@@ -311,7 +314,7 @@ def _check_report(report: Report, every: bool, truth: bool = False) -> None:
         print(f"not compared: {name}: {why}")
     print(f"\n{report.verdict.upper()}: ", end="")
     print(f"{report.point}, {report.reason}" if report.point else report.reason)
-    through = next((p.through for p in report.points if p.name == report.point), ())
+    through = report.judged_with(report.point)
     if through:
         print(f"judged together with {', '.join(through)}, which the dump lacks")
     _cause(report)
@@ -359,9 +362,7 @@ def _golden(args: argparse.Namespace) -> int:
 def _golden_make(args: argparse.Namespace) -> int:
     if not args.tokens or not args.out:
         raise InputError("golden make needs --tokens FILE and --out FILE")
-    (tokens,) = sequences if len(sequences := read_tokens(args.tokens)) == 1 else ([],)
-    if not tokens:
-        raise InputError(f"{args.tokens}: golden make takes one sequence")
+    tokens = read_sequence(args.tokens)
     model = load(args.model, "float64", conventions=args.conventions)
     with tqdm(unit="layer", disable=not sys.stderr.isatty()) as bar:
 
@@ -528,6 +529,14 @@ def read_tokens(file: Path) -> list[list[int]]:
     return several
 
 
+def read_sequence(file: Path) -> list[int]:
+    """The one sequence of a tokens file."""
+    sequences = read_tokens(file)
+    if len(sequences) != 1:
+        raise InputError(f"{file}: one sequence is taken here, not {len(sequences)}")
+    return sequences[0]
+
+
 def _open(args: argparse.Namespace) -> Model:
     model = load(args.model, args.numerics, args.reference, args.conventions)
     for line in model.checkpoint.warnings:
@@ -537,10 +546,7 @@ def _open(args: argparse.Namespace) -> Model:
 
 def _prompt(args: argparse.Namespace, model: Model) -> list[int]:
     if args.tokens:
-        sequences = read_tokens(args.tokens)
-        if len(sequences) != 1:
-            raise InputError(f"{args.tokens}: generate takes one sequence, not {len(sequences)}")
-        return sequences[0]
+        return read_sequence(args.tokens)
     if args.prompt is None:
         if sys.stdin.isatty():
             raise InputError('a prompt is needed: refmoe generate "ROMEO:"')

@@ -278,3 +278,18 @@ def test_the_age_of_the_process_is_measured_from_its_start():
     assert later is not None
     assert 0 < age < later
     assert os.getpid() > 0
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path, capsys):
+    (tmp_path / "t.json").write_text("[1, 2]")
+    args = ["trace", "--tokens", str(tmp_path / "t.json"), "--out", str(tmp_path / "no" / "x")]
+    assert cli.main(args) == 2
+    assert "No such file or directory" in capsys.readouterr().err
+
+
+def test_several_sequences_are_refused_where_one_is_taken(tmp_path, capsys):
+    (tmp_path / "t.json").write_text("[[1, 2], [3]]")
+    np.savez(tmp_path / "d.npz", lm_head=np.zeros((2, 3)))
+    args = ["check", str(tmp_path / "d.npz"), "--tokens", str(tmp_path / "t.json")]
+    assert cli.main(args) == 2
+    assert "one sequence is taken here, not 2" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
+import safetensors
 import safetensors.numpy
 
 from refmoe.config import InputError
@@ -90,5 +91,7 @@ def write(file: str | Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[
     try:
         safetensors.numpy.save_file(whole, part, dict(metadata))
         os.replace(part, file)
+    except safetensors.SafetensorError as e:  # its own name for a full disk or a missing folder
+        raise OSError(f"{file}: {e}") from None
     finally:
         part.unlink(missing_ok=True)
