@@ -28,14 +28,15 @@ def model(random_bf16):
 
 
 def test_a_sketch_keeps_relative_differences():
-    """ε of a row becomes ε·χ/8 of its sketch, χ² with 64 degrees: within 40 % at 6 deviations."""
+    """A length of 64 random products is known to 1/√128 = 9 %, the ratio of two to 12.5 %: six
+    deviations are 75 %."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((20, 3, 1000))
     y = x * (1 + 1e-3 * rng.standard_normal(x.shape))
     a, b = sketch("p", x), sketch("p", y)
     assert a.shape == (20, 1 + DIRECTIONS)
     error = np.linalg.norm((b - a)[:, 1:], axis=1) / np.linalg.norm(a[:, 1:], axis=1)
-    assert (np.abs(error / 1e-3 - 1) < 0.9).all()
+    assert (np.abs(error / 1e-3 - 1) < 0.75).all()
     np.testing.assert_allclose(a[:, 0], np.sqrt((x.reshape(20, -1) ** 2).mean(axis=1)))
     assert (sketch("q", x)[:, 1:] != a[:, 1:]).any()
 
