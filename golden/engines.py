@@ -105,7 +105,7 @@ def healthy(twins: Twins, quick: bool) -> Iterator[Run]:
         yield vllm(twins, precision, "healthy")
 
 
-def faulty(twins: Twins, quick: bool) -> Iterator[Run]:
+def faulty(twins: Twins) -> Iterator[Run]:
     for precision in PRECISIONS:
         model = twins.transformers("tiny-k2", precision, "eager")
         seen, opened = dumper.watch(model), twins.models[f"tiny-k2-{precision}"]

@@ -15,7 +15,8 @@ from refmoe.model.matrix import round_bf16
 from refmoe.model.mla import Segment
 from refmoe.model.rope import cos_sin, inv_freq, softmax_scale
 from refmoe.oracle import faults
-from refmoe.oracle.faults import BY_ID, FAULTS, Fault, altered, candidates, equivalent, kind
+from refmoe.oracle.faults import BY_ID, FAULTS, Fault, altered, candidates, equivalent
+from refmoe.oracle.graph import kind
 from refmoe.oracle.trace import Recorder
 from refmoe.weights.members import write_member
 from refmoe.weights.random import write_random

@@ -78,7 +78,7 @@ def real_engines(quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
                 "reason": report.reason,
             }
             yield "healthy", row
-        for run in live.faulty(twins, quick):
+        for run in live.faulty(twins):
             report = check(run.model, run.dump, engine=run.conventions)
             row = {
                 "fault": run.fault,

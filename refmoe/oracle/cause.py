@@ -11,7 +11,7 @@ Where nothing fits, the residual's shape is described: what is constant in it is
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,9 +37,6 @@ class Cause:
     runner_up: str | None  # id of the next best that is not equivalent to it
     times_worse: float | None  # its residual over the best one's
     equivalent: tuple[str, ...]  # ids that these numbers cannot tell from it
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -76,9 +73,7 @@ def find(case: "Case") -> Cause | None:
         return _named("not-finite")
     enough = _enough(case, point)
     trials = [t for t in _trials(case, point) if t.fault.predicts]
-    trials.sort(
-        key=lambda t: (t.here > enough, max(t.layer, NOISE), t.expert is not None, bool(t.part))
-    )
+    trials.sort(key=lambda t: (t.here > enough, max(t.layer, NOISE), t.confined))
     if not trials or trials[0].here > enough:
         return _unforeseeable(case, point)
     best = trials[0]
@@ -116,7 +111,7 @@ UNRELATED = 0.3  # a correlation below it leaves nothing of the right weights in
 
 def _unforeseeable(case: "Case", point: str) -> Cause | None:
     """Weights that nobody knows: what they give has nothing of what it should be."""
-    through = next((p.through for p in case.report.points if p.name == point), ())
+    through = case.report.judged_with(point)
     faults = candidates(point, _inside(point, through), case.decoder.cfg)
     faults = [f for f in faults if not f.predicts]
     random = [f for f in faults if f.id.endswith("-random")]
@@ -134,7 +129,7 @@ def _enough(case: "Case", point: str) -> float:
 
 
 def _trials(case: "Case", point: str) -> Iterator[_Trial]:
-    through = next((p.through for p in case.report.points if p.name == point), ())
+    through = case.report.judged_with(point)
     places: list[tuple[int | None, str | None]] = [(None, None)]
     places += [(e, part) for e in _experts(case, point) for part in (None, *MlpWeights._fields)]
     within = _around(case, point)
@@ -146,11 +141,10 @@ def _trials(case: "Case", point: str) -> Iterator[_Trial]:
                 continue
             misfits = {p: _misfit(case, p, seen.ours.get(p)) for p in within}
             fitted = None
-            if fault.fitted is not None and not point.endswith("#experts"):
+            if fault.fitted is not None and np.isfinite(misfits[point]):
                 healthy, theirs = case.exact.ours[point], case.exact.theirs[point]
-                found = fault.fitted.at(
-                    case.decoder.cfg, strength_of(theirs, healthy, seen.ours[point])
-                )
+                strength = strength_of(theirs, healthy, seen.ours[point])
+                found = fault.fitted.at(case.decoder.cfg, strength)
                 right = fault.fitted.value(case.decoder.cfg)
                 fitted = f"{fault.fitted.name} {found:.5g}, expected {right:.5g}"
             yield _Trial(fault, expert, part, misfits[point], max(misfits.values()), fitted)
@@ -191,7 +185,7 @@ def run_layer(decoder: Decoder, case: "Case", point: str) -> None:
         head(x, decoder.norm, decoder.lm_head, cfg, nx)
         return
     first = last = int(point.split(".")[2].split("#")[0])
-    through = next((p.through for p in case.report.points if p.name == point), ())
+    through = case.report.judged_with(point)
     layers = [int(p.split(".")[2].split("#")[0]) for p in through if p.startswith("model.layers.")]
     first = min([first, *layers])
     x = _entering(decoder, case, first)
@@ -228,13 +222,18 @@ def _experts(case: "Case", point: str) -> list[int]:
     chosen = case.exact.theirs.get(f"{name}.mlp.gate#experts")
     if not point.endswith((".mlp", ".mlp.experts")) or chosen is None:
         return []
-    rows = case.rows[point]
-    level = np.sqrt((rows.noise**2).mean(axis=0))
-    wrong = rows.error > 8 * np.maximum(level, level.mean() / 10)
+    wrong, _ = _wrong(case, point)
     if not wrong.any() or wrong.all():
         return []
     present = {int(e): (chosen == e).any(axis=1) for e in np.unique(chosen)}
     return [e for e, rows_of in present.items() if (rows_of == wrong).all()][:4]
+
+
+def _wrong(case: "Case", point: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rows beyond eight deviations of their noise [T], and that noise [T]."""
+    rows = case.rows[point]
+    level = np.sqrt((rows.noise**2).mean(axis=0))
+    return rows.error > 8 * np.maximum(level, level.mean() / 10), level
 
 
 def describe(case: "Case") -> str | None:
@@ -243,9 +242,7 @@ def describe(case: "Case") -> str | None:
     if point is None or point.endswith("#experts") or point not in case.rows:
         return None
     ours, theirs = case.exact.ours[point], case.exact.theirs[point]
-    rows = case.rows[point]
-    level = np.sqrt((rows.noise**2).mean(axis=0))
-    wrong = rows.error > 8 * np.maximum(level, level.mean() / 10)
+    wrong, level = _wrong(case, point)
     flat, other = ours.reshape(len(ours), -1), theirs.reshape(len(theirs), -1)
     ratio = float((flat * other).sum() / max((flat * flat).sum(), 1e-300))
     rest = rms(other - ratio * flat) / np.maximum(rms(flat), 1e-300)
@@ -256,7 +253,7 @@ def describe(case: "Case") -> str | None:
         said.append(f"only token {int(np.argmax(wrong))} is wrong")
     elif not wrong[0] and wrong[1:].all() and len(wrong) > 2:
         said.append("token 0 is right and all others are wrong, as with positions or masks")
-    elif len(wrong) > 7 and _rank(rows.error) > 0.9:
+    elif len(wrong) > 7 and _rank(case.rows[point].error) > 0.9:
         said.append("it grows with the position")
     said += _blocks(case, point, flat, other)
     experts = _experts(case, point)

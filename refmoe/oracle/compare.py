@@ -30,7 +30,7 @@ from refmoe.model.matrix import dequantize
 from refmoe.model.router import limit_groups, sigmoid
 from refmoe.oracle import cause as causes
 from refmoe.oracle.adapters import adapt
-from refmoe.oracle.graph import through
+from refmoe.oracle.graph import kind, through
 from refmoe.oracle.noise import PROFILES, Envelope, Profile, envelope, profile_of, rms
 from refmoe.oracle.readers import Dump, nearest
 from refmoe.oracle.replay import TOP, Replay
@@ -68,6 +68,10 @@ class Report:
     alpha: float
     cause: causes.Cause | None = None
     shape: str | None = None  # of a residual that no known fault explains
+
+    def judged_with(self, point: str | None) -> tuple[str, ...]:
+        """The points that the dump lacks on the way to this one."""
+        return next((p.through for p in self.points if p.name == point), ())
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -109,8 +113,6 @@ class Case:
         keep: bool = True,
         explain: bool = True,
     ):
-        if engine not in CONVENTIONS:
-            raise InputError(f"engine {engine!r}; known: {', '.join(CONVENTIONS)}")
         if isinstance(profile, str):
             if profile not in PROFILES:
                 raise InputError(f"profile {profile!r}; known: {', '.join(PROFILES)}")
@@ -119,8 +121,8 @@ class Case:
         if tokens is None:
             raise InputError(f"{dump.path}: it does not say its tokens; give them (--tokens FILE)")
         self.tokens, self.engine = tokens, engine
+        self.decoder = model.decoder.using(policy("float64", engine))  # refuses unknown engines
         self.profile = profile or profile_of(dump.rounded, engine)
-        self.decoder = model.decoder.using(policy("float64", engine))
         self.dump = replace(dump, arrays=adapt(dump.arrays, model.cfg))
         self.exact = self.replay(self.decoder)
         self.envelope = envelope(
@@ -268,14 +270,14 @@ def _rows(exact: Replay, noise: Envelope, judged: list[str]) -> dict[str, Rows]:
     """Where the engine chose other experts than float64 does, their rows have the kind's noise."""
     levels: dict[str, list[np.ndarray]] = {}
     for path, sampled in noise.noise.items():
-        levels.setdefault(_kind(path), []).append(np.sqrt((sampled**2).mean(axis=1)))
+        levels.setdefault(kind(path), []).append(np.sqrt((sampled**2).mean(axis=1)))
     out = {}
     for path in judged:
         ours, known = exact.ours[path], noise.noise.get(path)
         if known is None or known.shape[1] != len(ours):
-            if _kind(path) not in levels:
+            if kind(path) not in levels:
                 continue
-            level = np.sqrt(np.mean(np.square(levels[_kind(path)]), axis=0))
+            level = np.sqrt(np.mean(np.square(levels[kind(path)]), axis=0))
             known = np.repeat(level[:, None], len(ours), axis=1)
         out[path] = Rows(ours, exact.theirs[path], known)
     return out
@@ -284,21 +286,17 @@ def _rows(exact: Replay, noise: Envelope, judged: list[str]) -> dict[str, Rows]:
 Spread = dict[str, tuple[np.ndarray, np.ndarray]]  # kind → mean and deviation of (log R, log M)
 
 
-def _kind(path: str) -> str:
-    return ".".join(part for part in path.split(".") if not part.split("#")[0].isdigit())
-
-
 def _spread(rows: dict[str, Rows]) -> Spread:
     """How log R and log M of one emulated run lie against the others, pooled over layers."""
     drawn: dict[str, list[tuple[float, float]]] = {}
     for path, r in rows.items():
         for k in range(len(r.noise)):
             others = np.delete(r.noise, k, axis=0)
-            drawn.setdefault(_kind(path), []).append(r.ratios(r.noise[k], others))
+            drawn.setdefault(kind(path), []).append(r.ratios(r.noise[k], others))
     out = {}
-    for kind, values in drawn.items():
+    for name, values in drawn.items():
         x = np.array(values)
-        out[kind] = (x.mean(axis=0), np.maximum(x.std(axis=0, ddof=1), LEAST_SPREAD))
+        out[name] = (x.mean(axis=0), np.maximum(x.std(axis=0, ddof=1), LEAST_SPREAD))
     return out
 
 
@@ -309,7 +307,7 @@ def _holm(
     normal = NormalDist()
     chance = {}
     for path, r in rows.items():
-        mean, deviation = spread[_kind(path)]
+        mean, deviation = spread[kind(path)]
         z = (np.array(r.ratios(r.error, r.noise)) - log(SLACK) - mean) / deviation
         chance[path] = min(1.0, 2 * normal.cdf(-float(z.max())))  # two statistics a point
     outside = []
@@ -321,7 +319,7 @@ def _holm(
     reach = -normal.inv_cdf(alpha / (2 * max(1, len(rows))))
     points = {}
     for path, r in rows.items():
-        mean, deviation = spread[_kind(path)]
+        mean, deviation = spread[kind(path)]
         r.explained = np.exp(mean + log(SLACK) + reach * deviation)
         level = float(np.sqrt((r.noise**2).mean()))
         error = float(np.sqrt((r.error**2).mean()))

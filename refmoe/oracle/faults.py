@@ -32,7 +32,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,6 +49,7 @@ from refmoe.model.norm import rms_norm
 from refmoe.model.numerics import Numerics, Watch
 from refmoe.model.rope import cos_sin, rotate, softmax_scale
 from refmoe.model.router import GateWeights, Routing, limit_groups, route, sigmoid
+from refmoe.oracle.graph import kind
 
 Alter = Callable[[Decoder, int | None], Decoder]  # layer it is confined to; None: all
 Graded = Callable[[Decoder, int | None, float], Decoder]  # the same with a strength in (0, 1]
@@ -139,12 +140,6 @@ def strength_of(theirs: np.ndarray, healthy: np.ndarray, faulty: np.ndarray) -> 
     """How far from healthy to faulty the engine is, by least squares; 1 if it has the fault."""
     way = (faulty - healthy).reshape(-1)
     return float((theirs - healthy).reshape(-1) @ way / max(way @ way, 1e-300))
-
-
-@cache
-def kind(path: str) -> str:
-    """A point's name without the numbers of layer and expert."""
-    return re.sub(r"\.\d+(?=[.#]|$)", "", path)
 
 
 def _layer(path: str) -> int | None:

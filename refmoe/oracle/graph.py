@@ -4,7 +4,9 @@ The oracle judges a point from the engine's tensors that it is made of; where th
 its own makers take its place, and the report says through which.
 """
 
+import re
 from collections.abc import Collection, Iterator
+from functools import cache
 
 from refmoe.config import Config
 
@@ -90,3 +92,9 @@ def through(path: str, known: Collection[str], order: Collection[str], cfg: Conf
             found.add(point)
             todo += parents(point, cfg)
     return [p for p in order if p in found]
+
+
+@cache
+def kind(path: str) -> str:
+    """A point's name without the numbers of layer and expert."""
+    return re.sub(r"\.\d+(?=[.#]|$)", "", path)

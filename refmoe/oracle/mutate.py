@@ -15,6 +15,7 @@ router biases that bf16 rounds coarsely and values beyond float16.
 """
 
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,8 @@ import numpy as np
 from refmoe.model.decoder import Decoder
 from refmoe.oracle.bench import really_rounding
 from refmoe.oracle.compare import Case
-from refmoe.oracle.faults import BY_ID, FAULTS, Fault, altered, equivalent, kind
+from refmoe.oracle.faults import BY_ID, FAULTS, Fault, altered, equivalent
+from refmoe.oracle.graph import kind
 from refmoe.oracle.noise import PROFILES, Profile
 from refmoe.oracle.readers import Dump
 from refmoe.oracle.trace import Recorder
@@ -83,8 +85,10 @@ class Mutant:
     @property
     def placed(self) -> bool:
         point = self.case.report.point or ""
-        through = next((p.through for p in self.case.report.points if p.name == point), ())
-        return any(kind(p).endswith(self.fault.points) for p in (point, *through))
+        found = (point, *self.case.report.judged_with(point))
+        at = rf"model\.layers\.{self.layer}(?!\d)"
+        here = [p for p in found if self.layer is None or re.match(at, p)]
+        return any(kind(p).endswith(self.fault.points) for p in here)
 
     @property
     def named(self) -> bool:

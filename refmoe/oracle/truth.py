@@ -62,7 +62,8 @@ from refmoe.model.matrix import dequantize
 from refmoe.model.numerics import POLICIES
 from refmoe.model.router import limit_groups, sigmoid
 from refmoe.oracle.adapters import adapt
-from refmoe.oracle.compare import ALPHA, LEAST_SPREAD, RUNS, SLACK, WIDE, Point, Report, _kind
+from refmoe.oracle.compare import ALPHA, LEAST_SPREAD, RUNS, SLACK, WIDE, Point, Report
+from refmoe.oracle.graph import kind
 from refmoe.oracle.noise import PROFILES, UNIT, Profile, emulated, profile_of, rms
 from refmoe.oracle.readers import Dump, fit
 from refmoe.oracle.replay import TOP
@@ -443,9 +444,9 @@ def spread(e: np.ndarray, names: Sequence[str]) -> np.ndarray:
     for p in np.flatnonzero(enough).tolist():
         own = drawn[np.isfinite(drawn[:, p, 0]), p]
         out[p] = np.stack([own.mean(axis=0), UNSURE * own.std(axis=0, ddof=1)], axis=1)
-    kinds = np.array([_kind(name) for name in names])
-    for kind in set(kinds[enough]):
-        of_kind = enough & (kinds == kind)
+    kinds = np.array([kind(name) for name in names])
+    for each in set(kinds[enough]):
+        of_kind = enough & (kinds == each)
         least = np.maximum(np.median(out[of_kind, :, 1], axis=0) / UNSURE, LEAST_SPREAD)
         out[of_kind, :, 1] = np.maximum(out[of_kind, :, 1], least)
     return out
