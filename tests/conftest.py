@@ -1,6 +1,7 @@
 """Checkpoints and networks for the tests: random, small, and with no two axes alike."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,11 @@ settings.register_profile("default", deadline=None, max_examples=25, derandomize
 settings.load_profile("default")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def heed_ctrl_c() -> None:
+    """In a child: a test run in the background of a script inherits SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,7 +14,7 @@ import safetensors.numpy
 
 import refmoe
 from refmoe import cli
-from tests.conftest import ROOT
+from tests.conftest import ROOT, heed_ctrl_c
 
 
 def run(*args: object, capsys) -> tuple[int, str, str]:  # type: ignore[no-untyped-def]
@@ -231,6 +231,7 @@ def start(*args: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
+        preexec_fn=heed_ctrl_c,
     )
 
 

@@ -1,6 +1,7 @@
 """Many turns, the cache behind them, and a real terminal."""
 
 import contextlib
+import fcntl
 import os
 import pty
 import re
@@ -8,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from dataclasses import replace
 
@@ -19,7 +21,7 @@ from refmoe.config import InputError
 from refmoe.run import generate
 from refmoe.run.dialogue import Dialogue, printable
 from refmoe.text.chat import ChatTemplate, Problem, collect
-from tests.conftest import ROOT
+from tests.conftest import ROOT, heed_ctrl_c
 
 MODEL = refmoe.load()
 TEMPLATE = ChatTemplate.load(MODEL.checkpoint.path)
@@ -107,6 +109,11 @@ def test_tool_calls_wait_for_their_results():
     assert dialogue.waiting == [call]
 
 
+def own_terminal() -> None:
+    heed_ctrl_c()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 class Terminal:
     """`refmoe chat` on a pseudo-terminal."""
 
@@ -120,7 +127,7 @@ class Terminal:
             cwd=ROOT,
             start_new_session=True,
             env={**os.environ, "TERM": "xterm", "INPUTRC": os.devnull},
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+            preexec_fn=own_terminal,
         )
         os.close(inner)
         self.shown = ""
