@@ -260,10 +260,14 @@ class Rows:
 
     def ratios(self, error: np.ndarray, noise: np.ndarray) -> tuple[float, float]:
         """log R and log M of an error against the noise of these runs."""
-        level = np.sqrt((noise**2).mean(axis=0))
-        floor = np.sqrt((noise**2).mean()) / 10 + 1e-30  # a row whose noise happened to vanish
-        ratio = error / np.maximum(level, floor)
+        ratio = error / row_levels((noise**2).mean(axis=0))
         return log(np.sqrt((ratio**2).mean()) + 1e-12), log(ratio.max() + 1e-12)
+
+
+def row_levels(squares: np.ndarray) -> np.ndarray:
+    """Noise of each row from its mean square [..., T], of one that vanished by chance a floor."""
+    floor = np.sqrt(squares.mean(axis=-1, keepdims=True)) / 10 + 1e-30
+    return np.maximum(np.sqrt(squares), floor)
 
 
 def _rows(exact: Replay, noise: Envelope, judged: list[str]) -> dict[str, Rows]:
@@ -288,16 +292,22 @@ Spread = dict[str, tuple[np.ndarray, np.ndarray]]  # kind → mean and deviation
 
 def _spread(rows: dict[str, Rows]) -> Spread:
     """How log R and log M of one emulated run lie against the others, pooled over layers."""
-    drawn: dict[str, list[tuple[float, float]]] = {}
+    drawn: dict[str, list[np.ndarray]] = {}
     for path, r in rows.items():
-        for k in range(len(r.noise)):
-            others = np.delete(r.noise, k, axis=0)
-            drawn.setdefault(kind(path), []).append(r.ratios(r.noise[k], others))
+        drawn.setdefault(kind(path), []).append(_each_against_others(r.noise))
     out = {}
     for name, values in drawn.items():
-        x = np.array(values)
+        x = np.concatenate(values)
         out[name] = (x.mean(axis=0), np.maximum(x.std(axis=0, ddof=1), LEAST_SPREAD))
     return out
+
+
+def _each_against_others(noise: np.ndarray) -> np.ndarray:
+    """`Rows.ratios` of each run [runs, T] against all but itself: [runs, 2]."""
+    runs = len(noise)
+    others = (1 - np.eye(runs)) @ noise**2 / (runs - 1)  # mean squares of the others [runs, T]
+    ratio = noise / row_levels(others)
+    return np.log(np.stack((rms(ratio), ratio.max(axis=-1)), axis=-1) + 1e-12)
 
 
 def _holm(

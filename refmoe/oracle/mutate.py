@@ -12,6 +12,10 @@ moves no point by more than `EFFECT` times what rounding explains there, and fli
 noise does not; it is listed, and is no mutant. None may be inert everywhere: four checkpoints have
 what faults need, tiny-k2, random ones with INT4, with FP8 and groups, and one that is *loud*, with
 router biases that bf16 rounds coarsely and values beyond float16.
+
+A fault is planted in every layer of each checkpoint under one profile (`QUICK`), and under all the
+others in the first layer where it has an effect; each layer has a prompt of its own. A quick run
+is the first layers of the former.
 """
 
 import os
@@ -136,9 +140,9 @@ def mutate(
     models = checkpoints(folder)
     wanted = [f for f in FAULTS if not ids or f.id in ids]
     if jobs == 1:
-        healthy = Healthy(models, _pairs(quick))
+        healthy = Healthy(models, quick)
         for fault in wanted:
-            yield fault, healthy.judge(fault, quick, seeds)
+            yield fault, healthy.judge(fault, seeds)
         return
     with _one_thread(), ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         work = partial(_judge, folder, quick, seeds)
@@ -164,16 +168,11 @@ def _one_thread() -> Iterator[None]:
 @cache
 def _opened(folder: Path, quick: bool) -> "Healthy":
     models = {name: _open(folder, name) for name in CHECKPOINTS}
-    return Healthy(models, _pairs(quick))
+    return Healthy(models, quick)
 
 
 def _judge(folder: Path, quick: bool, seeds: int, id: str) -> Score:
-    return _opened(folder, quick).judge(BY_ID[id], quick, seeds)
-
-
-def _pairs(quick: bool) -> Sequence[tuple[str, str]]:
-    every = [(m, p) for m in CHECKPOINTS for p in NAMES if _makes_sense(m, p)]
-    return QUICK if quick else every
+    return _opened(folder, quick).judge(BY_ID[id], seeds)
 
 
 def _makes_sense(checkpoint: str, profile: str) -> bool:
@@ -186,10 +185,11 @@ def _makes_sense(checkpoint: str, profile: str) -> bool:
 class Healthy:
     """What mutants of one checkpoint share: prompts, and the envelopes that are kept on disk."""
 
-    def __init__(self, models: dict[str, Model], pairs: Sequence[tuple[str, str]]):
-        self.models, self.pairs = models, pairs
+    def __init__(self, models: dict[str, Model], quick: bool):
+        every = [(m, p) for m in CHECKPOINTS for p in NAMES if _makes_sense(m, p)]
+        self.models, self.quick, self.pairs = models, quick, QUICK if quick else every
 
-    def judge(self, fault: Fault, quick: bool, seeds: int) -> Score:
+    def judge(self, fault: Fault, seeds: int) -> Score:
         score = Score(fault.id)
         for checkpoint in self.models:
             for mutant in self.mutants(fault, checkpoint, seeds, score):
@@ -199,7 +199,7 @@ class Healthy:
                 score.named += mutant.detected and mutant.named
                 if not (mutant.detected and mutant.placed and mutant.named):
                     score.missed.append(str(mutant))
-        if not quick:
+        if not self.quick:
             self.grade(fault, score)
         return score
 
@@ -221,16 +221,21 @@ class Healthy:
         return Dump(model.checkpoint.path, seen, tokens, profile.storage)
 
     def mutants(self, fault: Fault, checkpoint: str, seeds: int, score: Score) -> Iterator[Mutant]:
-        """In the first layer where it has an effect, on so many prompts."""
+        """In the first layer where it has an effect, or in all of them; each on so many prompts."""
         model = self.models[checkpoint]
         for name in (p for m, p in self.pairs if m == checkpoint):
+            everywhere = not self.quick and (checkpoint, name) in QUICK
+            effective = False
             for layer in self.layers(fault, model):
-                found = [self.mutant(fault, checkpoint, name, layer, i) for i in range(seeds)]
-                effective = [m for m in found if m is not None]
-                yield from effective
-                if effective:
+                first = seeds * (layer or 0)  # layers have their own prompts
+                for seed in range(first, first + seeds):
+                    mutant = self.mutant(fault, checkpoint, name, layer, seed)
+                    if mutant is not None:
+                        effective = True
+                        yield mutant
+                if effective and not everywhere:
                     break
-            else:
+            if not effective:
                 score.inert_on.add(f"{checkpoint}, {name}")
 
     def mutant(

@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import refmoe
-from refmoe.oracle.compare import Case, Flip, Point, Report, flips
+from refmoe.oracle.compare import Case, Flip, Point, Report, flips, row_levels
 from refmoe.oracle.faults import BY_ID
 
 MOST = 1000  # rows of any list, so that a page of a large model still opens
@@ -442,9 +442,7 @@ def _charts(case: Case, flips: list[Flip]) -> Iterator[Chart]:
 
 def _marks(case: Case, point: str) -> list[Mark]:
     rows = case.rows[point]
-    level = np.sqrt((rows.noise**2).mean(axis=0))
-    floor = np.sqrt((rows.noise**2).mean()) / 10 + 1e-30  # as Rows.ratios has it
-    level = np.maximum(level, floor)
+    level = row_levels((rows.noise**2).mean(axis=0))
     each = zip(rows.error.tolist(), level.tolist(), strict=True)
     most = float(rows.explained[1])
     return [Mark(i, error, noise, noise * most) for i, (error, noise) in enumerate(each)]
