@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from refmoe.oracle import mutate
-from refmoe.oracle.faults import FAULTS, written
+from refmoe.oracle.compare import check
+from refmoe.oracle.faults import BY_ID, FAULTS, written
+from refmoe.oracle.noise import PROFILES
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +60,15 @@ def test_the_loud_checkpoint_is_what_it_says(tmp_path):
     bias = decoder.layers[1].mlp.gate.e_score_correction_bias
     assert (bias < -30).all()
     assert np.abs(decoder.logits([1, 2, 3])).max() < 65504
+
+
+@pytest.mark.parametrize("id", ["scaling-dropped", "bias-ignored", "act-gelu", "scale-mscale-once"])
+def test_where_logits_are_all_there_is_the_faults_of_layers_are_tried(id, tmp_path):
+    """A whole engine with the fault in every layer, and nothing of it but its last numbers."""
+    models = mutate.checkpoints(tmp_path)
+    power = mutate.Healthy(models, quick=True)
+    dump = power.dump("deepseek-v3", PROFILES["float32"], BY_ID[id])
+    logits = replace(dump, arrays={"lm_head": dump.arrays["lm_head"]})
+    report = check(models["deepseek-v3"], logits, profile="float32")
+    assert report.point == "lm_head"
+    assert id in (report.cause.id, *report.cause.equivalent)

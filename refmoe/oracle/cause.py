@@ -112,7 +112,7 @@ UNRELATED = 0.3  # a correlation below it leaves nothing of the right weights in
 def _unforeseeable(case: "Case", point: str) -> Cause | None:
     """Weights that nobody knows: what they give has nothing of what it should be."""
     through = case.report.judged_with(point)
-    faults = candidates(point, _inside(point, through), case.decoder.cfg)
+    faults = candidates(point, inside(point, through), case.decoder.cfg)
     faults = [f for f in faults if not f.predicts]
     random = [f for f in faults if f.id.endswith("-random")]
     if not random or point.endswith("#experts") or not point.endswith(random[0].points):
@@ -133,7 +133,7 @@ def _trials(case: "Case", point: str) -> Iterator[_Trial]:
     places: list[tuple[int | None, str | None]] = [(None, None)]
     places += [(e, part) for e in _experts(case, point) for part in (None, *MlpWeights._fields)]
     within = _around(case, point)
-    for fault in candidates(point, _inside(point, through), case.decoder.cfg):
+    for fault in candidates(point, inside(point, through), case.decoder.cfg):
         for expert, part in places:
             try:
                 seen = _again(case, fault, expert, part, point)
@@ -150,7 +150,7 @@ def _trials(case: "Case", point: str) -> Iterator[_Trial]:
             yield _Trial(fault, expert, part, misfits[point], max(misfits.values()), fitted)
 
 
-def _inside(point: str, through: tuple[str, ...]) -> list[str]:
+def inside(point: str, through: tuple[str, ...]) -> list[str]:
     """What is judged with the point; reports leave out the experts' own points."""
     routed = [p for p in (point, *through) if p.endswith(".mlp.experts")]
     return [*through, *(f"{p}.0.{end}" for p in routed for end in SWIGLU)]
@@ -177,17 +177,12 @@ def _again(case: "Case", fault: Fault, expert: int | None, part: str | None, poi
 def run_layer(decoder: Decoder, case: "Case", point: str) -> None:
     """Only the part of the network that ends in this point, from what went into it."""
     cfg, nx = decoder.cfg, decoder.nx
-    if not point.startswith("model.layers."):
-        if point == "model.embed_tokens":
-            decoder.logits(case.tokens)
-            return
-        x = _entering(decoder, case, len(decoder.layers))
-        head(x, decoder.norm, decoder.lm_head, cfg, nx)
+    judged = (point, *case.report.judged_with(point))
+    if "model.embed_tokens" in judged:
+        decoder.logits(case.tokens)
         return
-    first = last = int(point.split(".")[2].split("#")[0])
-    through = case.report.judged_with(point)
-    layers = [int(p.split(".")[2].split("#")[0]) for p in through if p.startswith("model.layers.")]
-    first = min([first, *layers])
+    layers = [int(p.split(".")[2].split("#")[0]) for p in judged if p.startswith("model.layers.")]
+    first, last = min(layers, default=len(decoder.layers)), max(layers, default=-1)
     x = _entering(decoder, case, first)
     for i in range(first, last + 1):
         segments = [Segment(slice(0, len(x)), decoder.caches()[i])]
@@ -196,6 +191,8 @@ def run_layer(decoder: Decoder, case: "Case", point: str) -> None:
             return decoder.experts(i, e)
 
         x = layer(x, decoder.layers[i], expert, segments, cfg, nx.within(f"model.layers.{i}."))
+    if not point.startswith("model.layers."):
+        head(x, decoder.norm, decoder.lm_head, cfg, nx)
 
 
 def _entering(decoder: Decoder, case: "Case", i: int) -> np.ndarray:

@@ -24,7 +24,6 @@ Two tensors are compared tile by tile in float64, where every stored format is e
 
 Findings of one kind are many in a model of 208,550 tensors: the worst `SHOWN` are listed and the
 others counted. Not decidable here: a nibble order or a row order that is wrong in the only copy.
-Not at hand: how KTransformers reads YaRN.
 """
 
 import json
@@ -486,6 +485,10 @@ ENGINES = (
         "ggml-org/llama.cpp src/llama-context.cpp, src/models/deepseek2.cpp, #18013",
         betas=(32.0, 1.0),
         one_mscale=True,
+    ),
+    Engine(
+        "KTransformers",
+        "kvcache-ai/ktransformers operators/RoPE.py, models/modeling_deepseek_v3.py",
     ),
     Engine("mlx-lm", "ml-explore/mlx-lm mlx_lm/models/deepseek_v3.py"),
 )

@@ -7,11 +7,12 @@ its dump of every point but the experts' own. It is
     placed      where the first wrong point is one at which that fault shows, in that layer
     named       where the cause is that fault, or one that these numbers cannot tell from it
 
-A fault is *inert* on a checkpoint under a profile if it is not detected and, computed in float64,
-moves no point by more than `EFFECT` times what rounding explains there, and flips no choice that
-noise does not; it is listed, and is no mutant. None may be inert everywhere: four checkpoints have
-what faults need, tiny-k2, random ones with INT4, with FP8 and groups, and one that is *loud*, with
-router biases that bf16 rounds coarsely and values beyond float16.
+A fault is *inert* on a checkpoint under a profile if it is not detected and either changes no bit
+of the dump or, computed in float64, moves no point by more than `EFFECT` times what rounding
+explains there, and flips no choice that noise does not; it is listed, and is no mutant. None may be
+inert everywhere: four checkpoints have what faults need, tiny-k2, random ones with INT4, with FP8
+and groups, and one that is *loud*, with router biases that bf16 rounds coarsely and values beyond
+float16.
 
 A fault is planted in every layer of each checkpoint under one profile (`QUICK`), and under all the
 others in the first layer where it has an effect; each layer has a prompt of its own. A quick run
@@ -35,6 +36,7 @@ import numpy as np
 
 from refmoe.model.decoder import Decoder
 from refmoe.oracle.bench import really_rounding
+from refmoe.oracle.cause import inside
 from refmoe.oracle.compare import Case
 from refmoe.oracle.faults import BY_ID, FAULTS, Fault, altered, equivalent
 from refmoe.oracle.graph import kind
@@ -89,7 +91,7 @@ class Mutant:
     @property
     def placed(self) -> bool:
         point = self.case.report.point or ""
-        found = (point, *self.case.report.judged_with(point))
+        found = (point, *inside(point, self.case.report.judged_with(point)))
         at = rf"model\.layers\.{self.layer}(?!\d)"
         here = [p for p in found if self.layer is None or re.match(at, p)]
         return any(kind(p).endswith(self.fault.points) for p in here)
@@ -208,13 +210,13 @@ class Healthy:
         vocabulary = min(500, self.models[checkpoint].cfg.vocab_size)
         return [int(t) for t in rng.integers(0, vocabulary, TOKENS)]
 
-    def dump(self, checkpoint: str, profile: Profile, fault: Fault, **where: Any) -> Dump:
-        """A run of this engine with the fault, 0 < strength ≤ 1."""
+    def dump(self, checkpoint: str, profile: Profile, fault: Fault | None, **where: Any) -> Dump:
+        """A run of this engine with the fault, 0 < strength ≤ 1, or a healthy one."""
         seed = where.pop("seed", 0)
         model, tokens = self.models[checkpoint], self.tokens(checkpoint, seed)
         recorder = Recorder()
         engine = really_rounding(model.decoder, profile, seed, recorder)
-        wrong = altered(engine, fault, **where)
+        wrong = altered(engine, fault, **where) if fault else engine
         with np.errstate(all="ignore"):
             _quiet(wrong).logits(tokens)
         seen = {n: x for n, x in recorder.seen.items() if ".experts." not in n and "#rows" not in n}
@@ -246,6 +248,9 @@ class Healthy:
         dump = self.dump(checkpoint, profile, fault, layer=layer, seed=seed)
         case = Case(model, dump, profile=profile)
         if case.report.verdict != "fault":
+            same = self.dump(checkpoint, profile, None, seed=seed).arrays
+            if all(np.array_equal(x, same[name]) for name, x in dump.arrays.items()):
+                return None  # in this run it changed no bit
             exact = self.dump(checkpoint, PROFILES["float64"], fault, layer=layer, seed=seed)
             effect = Case(model, exact, profile=profile).report
             most = max((p.multiple for p in effect.points), default=0.0)
