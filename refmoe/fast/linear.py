@@ -1,35 +1,282 @@
 """The engine's own Numerics: the definition's mathematics with quicker seams.
 
-`linear` dequantises a large matrix in tiles of whole rows, so that no second copy of it is ever
-made (the head of K2 would be 4.7 GB in float32) and a tile is multiplied while it is in cache.
-Its twin is `refmoe.model.matrix.linear`.
+    linear     float32 x: a few tokens by the kernels of their format, many by BLAS on tiles that
+               the kernels decode, while a tile is in cache; anything else as below
+    experts    all routed experts of these rows at once: gate and up of all of them are one parallel
+               region, down another
+
+`linear` never makes a second copy of a matrix (the head of K2 would be 4.7 GB in float32): what no
+kernel reads (float64, a product rounded as another engine does, sizes that are no whole steps) is
+dequantised in tiles of whole rows. Twins: `refmoe.model.matrix.linear` and
+`refmoe.model.experts.routed_experts`.
+
+`exact` INT4 multiplies float32 activations, `fast` ones of 16 bits a group of 32: 2e-5 of a result.
 """
 
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from refmoe.config import Conventions
+from refmoe.fast import kernels, threads
+from refmoe.fast.kernels import Form
 from refmoe.model import matrix
 from refmoe.model.decoder import policy
-from refmoe.model.matrix import Matrix
+from refmoe.model.experts import Experts, MlpWeights, routed_experts
+from refmoe.model.matrix import BF16, Q8, Fp8Block, Int4, Matrix
 from refmoe.model.numerics import Numerics
+from refmoe.model.router import Routing, sigmoid
 
-TILE = 1 << 20  # elements: 4 MB of float32
+TILE = 1 << 20  # elements of a tile that NumPy dequantises: 4 MB of float32
+DECODED = 1 << 19  # elements of a tile that a kernel decodes
+PIECE = 1 << 20  # bytes of weights that a thread takes at a time
+FEW = 12  # tokens; beyond, decoding once and multiplying by BLAS is quicker
+ROWS = 2048  # of experts' inputs at once, which bounds the scratch
 
 
-def linear(x: np.ndarray, m: Matrix, rounded: tuple[str, ...] = ()) -> np.ndarray:
+class Stored(NamedTuple):
+    """A matrix as kernels take it: addresses and bytes from row to row. It does not hold it."""
+
+    form: Form
+    few: Callable[..., None]
+    decode: Callable[..., None]
+    w: int
+    w_row: int
+    s: int
+    s_row: int
+    share: int  # rows of weights to a row of scales
+    shape: tuple[int, int]
+
+    @property
+    def place(self) -> tuple[int, int, int, int, int]:
+        return self.w, self.w_row, self.s, self.s_row, self.share
+
+
+def stored(m: Matrix, fast: bool = False) -> Stored | None:
+    """None where no kernel reads it."""
+    scale: np.ndarray | None = None
+    share = 1
+    match m:
+        case BF16(weights):
+            form, few, decode = kernels.BF16, kernels.bf16, kernels.bf16_rows
+        case Int4(weights, scale):
+            form, few, decode = kernels.INT4, kernels.int4, kernels.int4_rows
+            if fast:
+                form, few = kernels.INT4_FAST, kernels.int4_fast
+        case Q8(blocks):
+            weights = blocks.reshape(len(blocks), -1)
+            form, few, decode = kernels.Q8, kernels.q8, kernels.q8_rows
+        case Fp8Block(weights, scale, (share, 128)):
+            form, few, decode = kernels.FP8, kernels.fp8, kernels.fp8_rows
+        case np.ndarray(dtype=np.float16):
+            weights, form, few, decode = m, kernels.F16, kernels.f16, kernels.f16_rows
+        case np.ndarray(dtype=np.float32):
+            weights, form, few, decode = m, kernels.F32, kernels.f32, kernels.f32_rows
+        case _:
+            return None
+    O, I = m.shape
+    if I % form.columns or not O or not _whole_rows(weights):
+        return None
+    if scale is None:
+        return Stored(form, few, decode, _address(weights), weights.strides[0], 0, 0, 1, (O, I))
+    if not _whole_rows(scale):
+        return None
+    where = _address(weights), weights.strides[0], _address(scale), scale.strides[0]
+    return Stored(form, few, decode, *where, share, (O, I))
+
+
+def _whole_rows(a: np.ndarray) -> bool:
+    return a.ndim == 2 and a.strides[1] == a.itemsize and a.dtype.isnative
+
+
+def _address(a: np.ndarray) -> int:
+    return a.__array_interface__["data"][0]
+
+
+class Inputs:
+    """Rows of x, brought into whatever order a form wants, once for each."""
+
+    def __init__(self, x: np.ndarray):
+        self.x = np.ascontiguousarray(x)
+        self.made: dict[Any, np.ndarray] = {}
+
+    def few(self, form: Form) -> np.ndarray:
+        """[T', ·]: T' is 1, 2 or a multiple of 4, with rows of zeros behind."""
+        key = form.order, form.integer
+        if key not in self.made:
+            self.made[key] = self._halves() if form.integer else kernels.ordered(form, self._padded)
+        return self.made[key]
+
+    def many(self, form: Form) -> np.ndarray:
+        key = form.order, "many"
+        if key not in self.made:
+            self.made[key] = kernels.ordered(form, self.x)
+        return self.made[key]
+
+    @property
+    def _padded(self) -> np.ndarray:
+        T = len(self.x)
+        more = 0 if T <= 2 else -T % 4
+        return np.pad(self.x, ((0, more), (0, 0))) if more else self.x
+
+    def _halves(self) -> np.ndarray:
+        x = self._padded
+        out = np.empty((len(x), x.shape[1] // 128, kernels.HALVES, 16), np.int32)
+        kernels.halves(x, out.view(np.int16), out, out.view(np.float32))
+        return out.reshape(len(x), -1)
+
+
+def multiply(products: Sequence[tuple[Inputs, Stored]]) -> list[np.ndarray]:
+    """y = x Wᵀ of each, float32 [T, O], as one parallel region."""
+    out: list[np.ndarray] = []
+    pieces: list[threads.Piece] = []
+    blas = False
+    for inputs, m in products:
+        T = len(inputs.x)
+        if T <= FEW:
+            x = inputs.few(m.form)
+            y = np.empty((len(x), m.shape[0]), np.float32)
+            pieces += _few(x, m, y)
+        else:
+            y = np.empty((T, m.shape[0]), np.float32)
+            pieces += _many(inputs.many(m.form), m, y)
+            blas = True
+        out.append(y[:T])
+    with threads.one_blas_thread() if blas and len(pieces) > 1 else nullcontext():
+        threads.pool().run(pieces)
+    return out
+
+
+def _few(x: np.ndarray, m: Stored, y: np.ndarray) -> Iterator[threads.Piece]:
+    O, I = m.shape
+    steps = I // m.form.columns
+    step = max(8, PIECE // m.w_row & ~7)
+    begins = range(0, O, step)
+    places = (*m.place, _address(x), x.strides[0], _address(y), y.strides[0], steps, len(x))
+    for begin in begins:
+        yield partial(m.few, *places, begin, min(begin + step, O))
+
+
+def _many(x: np.ndarray, m: Stored, y: np.ndarray) -> Iterator[threads.Piece]:
+    O, I = m.shape
+    step = max(8, DECODED // I & ~7)
+    for begin in range(0, O, step):
+        yield partial(_tile, x, m, y, begin, min(begin + step, O))
+
+
+_scratch = threading.local()
+
+
+def _tile(x: np.ndarray, m: Stored, y: np.ndarray, begin: int, end: int) -> None:
+    """Decoded into this thread's scratch, then multiplied."""
+    I = m.shape[1]
+    if getattr(_scratch, "tile", np.empty(0)).size < (end - begin) * I:
+        _scratch.tile = np.empty(max((end - begin) * I, DECODED), np.float32)
+    w = _scratch.tile[: (end - begin) * I].reshape(-1, I)
+    m.decode(*m.place, _address(w), w.strides[0], I // m.form.columns, begin, end)
+    y[:, begin:end] = x @ w.T
+
+
+def linear(
+    x: np.ndarray, m: Matrix, rounded: tuple[str, ...] = (), fast: bool = False
+) -> np.ndarray:
     """y = x Wᵀ: x [T, I] → [T, O]."""
-    if isinstance(m, np.ndarray) and m.dtype == x.dtype:
+    if isinstance(m, np.ndarray) and m.dtype == x.dtype and (len(x) > FEW or x.dtype != np.float32):
         return x @ m.T
+    if x.dtype == np.float32 and len(x) and not _rounds(m, rounded):
+        known = stored(m, fast)
+        if known is not None:
+            (y,) = multiply([(Inputs(x), known)])
+            return y
     y = np.empty((len(x), m.shape[0]), x.dtype)
     for block, tile in matrix.tiles(m, TILE):
         y[:, block] = matrix.linear(x, tile, rounded)
     return y
 
 
-def engine(name: str, conventions: Conventions | str = "refmoe") -> Numerics:
+def _rounds(m: Matrix, rounded: tuple[str, ...]) -> bool:
+    return (isinstance(m, Int4) and "int4" in rounded) or (
+        isinstance(m, Fp8Block) and "fp8" in rounded
+    )
+
+
+def experts(
+    x: np.ndarray, routing: Routing, expert: Experts, nx: Numerics, fast: bool = False
+) -> np.ndarray:
+    """The routed sum, [T, D], where nothing inside is rounded or watched."""
+    chosen = np.unique(routing.experts).tolist()
+    if x.dtype != np.float32 or nx.round is not None or _watched(chosen, nx):
+        return routed_experts(x, routing, expert, nx)
+    matrices = {e: expert(e) for e in chosen}
+    rounded = nx.conventions.rounded_products
+    known: dict[int, list[Stored]] = {}
+    for e, w in matrices.items():
+        each = [None if _rounds(m, rounded) else stored(m, fast) for m in w]
+        known[e] = [m for m in each if m is not None]
+        if len(known[e]) < len(MlpWeights._fields):
+            return routed_experts(x, routing, expert, nx)
+    T, K = routing.experts.shape
+    parts = np.empty((T * K, x.shape[1]), np.float32)
+    whole = Inputs(x)
+    rows = {e: np.nonzero(routing.experts.reshape(-1) == e)[0] for e in chosen}
+    for group in _groups(rows):
+        _swiglu(whole, [(rows[e], known[e]) for e in group], K, parts)
+    weights = routing.weights.astype(np.float32, copy=False)
+    y = (weights[:, None] @ parts.reshape(T, K, -1))[:, 0]
+    if nx.stop_at_nonfinite and not np.isfinite(y).all():
+        return routed_experts(x, routing, expert, nx)  # which names the first point of them
+    return y
+
+
+def _watched(chosen: list[int], nx: Numerics) -> bool:
+    if nx.watch is None:
+        return False
+    names = ("#rows", ".gate_proj", ".up_proj", ".act", ".down_proj")
+    return any(nx.watches(f"experts.{e}{name}") for e in chosen for name in names)
+
+
+def _groups(rows: dict[int, np.ndarray]) -> Iterator[list[int]]:
+    """Experts in order, with no more than `ROWS` rows together unless one alone has more."""
+    group: list[int] = []
+    count = 0
+    for e, own in rows.items():
+        if group and count + len(own) > ROWS:
+            yield group
+            group, count = [], 0
+        group.append(e)
+        count += len(own)
+    if group:
+        yield group
+
+
+def _swiglu(
+    whole: Inputs, group: list[tuple[np.ndarray, list[Stored]]], K: int, parts: np.ndarray
+) -> None:
+    """parts[row] = W_down (silu(W_gate x) · W_up x) for rows of tokens and slots, T·K in all."""
+    first = []
+    for rows, (gate, up, _) in group:
+        x = whole if len(whole.x) == 1 else Inputs(whole.x[rows // K])
+        first += [(x, gate), (x, up)]
+    both = multiply(first)
+    second = []
+    for n, (_, (_, _, down)) in enumerate(group):
+        z, up_x = both[2 * n], both[2 * n + 1]
+        second.append((Inputs(z * sigmoid(z) * up_x), down))
+    for (rows, _), out in zip(group, multiply(second), strict=True):
+        parts[rows] = out
+
+
+def engine(name: str, conventions: Conventions | str = "refmoe", fast: bool = False) -> Numerics:
     """`policy(name)` with this room's seams."""
     nx = policy(name, conventions)
-    return replace(nx, linear=partial(linear, rounded=nx.conventions.rounded_products))
+    rounded = nx.conventions.rounded_products
+    return replace(
+        nx,
+        linear=partial(linear, rounded=rounded, fast=fast),
+        experts=partial(experts, fast=fast),
+    )

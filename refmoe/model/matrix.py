@@ -7,6 +7,7 @@
                                                                          scale  [O, I/32] bf16
     Fp8Block  W[o, i] = e4m3[o, i] · scale[o // 128, i // 128]           bits   [O, I]    uint8
                                                                          scale  float32
+    Q8        W[o, i] = code[o, i] · scale[o, i // 32]                   blocks [O, I/32, 34] uint8
     array     float16, float32, float64: itself                                 [O, I]
 
 Int4 is compressed-tensors' `pack-quantized` (vllm-project/compressed-tensors,
@@ -15,7 +16,8 @@ integer times a bf16 scale has at most 11 significant bits, so it is exact in fl
 engines do with the product is `Conventions.rounded_products`. Fp8Block is DeepSeek-V3's
 (deepseek-ai/DeepSeek-V3, inference/kernel.py): e4m3 "fn", no infinity, NaN at ±0x7f; the scale,
 called `weight_scale_inv`, multiplies; last blocks may be partial. Its product has up to 28
-significant bits: exact in float64, rounded once in float32.
+significant bits: exact in float64, rounded once in float32. Q8 is GGUF's Q8_0 (ggml-org/llama.cpp
+ggml-common.h, `block_q8_0`): a float16 scale, then 32 int8; exact in float32.
 """
 
 from collections.abc import Iterator
@@ -63,7 +65,19 @@ class Fp8Block(NamedTuple):
         return self.bits.nbytes + self.scale.nbytes
 
 
-Matrix: TypeAlias = np.ndarray | BF16 | Int4 | Fp8Block
+class Q8(NamedTuple):
+    blocks: np.ndarray  # [O, I/32, 34] uint8: float16 scale, 32 int8
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.blocks.shape[0], self.blocks.shape[1] * 32
+
+    @property
+    def nbytes(self) -> int:
+        return self.blocks.nbytes
+
+
+Matrix: TypeAlias = np.ndarray | BF16 | Int4 | Fp8Block | Q8
 
 
 def _e4m3() -> np.ndarray:
@@ -114,9 +128,28 @@ def dequantize(m: Matrix, dtype: Any = np.float32, rounded: tuple[str, ...] = ()
                 w = round_bf16(E4M3[bits] * s)
             else:
                 w = E4M3.astype(dtype)[bits] * s.astype(dtype)
+        case Q8(blocks):
+            scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16).astype(np.float32)
+            codes = np.ascontiguousarray(blocks[..., 2:]).view(np.int8)
+            w = (codes * scales).reshape(m.shape)  # [O, I]
         case _:
             w = m
     return w.astype(dtype, copy=False)
+
+
+def quantize_q8(w: np.ndarray) -> Q8:
+    """float32 [O, I] → Q8: scale = max|w| / 127 of each 32, codes to the nearest.
+
+    The codes are of the scale before it is rounded to float16, as in ggml's own quantiser
+    (ggml-org/llama.cpp ggml-quants.c, `quantize_row_q8_0_ref`).
+    """
+    groups = w.reshape(len(w), -1, 32)
+    scale = np.abs(groups).max(axis=-1, keepdims=True) / np.float32(127)
+    per = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
+    blocks = np.empty((*groups.shape[:2], 34), np.uint8)
+    blocks[..., :2] = scale.astype(np.float16).view(np.uint8)
+    blocks[..., 2:] = np.rint(groups * per).astype(np.int8).view(np.uint8)
+    return Q8(blocks)
 
 
 def linear(x: np.ndarray, m: Matrix, rounded: tuple[str, ...] = ()) -> np.ndarray:
@@ -131,6 +164,8 @@ def rows(m: Matrix, index: np.ndarray | slice) -> Matrix:
             return BF16(bits[index])
         case Int4(packed, scale):
             return Int4(packed[index], scale[index])
+        case Q8():
+            return Q8(m.blocks[index])
         case Fp8Block(bits, scale, block):
             if not isinstance(index, slice) or index.start % block[0]:
                 raise ValueError(f"rows {index} of an Fp8Block do not begin at a block")

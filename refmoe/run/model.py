@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from refmoe.config import Config, Conventions
-from refmoe.fast.linear import engine
 from refmoe.model.decoder import Decoder, policy
 from refmoe.model.numerics import Numerics
 from refmoe.text.tokenizer import Tokenizer
@@ -74,6 +73,11 @@ def load(
 
     Raises `InputError` for whatever does not fit: config, names, shapes, dtypes, missing tensors.
     """
-    nx = (policy if reference else engine)(numerics, conventions)
+    if reference:
+        nx = policy(numerics, conventions)
+    else:
+        from refmoe.fast.linear import engine  # Numba: half a second that few verbs need
+
+        nx = engine(numerics, conventions)
     checkpoint = Checkpoint.open(golden_folder() / "tiny-k2" if path is None else path)
     return Model(checkpoint, checkpoint.decoder(nx))

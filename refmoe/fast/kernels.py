@@ -1,0 +1,522 @@
+"""Numba kernels: rows of a stored matrix times tokens, in LLVM's own vectors.
+
+A *form* reads one step of a stored row, a fixed number of columns, as vectors of 16 lanes, and the
+scale of each lane, if it has any. `dots(form)` makes of it a function for Numba's kernels that
+multiplies R rows with T tokens at a time, so that a weight is decoded once for T tokens and a lane
+of x is loaded once for R rows:
+
+    y[t, r] = Σ_steps scale · Σ_v w[r, v]·x[t, v]      one fused sum a lane, then the lanes pairwise
+
+Every (R, T) does the same operations in the same order for each of its results, so neither the
+number of rows or tokens at a time nor the number of threads changes a bit. Lanes are columns in
+the order that costs least to decode (`Form.order`), and x is brought into that order once.
+
+Two instructions have no name in LLVM's own language: the lookup and the sum of products of 16-bit
+pairs. Where the processor lacks them (`AVX512`, `VNNI`) the same vectors say it in plain
+arithmetic, which LLVM turns into whatever the machine has, AVX2 or NEON; the bits are the same.
+
+INT4: word j of a step holds columns 8j … 8j+7, so a shift by 4s leaves column 8j + s in the low
+four bits of lane j, which is all that a lookup among 16 floats reads: two instructions for 16
+weights. bf16: the two halves of a word. e4m3 and f16 go through the machine's half-to-float; e4m3's
+exponent is 8 lower there.
+
+Kernels take addresses, so that mapped, read-only and float16 arrays need none of their own; whoever
+calls one holds the arrays. They leave the interpreter's lock; each result is one thread's alone.
+All of it is one file because Numba keeps what it compiled by this file's date.
+
+Sources: Intel's and AMD's manuals for `vpermps`, `vpdpwssd` and `vcvtph2ps`; LLVM's language
+reference.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import llvmlite.binding
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 16
+I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
+HALF, FLOAT = ir.HalfType(), ir.FloatType()
+PAIRS = ir.VectorType(I16, 2 * LANES)
+FLOATS, WORDS = ir.VectorType(FLOAT, LANES), ir.VectorType(I32, LANES)
+
+Value = Any  # an LLVM value; llvmlite has no types to speak of
+
+
+def features() -> set[str]:
+    """What this machine's processor has, in LLVM's names."""
+    host = llvmlite.binding.get_host_cpu_features()
+    return {name for name, there in host.items() if there}
+
+
+AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= features()
+VNNI = AVX512 and "avx512vnni" in features()
+PLAIN = os.environ.get("REFMOE_SIMD") == "plain"  # as on a machine that has neither
+if PLAIN:
+    AVX512 = VNNI = False
+
+
+class Form(NamedTuple):
+    name: str
+    columns: int  # of one step
+    bytes: int  # of its weights
+    scales: int  # bytes of scales in an array of their own
+    unroll: int  # steps at a time
+    rows: int  # at a time with one token
+    order: tuple[int, int]  # x[a·n + b] of a step goes to b·m + a: (n, 1) leaves it as it is
+    decode: Callable[..., tuple[list[Value], Value | None]]  # builder, row, i → vectors, scale
+    integer: bool = False  # x in 16 bits: `int4_fast`
+
+
+class Row(NamedTuple):
+    """Where one row of a matrix begins; both as integers, as Numba has them."""
+
+    weights: Value
+    scale: Value
+
+
+def constant(vector: ir.VectorType, values: Any) -> Value:
+    if isinstance(values, int | float):
+        values = [values] * vector.count
+    return ir.Constant(vector, [ir.Constant(vector.element, v) for v in values])
+
+
+def load(b: ir.IRBuilder, address: Value, kind: ir.Type) -> Value:
+    return b.load(b.inttoptr(address, kind.as_pointer()), align=1)
+
+
+def at(b: ir.IRBuilder, address: Value, i: Value, size: int) -> Value:
+    return b.add(address, b.mul(i, ir.Constant(I64, size)))
+
+
+def offset(b: ir.IRBuilder, address: Value, bytes_: int) -> Value:
+    return b.add(address, ir.Constant(I64, bytes_))
+
+
+def _function(module: ir.Module, kind: ir.FunctionType, name: str) -> Value:
+    return cgutils.get_or_insert_function(module, kind, name)  # type: ignore[no-untyped-call]
+
+
+def _slot(b: ir.IRBuilder) -> Value:
+    return cgutils.alloca_once(b, FLOATS)  # type: ignore[no-untyped-call]
+
+
+def call(b: ir.IRBuilder, name: str, result: ir.Type, arguments: list[Value]) -> Value:
+    kind = ir.FunctionType(result, [a.type for a in arguments])
+    return b.call(_function(b.module, kind, name), arguments)
+
+
+def fma(b: ir.IRBuilder, x: Value, y: Value, z: Value) -> Value:
+    return call(b, f"llvm.fma.v{LANES}f32", FLOATS, [x, y, z])
+
+
+def shuffle(b: ir.IRBuilder, x: Value, y: Value, lanes: list[int]) -> Value:
+    return b.shuffle_vector(x, y, constant(ir.VectorType(I32, len(lanes)), lanes))
+
+
+def spread(b: ir.IRBuilder, x: Value) -> Value:
+    """A number to all lanes."""
+    one = b.insert_element(ir.Constant(FLOATS, ir.Undefined), x, ir.Constant(I32, 0))
+    return shuffle(b, one, one, [0] * LANES)
+
+
+def total(b: ir.IRBuilder, x: Value) -> Value:
+    """Of the lanes, pairwise."""
+    count = LANES
+    while count > 1:
+        count //= 2
+        halves = [shuffle(b, x, x, list(range(n, n + count))) for n in (0, count)]
+        x = b.fadd(*halves)
+    return b.extract_element(x, ir.Constant(I32, 0))
+
+
+# --- forms
+
+
+def _f32(b: ir.IRBuilder, row: Row, i: Value) -> tuple[list[Value], None]:
+    here = at(b, row.weights, i, 128)
+    return [load(b, offset(b, here, 64 * v), FLOATS) for v in range(2)], None
+
+
+def _f16(b: ir.IRBuilder, row: Row, i: Value) -> tuple[list[Value], None]:
+    here = at(b, row.weights, i, 64)
+    halves = [load(b, offset(b, here, 32 * v), ir.VectorType(HALF, LANES)) for v in range(2)]
+    return [b.fpext(h, FLOATS) for h in halves], None
+
+
+def _bf16(b: ir.IRBuilder, row: Row, i: Value) -> tuple[list[Value], None]:
+    pairs = load(b, at(b, row.weights, i, 64), WORDS)
+    even = b.shl(pairs, constant(WORDS, 16))
+    odd = b.and_(pairs, constant(WORDS, 0xFFFF0000))
+    return [b.bitcast(even, FLOATS), b.bitcast(odd, FLOATS)], None
+
+
+def _bf16_scales(b: ir.IRBuilder, address: Value, count: int) -> Value:
+    """So many bf16 next to each other, each to the upper halves of its share of the lanes."""
+    four = ir.VectorType(I16, count)
+    halves = [n for j in range(LANES) for n in (count, j * count // LANES)]
+    return b.bitcast(shuffle(b, load(b, address, four), constant(four, 0), halves), FLOATS)
+
+
+def _int4(b: ir.IRBuilder, row: Row, i: Value) -> tuple[list[Value], Value]:
+    words = load(b, at(b, row.weights, i, 64), WORDS)
+    codes = (b.lshr(words, constant(WORDS, 4 * s)) if s else words for s in range(8))
+    return [_looked_up(b, c) for c in codes], _bf16_scales(b, at(b, row.scale, i, 8), 4)
+
+
+def _looked_up(b: ir.IRBuilder, codes: Value) -> Value:
+    """The low four bits of each lane, less 8, as a float."""
+    if AVX512:
+        table = constant(FLOATS, [float(q - 8) for q in range(16)])
+        return call(b, "llvm.x86.avx512.permvar.sf.512", FLOATS, [table, codes])
+    low = b.and_(codes, constant(WORDS, 15))
+    return b.sitofp(b.sub(low, constant(WORDS, 8)), FLOATS)
+
+
+def _int4_words(b: ir.IRBuilder, row: Row, i: Value) -> tuple[list[Value], Value]:
+    """Nibbles s and s + 4 of each word in the halves of a lane, for `vpdpwssd`."""
+    pairs = load(b, at(b, row.weights, i, 64), PAIRS)
+    codes = [b.lshr(pairs, constant(PAIRS, 4 * s)) if s else pairs for s in range(4)]
+    low = constant(PAIRS, 15)
+    codes = [b.and_(c, low) if s < 3 else c for s, c in enumerate(codes)]
+    return codes, _bf16_scales(b, at(b, row.scale, i, 8), 4)
+
+
+def _fp8(b: ir.IRBuilder, row: Row, i: Value) -> tuple[list[Value], Value]:
+    """e4m3 as half: sign, one exponent bit more, seven fraction bits more; NaN set by hand."""
+    here, out = at(b, row.weights, i, 128), []
+    shorts = ir.VectorType(I16, 32)
+    for v in range(4):
+        codes = load(b, offset(b, here, 32 * v), ir.VectorType(I8, 32))
+        wide = b.shl(b.sext(codes, shorts), constant(shorts, 7))
+        nan = b.icmp_unsigned(
+            "==", b.and_(wide, constant(shorts, 0x3F80)), constant(shorts, 0x3F80)
+        )
+        bits = b.and_(wide, constant(shorts, 0xBFFF))
+        bits = b.select(nan, constant(shorts, 0x7E00), bits)
+        halves = b.bitcast(bits, ir.VectorType(HALF, 32))
+        for n in (0, LANES):
+            out.append(b.fpext(shuffle(b, halves, halves, list(range(n, n + LANES))), FLOATS))
+    scale = b.fmul(load(b, at(b, row.scale, i, 4), FLOAT), ir.Constant(FLOAT, 256.0))
+    return out, spread(b, scale)
+
+
+def _q8(b: ir.IRBuilder, row: Row, i: Value) -> tuple[list[Value], Value]:
+    here, out = at(b, row.weights, i, 34), []
+    for v in range(2):
+        codes = load(b, offset(b, here, 2 + 16 * v), ir.VectorType(I8, LANES))
+        out.append(b.sitofp(b.sext(codes, WORDS), FLOATS))
+    return out, spread(b, b.fpext(load(b, here, HALF), FLOAT))
+
+
+F32 = Form("f32", 32, 128, 0, 4, 4, (32, 1), _f32)
+F16 = Form("f16", 32, 64, 0, 4, 4, (32, 1), _f16)
+BF16 = Form("bf16", 32, 64, 0, 4, 8, (16, 2), _bf16)
+FP8 = Form("fp8", 128, 128, 0, 1, 8, (128, 1), _fp8)
+Q8 = Form("q8", 32, 34, 0, 4, 8, (32, 1), _q8)
+INT4 = Form("int4-exact", 128, 64, 8, 1, 4, (16, 8), _int4)
+INT4_FAST = Form("int4-fast", 128, 64, 8, 1, 8, (16, 8), _int4_words, integer=True)
+
+
+# --- rows times tokens
+
+TOGETHER = {1: 0, 2: 4, 4: 2}  # tokens at a time → rows at a time; with one, the form's
+
+
+def dots(form: Form) -> Any:
+    """Rows `begin` to `end` of y = x Wᵀ, for a Numba kernel. Arguments, all int64, addresses and
+    bytes from row to row:
+
+        w, w_row          the weights
+        s, s_row, share   the scales; so many rows of weights share a row of them
+        x, x_row          as `ordered` or `kernels.halves` left it; T is 1, 2 or a multiple of 4
+        y, y_row          float32 [T, O]
+        steps, T, begin, end
+    """
+
+    @intrinsic
+    def rows(typing, w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end):  # type: ignore
+        def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+            *_, T, begin, end = arguments
+            for tokens, together in TOGETHER.items():
+                together = together or form.rows
+                if tokens < max(TOGETHER):
+                    wanted = b.icmp_signed("==", T, ir.Constant(I64, tokens))
+                else:
+                    wanted = b.icmp_signed(">=", T, ir.Constant(I64, tokens))
+                with b.if_then(wanted):
+                    count = b.sdiv(b.sub(end, begin), ir.Constant(I64, together))
+                    rest = b.add(begin, b.mul(count, ir.Constant(I64, together)))
+                    with cgutils.for_range(b, count) as loop:
+                        row = b.add(begin, b.mul(loop.index, ir.Constant(I64, together)))
+                        _tiles(b, form, together, tokens, row, arguments)
+                    with cgutils.for_range(b, b.sub(end, rest)) as loop:
+                        _tiles(b, form, 1, tokens, b.add(rest, loop.index), arguments)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 13), generate
+
+    return rows
+
+
+def _tiles(b: Any, form: Form, R: int, tokens: int, row: Value, arguments: Any) -> None:
+    """R rows from this one on, with all tokens, so many at a time."""
+    w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, _, _ = arguments
+    numbers = [b.add(row, ir.Constant(I64, r)) for r in range(R)]
+    rows = [
+        Row(b.add(w, b.mul(w_row, n)), b.add(s, b.mul(s_row, b.sdiv(n, share)))) for n in numbers
+    ]
+    with cgutils.for_range(b, b.sdiv(T, ir.Constant(I64, tokens))) as tile:
+        first = b.mul(tile.index, ir.Constant(I64, tokens))
+        each = [b.add(first, ir.Constant(I64, t)) for t in range(tokens)]
+        from_ = [b.add(x, b.mul(x_row, t)) for t in each]
+        sums = [[_slot(b) for _ in each] for _ in rows]
+        for of_row in sums:
+            for one in of_row:
+                b.store(constant(FLOATS, 0.0), one)
+        unroll = ir.Constant(I64, form.unroll)
+        with cgutils.for_range(b, b.sdiv(steps, unroll)) as loop:
+            first_step = b.mul(loop.index, unroll)
+            if tokens == 1:
+                ahead = Row(*(b.mul(n, ir.Constant(I64, R)) for n in (w_row, s_row)))
+                _fetch(b, form, rows, ahead, first_step)
+            for u in range(form.unroll):
+                _take(b, form, rows, from_, b.add(first_step, ir.Constant(I64, u)), sums)
+        if form.unroll > 1:
+            done = b.mul(b.sdiv(steps, unroll), unroll)
+            with cgutils.for_range(b, b.sub(steps, done)) as loop:
+                _take(b, form, rows, from_, b.add(done, loop.index), sums)
+        for r, of_row in enumerate(sums):
+            for t, one in zip(each, of_row, strict=True):
+                to = b.add(b.add(y, b.mul(y_row, t)), b.mul(row, ir.Constant(I64, 4)))
+                to = b.inttoptr(b.add(to, ir.Constant(I64, 4 * r)), FLOAT.as_pointer())
+                b.store(total(b, b.load(one)), to, align=4)
+
+
+def _take(b: Any, form: Form, rows: Any, tokens: Any, i: Value, sums: Any) -> None:
+    """One step of these rows with these tokens."""
+    for row, of_row in zip(rows, sums, strict=True):
+        vectors, scale = form.decode(b, row, i)
+        for token, one in zip(tokens, of_row, strict=True):
+            take = _integer_step if form.integer else _step
+            b.store(take(b, form, vectors, scale, token, i, b.load(one)), one)
+
+
+def _fetch(b: Any, form: Form, rows: Any, ahead: Row, i: Value) -> None:
+    """What the next rows have at these steps, asked for in time: each row is a short stream."""
+    kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+    prefetch = _function(b.module, kind, "llvm.prefetch.p0")
+    hint = [ir.Constant(I32, n) for n in (0, 2, 1)]  # to read, into the second cache, data
+    for row in rows:
+        weights = b.add(at(b, row.weights, i, form.bytes), ahead.weights)
+        wanted = [offset(b, weights, n) for n in range(0, form.bytes * form.unroll, 64)]
+        if form.scales:
+            wanted.append(b.add(at(b, row.scale, i, form.scales), ahead.scale))
+        for address in wanted:
+            b.call(prefetch, [b.inttoptr(address, I8.as_pointer()), *hint])
+
+
+def _step(
+    b: Any, form: Form, vectors: list[Value], scale: Value, token: Value, i: Value, before: Value
+) -> Value:
+    here = at(b, token, i, 4 * form.columns)
+    part = before if scale is None else constant(FLOATS, 0.0)
+    for v, weights in enumerate(vectors):
+        lanes = load(b, offset(b, here, 64 * v), FLOATS)
+        part = fma(b, weights, lanes, part)
+    return part if scale is None else fma(b, part, scale, before)
+
+
+HALVES = 6  # vectors of 64 bytes that a step of `kernels.halves` takes
+
+
+def _integer_step(
+    b: Any, form: Form, vectors: list[Value], scale: Value, token: Value, i: Value, before: Value
+) -> Value:
+    """A token's step: four vectors of 32 int16, one of -8·Σ by word, one of the lanes' units."""
+    here = at(b, token, i, 64 * HALVES)
+    part = load(b, offset(b, here, 256), WORDS)
+    for v, codes in enumerate(vectors):
+        part = _pairs(b, part, codes, load(b, offset(b, here, 64 * v), PAIRS))
+    unit = load(b, offset(b, here, 320), FLOATS)
+    return fma(b, b.sitofp(part, FLOATS), b.fmul(scale, unit), before)
+
+
+def _pairs(b: Any, before: Value, x: Value, y: Value) -> Value:
+    """before + x[2j]·y[2j] + x[2j+1]·y[2j+1] in 32 bits."""
+    if VNNI:
+        return call(b, "llvm.x86.avx512.vpdpwssd.512", WORDS, [before, x, y])
+    wide = ir.VectorType(I32, 2 * LANES)
+    products = b.mul(b.sext(x, wide), b.sext(y, wide))
+    halves = [shuffle(b, products, products, list(range(n, 2 * LANES, 2))) for n in (0, 1)]
+    return b.add(before, b.add(*halves))
+
+
+def decoded(form: Form) -> Any:
+    """Rows `begin` to `end` of W in float32, columns in the form's order. Arguments as above:
+
+    w, w_row, s, s_row, share, out, out_row, steps, begin, end
+    """
+
+    @intrinsic
+    def rows(typing, w, w_row, s, s_row, share, out, out_row, steps, begin, end):  # type: ignore
+        def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+            w, w_row, s, s_row, share, out, out_row, steps, begin, end = arguments
+            with cgutils.for_range(b, b.sub(end, begin)) as loop:
+                n = b.add(begin, loop.index)
+                row = Row(b.add(w, b.mul(w_row, n)), b.add(s, b.mul(s_row, b.sdiv(n, share))))
+                to = b.add(out, b.mul(out_row, loop.index))
+                with cgutils.for_range(b, steps) as step:
+                    vectors, scale = form.decode(b, row, step.index)
+                    here = at(b, to, step.index, 4 * form.columns)
+                    for v, weights in enumerate(vectors):
+                        value = weights if scale is None else b.fmul(weights, scale)
+                        address = offset(b, here, 64 * v)
+                        b.store(value, b.inttoptr(address, FLOATS.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 10), generate
+
+    return rows
+
+
+def ordered(form: Form, x: np.ndarray) -> np.ndarray:
+    """x [T, I] with the columns of each step in the form's order."""
+    n, m = form.order
+    if m == 1:
+        return np.ascontiguousarray(x)
+    return np.ascontiguousarray(x.reshape(len(x), -1, n, m).swapaxes(2, 3)).reshape(x.shape)
+
+
+# --- kernels
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compiled when first called, and kept for the next process where there is a place for it."""
+    try:
+        return numba.njit(function, cache=not PLAIN, nogil=True, fastmath={"contract"})
+    except RuntimeError:  # no folder that can be written to
+        return numba.njit(function, nogil=True, fastmath={"contract"})
+
+
+_dots_f32 = dots(F32)
+_dots_f16 = dots(F16)
+_dots_bf16 = dots(BF16)
+_dots_fp8 = dots(FP8)
+_dots_q8 = dots(Q8)
+_dots_int4 = dots(INT4)
+_dots_int4_fast = dots(INT4_FAST)
+_decoded_f32 = decoded(F32)
+_decoded_f16 = decoded(F16)
+_decoded_bf16 = decoded(BF16)
+_decoded_fp8 = decoded(FP8)
+_decoded_q8 = decoded(Q8)
+_decoded_int4 = decoded(INT4)
+
+
+@kernel
+def f32(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end):  # type: ignore
+    _dots_f32(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end)
+
+
+@kernel
+def f16(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end):  # type: ignore
+    _dots_f16(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end)
+
+
+@kernel
+def bf16(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end):  # type: ignore
+    _dots_bf16(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end)
+
+
+@kernel
+def fp8(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end):  # type: ignore
+    _dots_fp8(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end)
+
+
+@kernel
+def q8(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end):  # type: ignore
+    _dots_q8(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end)
+
+
+@kernel
+def int4(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end):  # type: ignore
+    _dots_int4(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end)
+
+
+@kernel
+def int4_fast(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end):  # type: ignore
+    _dots_int4_fast(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end)
+
+
+@kernel
+def f32_rows(w, w_row, s, s_row, share, out, out_row, steps, begin, end):  # type: ignore
+    _decoded_f32(w, w_row, s, s_row, share, out, out_row, steps, begin, end)
+
+
+@kernel
+def f16_rows(w, w_row, s, s_row, share, out, out_row, steps, begin, end):  # type: ignore
+    _decoded_f16(w, w_row, s, s_row, share, out, out_row, steps, begin, end)
+
+
+@kernel
+def bf16_rows(w, w_row, s, s_row, share, out, out_row, steps, begin, end):  # type: ignore
+    _decoded_bf16(w, w_row, s, s_row, share, out, out_row, steps, begin, end)
+
+
+@kernel
+def fp8_rows(w, w_row, s, s_row, share, out, out_row, steps, begin, end):  # type: ignore
+    _decoded_fp8(w, w_row, s, s_row, share, out, out_row, steps, begin, end)
+
+
+@kernel
+def q8_rows(w, w_row, s, s_row, share, out, out_row, steps, begin, end):  # type: ignore
+    _decoded_q8(w, w_row, s, s_row, share, out, out_row, steps, begin, end)
+
+
+@kernel
+def int4_rows(w, w_row, s, s_row, share, out, out_row, steps, begin, end):  # type: ignore
+    _decoded_int4(w, w_row, s, s_row, share, out, out_row, steps, begin, end)
+
+
+@kernel
+def halves(x, codes, sums, units):  # type: ignore
+    """x [T, I] float32 → what `int4_fast` multiplies with; steps of 128, a unit for 32.
+
+        unit = max|x| / 32767          codes = x / unit, to the nearest
+
+    codes [T, steps, 12, 32] int16   the first four: of vector v and word j, columns 8j + v, 8j+v+4
+    sums  [T, steps, 6, 16] int32    the same memory; the fifth: -8·Σ codes of each word
+    units [T, steps, 6, 16] float32  the same memory; the sixth: of each word
+    Where x is not finite the unit is NaN, and so is what comes of it.
+    """
+    for t in range(x.shape[0]):
+        for step in range(codes.shape[1]):
+            for g in range(4):
+                first = 128 * step + 32 * g
+                most = np.float32(0)
+                finite = True
+                for i in range(first, first + 32):
+                    size = abs(x[t, i])
+                    finite = finite and size <= np.float32(3.4028235e38)
+                    most = max(most, size)
+                unit = most / np.float32(32767)
+                per = np.float32(0) if unit == 0 or not finite else np.float32(1) / unit
+                if np.isinf(per):  # subnormal: nothing of a sum
+                    per = np.float32(0)
+                for j in range(4):
+                    total = np.int32(0)
+                    word = 4 * g + j
+                    for k in range(8):
+                        value = x[t, first + 8 * j + k] * per if finite else np.float32(0)
+                        code = np.int32(np.rint(value))
+                        total += code
+                        codes[t, step, k % 4, 2 * word + k // 4] = code
+                    sums[t, step, 4, word] = -8 * total
+                    units[t, step, 5, word] = unit if finite else np.float32(np.nan)

@@ -1,0 +1,118 @@
+"""A few threads that share one list of pieces. Kernels leave the interpreter's lock meanwhile.
+
+The pieces do not depend on the number of threads and each result is one piece's, so that the bits
+are the same for any number. The calling thread works too. Pieces that multiply by BLAS do it in one
+thread each (`one_blas_thread`): two pools that wait for each other by spinning are slower than
+either alone.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from functools import cache
+from queue import SimpleQueue
+from typing import Any
+
+from threadpoolctl import ThreadpoolController
+
+Piece = Callable[[], None]
+
+
+def available() -> int:
+    """Processors that this process may use, or `REFMOE_THREADS`."""
+    asked = os.environ.get("REFMOE_THREADS", "")
+    if asked.isdigit() and int(asked) > 0:
+        return int(asked)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class _Job:
+    """Pieces, each taken by whoever comes first; the first error ends it."""
+
+    def __init__(self, pieces: Sequence[Piece], helpers: int):
+        self.pieces = iter(pieces)
+        self.error: BaseException | None = None
+        self.left = helpers
+        self.done = threading.Semaphore(0)
+
+    def work(self) -> None:
+        try:
+            for piece in self.pieces:  # a list's iterator hands each out once, whoever asks
+                piece()
+                if self.error is not None:
+                    return
+        except BaseException as error:
+            self.error = error
+
+    def help(self) -> None:
+        self.work()
+        self.done.release()
+
+
+class Pool:
+    def __init__(self, threads: int):
+        self.threads = threads
+        self.jobs: SimpleQueue[_Job] = SimpleQueue()
+        for _ in range(threads - 1):
+            threading.Thread(target=self._help, daemon=True).start()
+
+    def _help(self) -> None:
+        while True:
+            self.jobs.get().help()
+
+    def run(self, pieces: Sequence[Piece]) -> None:
+        """All of them, in any order; an error of one is raised here, when no other is at work."""
+        helpers = min(self.threads, len(pieces)) - 1
+        if helpers < 1:
+            for piece in pieces:
+                piece()
+            return
+        job = _Job(pieces, helpers)
+        for _ in range(helpers):
+            self.jobs.put(job)
+        try:
+            job.work()
+        finally:
+            for _ in range(helpers):
+                job.done.acquire()
+        if job.error is not None:
+            raise job.error
+
+
+_pool: Pool | None = None
+
+
+def pool() -> Pool:
+    """This process's own; a forked child makes another."""
+    global _pool
+    if _pool is None:
+        _pool = Pool(available())
+    return _pool
+
+
+def use(threads: int) -> None:
+    """From now on this many."""
+    global _pool
+    if _pool is None or _pool.threads != threads:
+        _pool = Pool(threads)
+
+
+def _forget() -> None:
+    global _pool
+    _pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def one_blas_thread() -> Any:
+    """A context in which a matrix product stays in its own thread."""
+    return _blas().limit(limits=1, user_api="blas")
