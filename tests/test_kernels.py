@@ -4,6 +4,7 @@ The bound: a sum of n products in float32, whatever the order, is within γ(n)·
 one (Higham, Accuracy and Stability, §3.1), n two more than the columns for scale and last sum.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -16,14 +17,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import refmoe
+from refmoe.config import Config
 from refmoe.fast import kernels, threads
-from refmoe.fast.linear import FEW, Inputs, engine, experts, linear, multiply, stored
-from refmoe.model import matrix
+from refmoe.fast.attention import absorbed
+from refmoe.fast.engine import engine
+from refmoe.fast.linear import FEW, Inputs, experts, linear, multiply, stored
+from refmoe.model import matrix, mla
+from refmoe.model.cache import LatentCache
 from refmoe.model.decoder import policy
 from refmoe.model.experts import MlpWeights, routed_experts
-from refmoe.model.matrix import BF16, E4M3, Fp8Block, Int4, Matrix, dequantize, quantize_q8
+from refmoe.model.matrix import (
+    BF16,
+    E4M3,
+    Fp8Block,
+    Int4,
+    Matrix,
+    dequantize,
+    quantize_q8,
+    round_bf16,
+)
 from refmoe.model.numerics import NonFinite
+from refmoe.model.rope import softmax_scale
 from refmoe.model.router import Routing
+from refmoe.run.model import golden_folder
 
 FORMATS = ("bf16", "int4", "fp8", "q8", "f16", "f32")
 
@@ -308,3 +324,77 @@ def test_an_error_in_one_thread_is_raised_and_the_pool_goes_on():
     done.clear()
     pool.run([lambda i=i: done.append(i) for i in range(50)])
     assert sorted(done) == list(range(50))
+
+
+ATTENTION = Config.from_dict(
+    {
+        **json.loads((golden_folder() / "tiny-k2/config.json").read_text()),
+        "num_attention_heads": 5,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "kv_lora_rank": 256,
+        "qk_rope_head_dim": 32,
+    }
+)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "q8", "f16", "f32"])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 700), (2, 2), (2, 1025), (1, 2048), (2, 2500)])
+def test_attention_over_the_latent_is_its_twin(kind, bf16, T, S, monkeypatch):
+    """Against the definition in float64; a block's edge before, at and behind the last tokens."""
+    cfg, rng = ATTENTION, np.random.default_rng(S + T)
+    H, N, V, C = 5, 128, 128, 256
+    w = draw(kind, H * (N + V), C, rng)
+    cache = LatentCache(cfg, np.float32, bf16)
+    cache.append(
+        rng.standard_normal((S, C)).astype(np.float32),
+        rng.standard_normal((S, 32)).astype(np.float32),
+    )
+    q_nope = rng.standard_normal((T, H, N)).astype(np.float32) / 30
+    q_pe = rng.standard_normal((T, H, 32)).astype(np.float32)
+    y = absorbed(q_nope, q_pe, w, cache, cfg, engine("float32"))
+    wide = [a.astype(np.float64) for a in (q_nope, q_pe)]
+    truth = mla.absorbed(*wide, w, cache, cfg, policy("float64"))
+    # scores of size |s| are off by γ(N + C + R)·|s|, which exp turns into a relative error
+    size = np.abs(dequantize(w, np.float64)).reshape(H, N + V, C)
+    latent = np.einsum("thn,hnc->thc", np.abs(wide[0]), size[:, :N])
+    s = np.einsum("thc,sc->ths", latent, np.abs(cache.c_kv)) + np.abs(wide[1]) @ np.abs(
+        cache.k_pe.T
+    )
+    off = 2 * gamma(N + C + 32) * (s * softmax_scale(cfg)).max() + gamma(S + C + 64)
+    most = np.einsum("c,hvc->hv", np.abs(cache.c_kv).max(axis=0), size[:, N:])
+    assert (np.abs(y - truth) <= off * most).all()
+    for count in (1, 3):
+        before = threads.pool().threads
+        threads.use(count)
+        again = absorbed(q_nope, q_pe, w, cache, cfg, engine("float32"))
+        threads.use(before)
+        np.testing.assert_array_equal(again, y)
+
+
+def test_a_watched_softmax_is_the_definitions():
+    model = refmoe.load()
+    seen: list[str] = []
+
+    def watch(path: str, x: np.ndarray) -> np.ndarray:
+        seen.append(path)
+        return x
+
+    nx = replace(model.nx.watching(watch), attention="absorbed")
+    model.using(nx).logits([5])
+    assert "model.layers.0.self_attn#probs" in seen
+    assert "model.layers.0.self_attn#context_latent" in seen
+
+
+def test_a_cache_in_bf16_is_a_rounded_cache():
+    """Half the bytes; what is read back is what was written, rounded."""
+    cache = LatentCache(ATTENTION, np.float32, bf16=True)
+    rng = np.random.default_rng(0)
+    c_kv = rng.standard_normal((70, 256)).astype(np.float32)
+    k_pe = rng.standard_normal((70, 32)).astype(np.float32)
+    for i in range(0, 70, 7):
+        cache.append(c_kv[i : i + 7], k_pe[i : i + 7])
+    np.testing.assert_array_equal(cache.c_kv, round_bf16(c_kv))
+    np.testing.assert_array_equal(cache.k_pe, round_bf16(k_pe))
+    assert cache.stored[0].nbytes == c_kv.nbytes // 2

@@ -386,12 +386,72 @@ def decoded(form: Form) -> Any:
     return rows
 
 
+def summed(form: Form) -> Any:
+    """Rows added up: y[h] = Σ_n x[h, n]·W[h·every + n], columns in the form's order.
+
+    Arguments as above: w, w_row, s, s_row, share, x, x_row, y, y_row, steps, count, every, begin,
+    end; heads `begin` to `end`, `count` rows of each.
+    """
+
+    @intrinsic
+    def heads(  # type: ignore
+        typing, w, w_row, s, s_row, share, x, x_row, y, y_row, steps, count, every, begin, end
+    ):
+        def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+            *_, steps, _, _, begin, end = arguments
+            wide = ir.Constant(I64, 256 // form.columns)  # steps, in sixteen accumulators
+            blocks = b.sdiv(steps, wide)
+            done = b.mul(blocks, wide)
+            with cgutils.for_range(b, b.sub(end, begin)) as loop:
+                h = b.add(begin, loop.index)
+                with cgutils.for_range(b, blocks) as block:
+                    _sum_rows(b, form, h, b.mul(block.index, wide), 256 // form.columns, arguments)
+                with cgutils.for_range(b, b.sub(steps, done)) as step:
+                    _sum_rows(b, form, h, b.add(done, step.index), 1, arguments)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 14), generate
+
+    return heads
+
+
+def _sum_rows(b: Any, form: Form, h: Value, first: Value, together: int, arguments: Any) -> None:
+    """These steps of one head."""
+    w, w_row, s, s_row, share, x, x_row, y, y_row, _, count, every, _, _ = arguments
+    sums = [_slot(b) for _ in range(together * form.columns // LANES)]
+    for one in sums:
+        b.store(constant(FLOATS, 0.0), one)
+    here = b.add(x, b.mul(x_row, h))
+    with cgutils.for_range(b, count) as loop:
+        n = b.add(b.mul(h, every), loop.index)
+        row = Row(b.add(w, b.mul(w_row, n)), b.add(s, b.mul(s_row, b.sdiv(n, share))))
+        factor = spread(b, load(b, at(b, here, loop.index, 4), FLOAT))
+        slots = iter(sums)
+        for u in range(together):
+            vectors, scale = form.decode(b, row, b.add(first, ir.Constant(I64, u)))
+            scaled = factor if scale is None else b.fmul(factor, scale)
+            for weights in vectors:
+                one = next(slots)
+                b.store(fma(b, weights, scaled, b.load(one)), one)
+    to = b.add(at(b, y, first, 4 * form.columns), b.mul(y_row, h))
+    for v, one in enumerate(sums):
+        b.store(b.load(one), b.inttoptr(offset(b, to, 64 * v), FLOATS.as_pointer()), align=4)
+
+
 def ordered(form: Form, x: np.ndarray) -> np.ndarray:
     """x [T, I] with the columns of each step in the form's order."""
     n, m = form.order
     if m == 1:
         return np.ascontiguousarray(x)
     return np.ascontiguousarray(x.reshape(len(x), -1, n, m).swapaxes(2, 3)).reshape(x.shape)
+
+
+def restored(form: Form, x: np.ndarray) -> np.ndarray:
+    """What `ordered` was given."""
+    n, m = form.order
+    if m == 1:
+        return x
+    return np.ascontiguousarray(x.reshape(len(x), -1, m, n).swapaxes(2, 3)).reshape(x.shape)
 
 
 # --- kernels
@@ -520,3 +580,56 @@ def halves(x, codes, sums, units):  # type: ignore
                         codes[t, step, k % 4, 2 * word + k // 4] = code
                     sums[t, step, 4, word] = -8 * total
                     units[t, step, 5, word] = unit if finite else np.float32(np.nan)
+
+
+_summed_f32 = summed(F32)
+_summed_f16 = summed(F16)
+_summed_bf16 = summed(BF16)
+_summed_fp8 = summed(FP8)
+_summed_q8 = summed(Q8)
+
+
+@kernel
+def f32_sum(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, count, every, begin, end):  # type: ignore
+    _summed_f32(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, count, every, begin, end)
+
+
+@kernel
+def f16_sum(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, count, every, begin, end):  # type: ignore
+    _summed_f16(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, count, every, begin, end)
+
+
+@kernel
+def bf16_sum(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, count, every, begin, end):  # type: ignore
+    _summed_bf16(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, count, every, begin, end)
+
+
+@kernel
+def fp8_sum(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, count, every, begin, end):  # type: ignore
+    _summed_fp8(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, count, every, begin, end)
+
+
+@kernel
+def q8_sum(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, count, every, begin, end):  # type: ignore
+    _summed_q8(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, count, every, begin, end)
+
+
+class Kernels(NamedTuple):
+    form: Form
+    few: Callable[..., None]  # rows times tokens
+    decode: Callable[..., None]  # rows, in float32
+    sum: Callable[..., None] | None  # rows added up; attention's, and there is none of INT4
+
+
+KERNELS = {
+    k.form.name: k
+    for k in (
+        Kernels(F32, f32, f32_rows, f32_sum),
+        Kernels(F16, f16, f16_rows, f16_sum),
+        Kernels(BF16, bf16, bf16_rows, bf16_sum),
+        Kernels(FP8, fp8, fp8_rows, fp8_sum),
+        Kernels(Q8, q8, q8_rows, q8_sum),
+        Kernels(INT4, int4, int4_rows, None),
+        Kernels(INT4_FAST, int4_fast, int4_rows, None),
+    )
+}

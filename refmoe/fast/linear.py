@@ -1,4 +1,4 @@
-"""The engine's own Numerics: the definition's mathematics with quicker seams.
+"""Products with stored matrices, quicker: the seams `linear` and `experts`.
 
     linear     float32 x: a few tokens by the kernels of their format, many by BLAS on tiles that
                the kernels decode, while a tile is in cache; anything else as below
@@ -14,19 +14,16 @@ dequantised in tiles of whole rows. Twins: `refmoe.model.matrix.linear` and
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from refmoe.config import Conventions
 from refmoe.fast import kernels, threads
-from refmoe.fast.kernels import Form
+from refmoe.fast.kernels import KERNELS, Form, Kernels
 from refmoe.model import matrix
-from refmoe.model.decoder import policy
 from refmoe.model.experts import Experts, MlpWeights, routed_experts
 from refmoe.model.matrix import BF16, Q8, Fp8Block, Int4, Matrix
 from refmoe.model.numerics import Numerics
@@ -42,15 +39,21 @@ ROWS = 2048  # of experts' inputs at once, which bounds the scratch
 class Stored(NamedTuple):
     """A matrix as kernels take it: addresses and bytes from row to row. It does not hold it."""
 
-    form: Form
-    few: Callable[..., None]
-    decode: Callable[..., None]
+    how: Kernels
     w: int
     w_row: int
     s: int
     s_row: int
     share: int  # rows of weights to a row of scales
     shape: tuple[int, int]
+
+    @property
+    def form(self) -> Form:
+        return self.how.form
+
+    @property
+    def steps(self) -> int:
+        return self.shape[1] // self.how.form.columns
 
     @property
     def place(self) -> tuple[int, int, int, int, int]:
@@ -63,38 +66,36 @@ def stored(m: Matrix, fast: bool = False) -> Stored | None:
     share = 1
     match m:
         case BF16(weights):
-            form, few, decode = kernels.BF16, kernels.bf16, kernels.bf16_rows
+            name = "bf16"
         case Int4(weights, scale):
-            form, few, decode = kernels.INT4, kernels.int4, kernels.int4_rows
-            if fast:
-                form, few = kernels.INT4_FAST, kernels.int4_fast
+            name = "int4-fast" if fast else "int4-exact"
         case Q8(blocks):
-            weights = blocks.reshape(len(blocks), -1)
-            form, few, decode = kernels.Q8, kernels.q8, kernels.q8_rows
+            name, weights = "q8", blocks.reshape(len(blocks), -1)
         case Fp8Block(weights, scale, (share, 128)):
-            form, few, decode = kernels.FP8, kernels.fp8, kernels.fp8_rows
+            name = "fp8"
         case np.ndarray(dtype=np.float16):
-            weights, form, few, decode = m, kernels.F16, kernels.f16, kernels.f16_rows
+            name, weights = "f16", m
         case np.ndarray(dtype=np.float32):
-            weights, form, few, decode = m, kernels.F32, kernels.f32, kernels.f32_rows
+            name, weights = "f32", m
         case _:
             return None
+    how = KERNELS[name]
     O, I = m.shape
-    if I % form.columns or not O or not _whole_rows(weights):
+    if I % how.form.columns or not O or not whole_rows(weights):
         return None
-    if scale is None:
-        return Stored(form, few, decode, _address(weights), weights.strides[0], 0, 0, 1, (O, I))
-    if not _whole_rows(scale):
-        return None
-    where = _address(weights), weights.strides[0], _address(scale), scale.strides[0]
-    return Stored(form, few, decode, *where, share, (O, I))
+    w, w_row, s, s_row = address(weights), weights.strides[0], 0, 0
+    if scale is not None:
+        if not whole_rows(scale):
+            return None
+        s, s_row = address(scale), scale.strides[0]
+    return Stored(how, w, w_row, s, s_row, share, (O, I))
 
 
-def _whole_rows(a: np.ndarray) -> bool:
+def whole_rows(a: np.ndarray) -> bool:
     return a.ndim == 2 and a.strides[1] == a.itemsize and a.dtype.isnative
 
 
-def _address(a: np.ndarray) -> int:
+def address(a: np.ndarray) -> int:
     return a.__array_interface__["data"][0]
 
 
@@ -153,13 +154,12 @@ def multiply(products: Sequence[tuple[Inputs, Stored]]) -> list[np.ndarray]:
 
 
 def _few(x: np.ndarray, m: Stored, y: np.ndarray) -> Iterator[threads.Piece]:
-    O, I = m.shape
-    steps = I // m.form.columns
+    O = m.shape[0]
     step = max(8, PIECE // m.w_row & ~7)
     begins = range(0, O, step)
-    places = (*m.place, _address(x), x.strides[0], _address(y), y.strides[0], steps, len(x))
+    places = (*m.place, address(x), x.strides[0], address(y), y.strides[0], m.steps, len(x))
     for begin in begins:
-        yield partial(m.few, *places, begin, min(begin + step, O))
+        yield partial(m.how.few, *places, begin, min(begin + step, O))
 
 
 def _many(x: np.ndarray, m: Stored, y: np.ndarray) -> Iterator[threads.Piece]:
@@ -178,7 +178,7 @@ def _tile(x: np.ndarray, m: Stored, y: np.ndarray, begin: int, end: int) -> None
     if getattr(_scratch, "tile", np.empty(0)).size < (end - begin) * I:
         _scratch.tile = np.empty(max((end - begin) * I, DECODED), np.float32)
     w = _scratch.tile[: (end - begin) * I].reshape(-1, I)
-    m.decode(*m.place, _address(w), w.strides[0], I // m.form.columns, begin, end)
+    m.how.decode(*m.place, address(w), w.strides[0], m.steps, begin, end)
     y[:, begin:end] = x @ w.T
 
 
@@ -269,14 +269,3 @@ def _swiglu(
         second.append((Inputs(z * sigmoid(z) * up_x), down))
     for (rows, _), out in zip(group, multiply(second), strict=True):
         parts[rows] = out
-
-
-def engine(name: str, conventions: Conventions | str = "refmoe", fast: bool = False) -> Numerics:
-    """`policy(name)` with this room's seams."""
-    nx = policy(name, conventions)
-    rounded = nx.conventions.rounded_products
-    return replace(
-        nx,
-        linear=partial(linear, rounded=rounded, fast=fast),
-        experts=partial(experts, fast=fast),
-    )

@@ -13,24 +13,37 @@ from typing import Any
 import numpy as np
 
 from refmoe.config import Config
+from refmoe.model.matrix import bf16_bits, widen_bf16
 from refmoe.model.numerics import Numerics, array_module
 
 
 class LatentCache:
-    """Grows by doubling; `c_kv` and `k_pe` are views of the rows in use."""
+    """Grows by doubling; `c_kv` and `k_pe` are the rows in use.
 
-    def __init__(self, cfg: Config, dtype: Any):
-        self.length = 0
-        self._c_kv = np.empty((0, cfg.kv_lora_rank), dtype)
-        self._k_pe = np.empty((0, cfg.qk_rope_head_dim), dtype)
+    With `bf16` the rows are kept in it, in half the memory: rounded when they are appended, made
+    wide when they are read.
+    """
+
+    def __init__(self, cfg: Config, dtype: Any, bf16: bool = False):
+        self.length, self.bf16 = 0, bf16
+        kept = np.uint16 if bf16 else dtype
+        self._c_kv = np.empty((0, cfg.kv_lora_rank), kept)
+        self._k_pe = np.empty((0, cfg.qk_rope_head_dim), kept)
 
     @property
     def c_kv(self) -> np.ndarray:
-        return self._c_kv[: self.length]
+        rows = self.stored[0]
+        return widen_bf16(rows) if self.bf16 else rows
 
     @property
     def k_pe(self) -> np.ndarray:
-        return self._k_pe[: self.length]
+        rows = self.stored[1]
+        return widen_bf16(rows) if self.bf16 else rows
+
+    @property
+    def stored(self) -> tuple[np.ndarray, np.ndarray]:
+        """The rows as they are kept: views."""
+        return self._c_kv[: self.length], self._k_pe[: self.length]
 
     def append(self, c_kv: np.ndarray, k_pe: np.ndarray) -> None:
         """Add rows c_kv [T, C], k_pe [T, R] behind those there."""
@@ -38,8 +51,8 @@ class LatentCache:
         if end > len(self._c_kv):
             self._c_kv = _grown(self._c_kv, self.length, end, c_kv)
             self._k_pe = _grown(self._k_pe, self.length, end, k_pe)
-        self._c_kv[self.length : end] = c_kv
-        self._k_pe[self.length : end] = k_pe
+        self._c_kv[self.length : end] = bf16_bits(c_kv) if self.bf16 else c_kv
+        self._k_pe[self.length : end] = bf16_bits(k_pe) if self.bf16 else k_pe
         self.length = end
 
     def truncate(self, length: int) -> None:
@@ -51,7 +64,7 @@ class LatentCache:
 
 def caches(cfg: Config, nx: Numerics) -> list[LatentCache]:
     """An empty cache for each layer: the memory of one prompt."""
-    return [LatentCache(cfg, nx.dtype) for _ in range(cfg.num_hidden_layers)]
+    return [LatentCache(cfg, nx.dtype, nx.cache == "bf16") for _ in range(cfg.num_hidden_layers)]
 
 
 def _grown(old: np.ndarray, used: int, needed: int, like: np.ndarray) -> np.ndarray:

@@ -107,6 +107,11 @@ def round_bf16(x: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(x), rounded.view(np.float32), x).astype(np.float32)
 
 
+def bf16_bits(x: np.ndarray) -> np.ndarray:
+    """float32 → the bits of the nearest bf16 (uint16)."""
+    return (round_bf16(x).view(np.uint32) >> 16).astype(np.uint16)
+
+
 def dequantize(m: Matrix, dtype: Any = np.float32, rounded: tuple[str, ...] = ()) -> np.ndarray:
     """[O, I] in `dtype`: the values the stored bytes stand for.
 

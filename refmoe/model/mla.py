@@ -96,7 +96,7 @@ def attention(
     for i, (rows, cache) in enumerate(segments):
         cache.append(c_kv[rows], k_pe[rows])
         here = nx if len(segments) == 1 else nx.within_segment(i)
-        attend = absorbed if _absorb(rows.stop - rows.start, cache.length, cfg, nx) else expanded
+        attend = nx.absorbed if _absorb(rows.stop - rows.start, cache.length, cfg, nx) else expanded
         context[rows] = attend(q_nope[rows], q_pe[rows], w.kv_b_proj, cache, cfg, here)
     context = nx.point("#context", context.reshape(T, -1))  # [T, HV]
     return nx.point("o_proj", nx.linear(context, w.o_proj))
@@ -132,7 +132,10 @@ def absorbed(
     cfg: Config,
     nx: Numerics,
 ) -> np.ndarray:
-    """The same function of the same state, without making any key or value."""
+    """The same function of the same state, without making any key or value.
+
+    This is the definition of the `nx.absorbed` seam.
+    """
     H, N, C = cfg.num_attention_heads, cfg.qk_nope_head_dim, cfg.kv_lora_rank
     w = dequantize(kv_b_proj, nx.dtype, nx.conventions.rounded_products)
     w = w.reshape(H, -1, C)  # [H, N+V, C]

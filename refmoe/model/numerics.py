@@ -1,4 +1,4 @@
-"""How to compute, never what: precision, the two heavy seams, and the marks on every boundary.
+"""How to compute, never what: precision, the heavy seams, and the marks on every boundary.
 
 A *point* is a place where real engines write a tensor to memory:
 
@@ -43,10 +43,12 @@ class Numerics:
     dtype: type[np.floating[Any]]  # of activations: float64 or float32
     linear: Linear  # x [T, I], W [O, I] → [T, O]
     experts: Callable[..., np.ndarray]  # x [T, D], routing, expert(e), nx → [T, D]
+    absorbed: Callable[..., np.ndarray]  # attention over the latent: model/mla.py
     round: Callable[[np.ndarray], np.ndarray] | None = None  # None: nothing is lost
     watch: Watch | None = None
     conventions: Conventions = CONVENTIONS["refmoe"]
     attention: str = "expanded"  # or "absorbed", or "auto": whichever costs less
+    cache: str | None = None  # "bf16": latents and rotated keys are kept in it
     stop_at_nonfinite: bool = True
     scope: str = ""  # "model.layers.3.self_attn."
     segment: str = ""  # "@1" inside the second of several prompts

@@ -76,7 +76,7 @@ def load(
     if reference:
         nx = policy(numerics, conventions)
     else:
-        from refmoe.fast.linear import engine  # Numba: half a second that few verbs need
+        from refmoe.fast.engine import engine  # Numba: half a second that few verbs need
 
         nx = engine(numerics, conventions)
     checkpoint = Checkpoint.open(golden_folder() / "tiny-k2" if path is None else path)
