@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import refmoe
 from refmoe.config import CONVENTIONS, InputError, read_json
+from refmoe.fast.threads import use as use_threads
 from refmoe.model.numerics import POLICIES, NonFinite
 from refmoe.oracle import bench, golden, lint, mutate, repro
 from refmoe.oracle.compare import Case, Report, arbitrate
@@ -28,13 +29,14 @@ from refmoe.oracle.truth import check_truth, read_truth
 from refmoe.oracle.truth import make as make_truth
 from refmoe.run.dialogue import Dialogue, interact, printable
 from refmoe.run.generate import generate_tokens, working
-from refmoe.run.model import Model, golden_folder, load
+from refmoe.run.model import DENSE, Model, golden_folder, load
 from refmoe.run.sampler import Sampling
 from refmoe.text.chat import ChatTemplate, read_tools
 from refmoe.text.explain import explain
 from refmoe.text.tokenizer import Tokenizer
 from refmoe.weights import members, random
 from refmoe.weights.checkpoint import Checkpoint, summary, tensor_class
+from refmoe.weights.k2_slice import k2_slice
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,7 +76,7 @@ def _generate(args: argparse.Namespace) -> int:
             sys.stdout.flush()
 
     made = generate_tokens(
-        working(model),
+        working(model, args.int4, args.cache),
         prompt,
         max_new_tokens=args.max_new_tokens,
         sampling=how,
@@ -120,7 +122,8 @@ def _chat(args: argparse.Namespace) -> int:
     tools = read_tools(args.tools) if args.tools else None
     template = ChatTemplate.load(model.checkpoint.path)
     variables = {} if args.thinking is None else {"thinking": args.thinking}
-    dialogue = Dialogue(model, template, args.system, tools, variables)
+    decoder = working(model, args.int4, args.cache)
+    dialogue = Dialogue(model, template, args.system, tools, variables, decoder=decoder)
     how = Sampling(args.temperature, args.top_p, args.min_p)
     interact(dialogue, how, args.seed, args.max_new_tokens, sys.stdout)
     return 0
@@ -397,7 +400,49 @@ def _golden_table(rows: list[golden.Row]) -> None:
     print(f"{len(rows)} comparisons, {bad or 'none'} outside the bound")
 
 
+FORMATS = ("bf16", "q8", "int4-fast", "int4-exact", "fp8", "f16", "f32")
+
+
 def _bench(args: argparse.Namespace) -> int:
+    if args.what == "oracle":
+        return _bench_oracle(args)
+    from refmoe.run import bench as speed  # Numba
+
+    if args.threads is not None:
+        use_threads(args.threads)
+    if args.what == "kernels":
+        counts = [args.threads] if args.threads else []
+        document = speed.kernels(args.formats or FORMATS, counts)
+    elif args.what == "peers":
+        document = speed.peers(_slice(args, 32, 32768))
+    else:
+        document = _bench_model(args)
+    if args.json:
+        _print_json(document)
+    else:
+        print("\n".join(speed.table(args.what, document)))
+    return 0
+
+
+def _bench_model(args: argparse.Namespace) -> dict[str, Any]:
+    from refmoe.run import bench as speed
+
+    folder = args.model if args.shape is None else _slice(args)
+    model = load(folder, dense=args.dense)
+    decoder = working(model, args.int4, args.cache)
+    count = 128 if args.prompt is None else args.prompt
+    measure = speed.decode if args.what == "decode" else speed.prompt
+    how = {"dense": args.dense, "int4": args.int4, "cache": args.cache}
+    return {"machine": speed.machine(), **measure(model, decoder, count), **how}
+
+
+def _slice(args: argparse.Namespace, experts: int | None = None, vocab: int | None = None) -> Path:
+    if args.folder is None:
+        raise InputError("--folder DIR: where the random checkpoint of K2's dimensions may lie")
+    return k2_slice(args.folder, experts or args.experts, vocab or args.vocab)
+
+
+def _bench_oracle(args: argparse.Namespace) -> int:
     rows: dict[str, list[dict[str, Any]]] = {"healthy": [], "planted": []}
     for kind, row in bench.real_engines(args.quick):
         rows[kind].append(row)
@@ -538,7 +583,10 @@ def read_sequence(file: Path) -> list[int]:
 
 
 def _open(args: argparse.Namespace) -> Model:
-    model = load(args.model, args.numerics, args.reference, args.conventions)
+    if getattr(args, "threads", None) is not None:
+        use_threads(args.threads)
+    dense = getattr(args, "dense", "exact")
+    model = load(args.model, args.numerics, args.reference, args.conventions, dense)
     for line in model.checkpoint.warnings:
         print(f"refmoe: warning: {line}", file=sys.stderr)
     return model
@@ -594,11 +642,20 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("--min-p", type=float, default=0.0)
         p.add_argument("--seed", type=int, default=0)
 
+    def quicker(p: argparse.ArgumentParser) -> None:
+        help = "exact: as stored; q8: attention, shared experts, dense MLP and head in 8 bits"
+        p.add_argument("--dense", choices=DENSE, default="exact", help=help)
+        help = "fast: 16-bit activations where weights are INT4; or exact"
+        p.add_argument("--int4", choices=["fast", "exact"], default="fast", help=help)
+        p.add_argument("--cache", choices=["float32", "bf16"], default="float32", help="latents")
+        p.add_argument("--threads", type=int, metavar="N", help="default: all processors")
+
     p = verb("generate", _generate, "continue a prompt")
     p.add_argument("prompt", nargs="?", help="text; without it, standard input")
     p.add_argument("--tokens", type=Path, metavar="FILE", help="a JSON list of ids as the prompt")
     p.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     sampling(p, temperature=0.0)
+    quicker(p)
 
     p = verb("chat", _chat, "talk to it, through its own template")
     p.add_argument("--system", metavar="TEXT", help="a system message instead of the template's")
@@ -608,6 +665,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--max-new-tokens", type=int, metavar="N", help="of a reply; default: no limit")
     sampling(p, temperature=0.6)
+    quicker(p)
 
     p = verb(
         "tok", _tok, "text or messages to token ids, or back; compare with others'", model=False
@@ -671,10 +729,19 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes")
     p.add_argument("--verbose", action="store_true", help="what was missed, and how")
 
-    p = verb("bench", _bench, "measure: `bench oracle` judges other engines", model=False)
-    p.add_argument("what", choices=["oracle"], help="healthy and faulty engines, false alarms")
-    p.add_argument("--quick", action="store_true", help="fewer engines and runs")
-    p.add_argument("--runs", type=int, metavar="N", help="for false alarms, each profile; 200")
+    what = "oracle: engines judged; kernels, decode, prefill: speed; peers: beside transformers"
+    p = verb("bench", _bench, "measure: the oracle's power, and speed", model=False)
+    p.add_argument("what", choices=["oracle", "kernels", "decode", "prefill", "peers"], help=what)
+    p.add_argument("--quick", action="store_true", help="oracle: fewer engines and runs")
+    p.add_argument("--runs", type=int, metavar="N", help="oracle: for false alarms; 200")
+    p.add_argument("--model", type=Path, metavar="DIR", help="decode, prefill: default tiny-k2")
+    p.add_argument("--shape", choices=["k2-slice"], help="a random checkpoint of K2's dimensions")
+    p.add_argument("--folder", type=Path, metavar="DIR", help="where it is, or will be, written")
+    p.add_argument("--experts", type=int, default=384, metavar="N", help="of the slice")
+    p.add_argument("--vocab", type=int, default=163840, metavar="N", help="of the slice")
+    p.add_argument("--prompt", type=int, metavar="N", help="tokens before, or of the prefill; 128")
+    p.add_argument("--formats", nargs="+", choices=FORMATS, help="kernels: default all")
+    quicker(p)
 
     p = verb("tiny", _tiny, "write a random checkpoint in Hugging Face layout", model=False)
     p.add_argument("folder", type=Path)

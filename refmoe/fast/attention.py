@@ -1,11 +1,16 @@
-"""Attention over the latent, quicker: the seam `absorbed` for the tokens of a decoding step.
+"""Attention, quicker: the seams `expanded` for a prompt and `absorbed` for the tokens of a step.
 
-Queries become latent, and contexts values, by kernels that read `kv_b_proj` as stored. The cache is
-read once, in blocks of `BLOCK` positions that the threads share: a block's scores, its largest, its
-sum and its part of the context; the parts are then brought to one largest score and added, in the
-order of the positions. So the scratch does not grow with the context, and the bits do not depend on
-the number of threads. Source of the division: Milakov and Gimelshein, arXiv:1805.02867 (online
-softmax); Dao et al., arXiv:2205.14135. Twin: `refmoe.model.mla.absorbed`.
+Expanded: each head is a piece, in blocks of `ROWS` queries that see no later position than their
+last, so that the scratch of a thread is one head's block.
+
+Absorbed: queries become latent, and contexts values, by kernels that read `kv_b_proj` as stored.
+The cache is read once, in blocks of `BLOCK` positions that the threads share: a block's scores, its
+largest, its sum and its part of the context; the parts are brought to one largest score and added
+in the order of the positions. So the scratch does not grow with the context.
+
+Neither's bits depend on the number of threads. Source of the division: Milakov and Gimelshein,
+arXiv:1805.02867 (online softmax); Dao et al., arXiv:2205.14135. Twins: those of
+`refmoe.model.mla`, which also serve where something inside is rounded or watched.
 """
 
 from functools import partial
@@ -21,8 +26,41 @@ from refmoe.model.matrix import Fp8Block, Matrix, widen_bf16
 from refmoe.model.numerics import Numerics
 from refmoe.model.rope import softmax_scale
 
+ROWS = 256  # queries
 BLOCK = 1024  # positions
-TOKENS = 2  # at once: one of them, or a word and the next
+TOKENS = 2  # of `absorbed`
+
+
+def expanded(
+    q_nope: np.ndarray,
+    q_pe: np.ndarray,
+    kv_b_proj: Matrix,
+    cache: LatentCache,
+    cfg: Config,
+    nx: Numerics,
+) -> np.ndarray:
+    """q_nope [T, H, N], q_pe [T, H, R] against all rows of the cache → context [T, H, V]."""
+    inside = ("kv_b_proj", "#scores", "#probs")
+    if nx.round is not None or any(nx.watches(name) for name in inside):
+        return mla.expanded(q_nope, q_pe, kv_b_proj, cache, cfg, nx)
+    (T, H, N), S, V = q_nope.shape, cache.length, cfg.v_head_dim
+    kv = nx.linear(cache.c_kv, kv_b_proj).reshape(S, H, N + V)
+    k_pe, scale = cache.k_pe, nx.dtype(softmax_scale(cfg))
+    context = np.empty((T, H, V), nx.dtype)
+
+    def head(h: int) -> None:
+        k_nope, v = np.ascontiguousarray(kv[:, h, :N]), np.ascontiguousarray(kv[:, h, N:])
+        for start in range(0, T, ROWS):
+            rows = slice(start, min(start + ROWS, T))
+            seen = S - T + rows.stop  # by the last of them
+            s = q_nope[rows, h] @ k_nope[:seen].T + q_pe[rows, h] @ k_pe[:seen].T
+            last = np.arange(S - T + start, seen)[:, None]
+            p = mla.softmax(np.where(np.arange(seen) <= last, s * scale, -np.inf))
+            context[rows, h] = p @ v[:seen]
+
+    with threads.one_blas_thread():
+        threads.pool().run([partial(head, h) for h in range(H)])
+    return context
 
 
 def absorbed(

@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 from refmoe.config import Conventions
-from refmoe.fast.attention import absorbed
+from refmoe.fast.attention import absorbed, expanded
 from refmoe.fast.linear import experts, linear
 from refmoe.model.decoder import policy
 from refmoe.model.numerics import Numerics
@@ -18,5 +18,7 @@ def engine(name: str, conventions: Conventions | str = "refmoe", fast: bool = Fa
         nx,
         linear=partial(linear, rounded=rounded, fast=fast),
         experts=partial(experts, fast=fast),
+        gate=linear,
+        expanded=expanded,
         absorbed=absorbed,
     )

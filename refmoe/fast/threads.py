@@ -15,6 +15,8 @@ from typing import Any
 
 from threadpoolctl import ThreadpoolController
 
+from refmoe.config import InputError
+
 Piece = Callable[[], None]
 
 
@@ -95,6 +97,8 @@ def pool() -> Pool:
 def use(threads: int) -> None:
     """From now on this many."""
     global _pool
+    if threads < 1:
+        raise InputError(f"{threads} threads; at least one is needed")
     if _pool is None or _pool.threads != threads:
         _pool = Pool(threads)
 

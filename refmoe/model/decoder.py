@@ -21,7 +21,7 @@ from refmoe.model import matrix
 from refmoe.model.cache import LatentCache, caches
 from refmoe.model.experts import Experts, MlpWeights, MoeWeights, moe, routed_experts, swiglu
 from refmoe.model.matrix import Matrix, dequantize
-from refmoe.model.mla import AttentionWeights, Segment, absorbed, attention
+from refmoe.model.mla import AttentionWeights, Segment, absorbed, attention, expanded
 from refmoe.model.norm import rms_norm
 from refmoe.model.numerics import POLICIES, Numerics
 
@@ -154,5 +154,13 @@ def policy(name: str, conventions: Conventions | str = "refmoe") -> Numerics:
     dtype, rounding = POLICIES[name]
     multiply = partial(matrix.linear, rounded=conventions.rounded_products)
     return Numerics(
-        name, dtype, multiply, routed_experts, absorbed, rounding, conventions=conventions
+        name,
+        dtype,
+        multiply,
+        routed_experts,
+        matrix.linear,
+        expanded,
+        absorbed,
+        rounding,
+        conventions=conventions,
     )

@@ -96,7 +96,8 @@ def attention(
     for i, (rows, cache) in enumerate(segments):
         cache.append(c_kv[rows], k_pe[rows])
         here = nx if len(segments) == 1 else nx.within_segment(i)
-        attend = nx.absorbed if _absorb(rows.stop - rows.start, cache.length, cfg, nx) else expanded
+        absorb = _absorb(rows.stop - rows.start, cache.length, cfg, nx)
+        attend = nx.absorbed if absorb else nx.expanded
         context[rows] = attend(q_nope[rows], q_pe[rows], w.kv_b_proj, cache, cfg, here)
     context = nx.point("#context", context.reshape(T, -1))  # [T, HV]
     return nx.point("o_proj", nx.linear(context, w.o_proj))
@@ -110,7 +111,10 @@ def expanded(
     cfg: Config,
     nx: Numerics,
 ) -> np.ndarray:
-    """q_nope [T, H, N], q_pe [T, H, R] against all rows of the cache → context [T, H, V]."""
+    """q_nope [T, H, N], q_pe [T, H, R] against all rows of the cache → context [T, H, V].
+
+    This is the definition of the `nx.expanded` seam.
+    """
     N, S = cfg.qk_nope_head_dim, cache.length
     kv = nx.point("kv_b_proj", nx.linear(cache.c_kv, kv_b_proj))  # [S, H(N+V)]
     kv = kv.reshape(S, cfg.num_attention_heads, -1).transpose(1, 0, 2)  # [H, S, N+V]

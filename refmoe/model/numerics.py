@@ -43,6 +43,8 @@ class Numerics:
     dtype: type[np.floating[Any]]  # of activations: float64 or float32
     linear: Linear  # x [T, I], W [O, I] → [T, O]
     experts: Callable[..., np.ndarray]  # x [T, D], routing, expert(e), nx → [T, D]
+    gate: Linear  # the router's product: float32 or wider, whatever the activations are
+    expanded: Callable[..., np.ndarray]  # attention with keys and values made: model/mla.py
     absorbed: Callable[..., np.ndarray]  # attention over the latent: model/mla.py
     round: Callable[[np.ndarray], np.ndarray] | None = None  # None: nothing is lost
     watch: Watch | None = None

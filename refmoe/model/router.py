@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from refmoe.config import Config
-from refmoe.model.matrix import Matrix, dequantize, linear
+from refmoe.model.matrix import Matrix, dequantize
 from refmoe.model.numerics import Numerics, array_module
 
 
@@ -46,7 +46,7 @@ def route(x: np.ndarray, w: GateWeights, cfg: Config, nx: Numerics) -> Routing:
     xp = array_module(x)
     K = cfg.num_experts_per_tok
     wide = np.promote_types(x.dtype, np.float32)
-    logits = linear(x.astype(wide, copy=False), w.weight)  # [T, E]
+    logits = nx.gate(x.astype(wide, copy=False), w.weight)  # [T, E]
     if nx.conventions.router_logits == "activations" and nx.round is not None:
         logits = nx.round(logits)
     s = sigmoid(nx.tap("gate", logits))  # [T, E]

@@ -9,10 +9,12 @@ import contextlib
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TextIO
 
 from refmoe.config import InputError
 from refmoe.model.cache import LatentCache
+from refmoe.model.decoder import Decoder
 from refmoe.run.generate import generate_tokens, working
 from refmoe.run.model import Model
 from refmoe.run.sampler import Sampling
@@ -47,6 +49,7 @@ class Dialogue:
     system: str | None = None
     tools: Sequence[dict[str, Any]] | None = None
     variables: dict[str, Any] = field(default_factory=dict)  # the template's own: K2.5's thinking
+    decoder: Decoder | None = None  # by default, as `working` makes it
     messages: list[dict[str, Any]] = field(default_factory=list)
     memory: list[LatentCache] = field(default_factory=list)
     remembered: list[int] = field(default_factory=list)  # the tokens that `memory` holds
@@ -56,7 +59,11 @@ class Dialogue:
 
     def reset(self) -> None:
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
-        self.memory, self.remembered = self.model.decoder.caches(), []
+        self.memory, self.remembered = self._decoder.caches(), []
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return working(self.model) if self.decoder is None else self.decoder
 
     @property
     def waiting(self) -> list[dict[str, Any]]:
@@ -118,7 +125,7 @@ class Dialogue:
         tokens = list(prompt)
         try:
             for token in generate_tokens(
-                working(self.model),
+                self._decoder,
                 prompt[same:],
                 max_new_tokens=limit,
                 sampling=sampling,

@@ -7,13 +7,17 @@ the end of the context.
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from refmoe.config import InputError
+from refmoe.fast import threads
 from refmoe.model.cache import LatentCache
 from refmoe.model.decoder import Decoder, check_tokens
+from refmoe.model.experts import routed_experts
 from refmoe.run.model import Model
 from refmoe.run.sampler import Sampling, sample
 
@@ -25,9 +29,22 @@ def prefill(
 ) -> np.ndarray:
     """Put the tokens into `memory`, chunk by chunk → the logits [Z] after the last one."""
     check_tokens(tokens, memory[0].length, decoder.cfg)
-    for start in range(0, len(tokens), chunk):
-        x = decoder.hidden([tokens[start : start + chunk]], [memory])
-    return decoder.head(x[-1:])[0]
+    with _alone(decoder):
+        for start in range(0, len(tokens), chunk):
+            x = decoder.hidden([tokens[start : start + chunk]], [memory])
+        return decoder.head(x[-1:])[0]
+
+
+def step(decoder: Decoder, token: int, memory: Sequence[LatentCache]) -> np.ndarray:
+    """One more token → the logits [Z] after it."""
+    with _alone(decoder):
+        return decoder.logits([token], memory)[0]
+
+
+def _alone(decoder: Decoder) -> Any:
+    """Where refmoe's own threads work, BLAS's must not spin beside them: it halves both."""
+    own = decoder.nx.experts is not routed_experts
+    return threads.one_blas_thread() if own else nullcontext()
 
 
 def generate_tokens(
@@ -56,7 +73,7 @@ def generate_tokens(
         made += 1
         if made == max_new_tokens or memory[0].length == decoder.cfg.max_position_embeddings:
             return
-        logits = decoder.logits([token], memory)[0]
+        logits = step(decoder, token, memory)
 
 
 def generate(
@@ -91,6 +108,16 @@ def generate(
         yield piece
 
 
-def working(model: Model) -> Decoder:
-    """The decoder with whichever form of attention costs less at each step."""
-    return model.decoder.using(replace(model.nx, attention="auto"))
+def working(model: Model, int4: str = "fast", cache: str = "float32") -> Decoder:
+    """The decoder as generation uses it: the form of attention that costs less at each step.
+
+    int4   fast: 16-bit activations in the products with INT4 weights, 2e-5 of a result; exact
+    cache  float32, or bf16: half the memory of the context, latents rounded to 2⁻⁹ of themselves
+    """
+    nx = replace(model.nx, attention="auto", cache="bf16" if cache == "bf16" else None)
+    if int4 == "fast" and not model.reference and nx.name == "float32":
+        from refmoe.fast.engine import engine  # loaded already, with the model
+
+        quick = engine(nx.name, nx.conventions, fast=True)
+        nx = replace(nx, linear=quick.linear, experts=quick.experts)
+    return model.decoder.using(nx)

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.config import Config, Conventions
+from refmoe.config import Config, Conventions, InputError
 from refmoe.model.decoder import Decoder, policy
 from refmoe.model.numerics import Numerics
 from refmoe.text.tokenizer import Tokenizer
 from refmoe.weights.checkpoint import Checkpoint
+from refmoe.weights.dense import dense_q8
 
+DENSE = ("exact", "q8")
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -28,6 +30,7 @@ class Model:
 
     checkpoint: Checkpoint
     decoder: Decoder
+    reference: bool = False  # the definition in model/ alone
 
     @property
     def cfg(self) -> Config:
@@ -63,6 +66,7 @@ def load(
     numerics: str = "float32",
     reference: bool = False,
     conventions: Conventions | str = "refmoe",
+    dense: str = "exact",
 ) -> Model:
     """Open a checkpoint's folder; without a path the embedded tiny-k2.
 
@@ -70,6 +74,7 @@ def load(
     reference    True: the definition in `model/` alone; False: with the quicker seams of `fast/`
     conventions  whose sides to take where engines differ: refmoe, moonshot, transformers, vllm,
                  sglang, llama.cpp, mlx
+    dense        exact: as stored; q8: attention, shared experts, dense MLP and head in 8 bits
 
     Raises `InputError` for whatever does not fit: config, names, shapes, dtypes, missing tensors.
     """
@@ -80,4 +85,8 @@ def load(
 
         nx = engine(numerics, conventions)
     checkpoint = Checkpoint.open(golden_folder() / "tiny-k2" if path is None else path)
-    return Model(checkpoint, checkpoint.decoder(nx))
+    decoder = checkpoint.decoder(nx)
+    if dense not in DENSE:
+        raise InputError(f"dense {dense!r}; supported: {', '.join(DENSE)}")
+    decoder = dense_q8(checkpoint, decoder) if dense == "q8" else decoder
+    return Model(checkpoint, decoder, reference)

@@ -1,0 +1,365 @@
+"""How fast, beside what the memory gives: every figure is a ratio to a rate of the same run.
+
+    kernels    each format's rows times tokens, GB/s of weights over the rate of plain reading
+    decode     one token after another: tok/s, and bytes a token times tok/s over the same rate
+    prefill    a prompt: tok/s
+    peers      the small slice of K2 through transformers beside refmoe
+
+Rates of a shared machine swing by a third within a minute, so reading and measuring alternate, and
+the best of each counts: what the machine can do, and what the kernel can. Reading adds up 64-bit
+words, which the compiler makes as wide as the machine.
+"""
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+
+from refmoe.fast import threads
+from refmoe.fast.kernels import VNNI, kernel
+from refmoe.fast.linear import Inputs, multiply, stored
+from refmoe.model import matrix
+from refmoe.model.decoder import Decoder
+from refmoe.model.experts import MoeWeights
+from refmoe.model.matrix import BF16, E4M3, Fp8Block, Int4, Matrix, dequantize, quantize_q8
+from refmoe.run.generate import prefill, step
+from refmoe.run.model import Model
+
+READ = 1 << 29  # bytes: far beyond any cache
+ROUNDS = 7
+NAMES = ("bf16", "q8", "int4-fast", "int4-exact", "fp8", "f16", "f32")
+SHAPES = ((2048, 7168), (7168, 2048))  # K2's experts: gate and up, down
+EIGHT = 8  # matrices at once, as many as a token has experts
+
+
+def machine() -> str:
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    form = "AVX-512 VNNI" if VNNI else "plain vectors"
+    return f"{model}, {threads.available()} threads, {form}, Numba {numba.__version__}"
+
+
+@kernel
+def _read(words):  # type: ignore[no-untyped-def]
+    total = np.uint64(0)
+    for i in range(words.size):
+        total += words[i]
+    return total
+
+
+class Stream:
+    """The rate at which this many threads read memory, in GB/s: the best so far."""
+
+    def __init__(self) -> None:
+        words = np.ones(READ // 8, np.uint64)
+        self.nbytes, self.best = words.nbytes, 0.0
+        self.pieces = [partial(_read, part) for part in np.split(words, 64)]
+        self.pieces[0]()  # compiled
+
+    def measure(self) -> None:
+        seconds = _time(partial(threads.pool().run, self.pieces))
+        self.best = max(self.best, self.nbytes / seconds / 1e9)
+
+
+def _time(run: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def draw(name: str, O: int, I: int, rng: np.random.Generator) -> Matrix:
+    """A random matrix in this format."""
+    if name.startswith("int4"):
+        packed = rng.integers(-(2**31), 2**31, (O, I // 8), np.int32)
+        scale = rng.uniform(0.5, 1, (O, I // 32)).astype(np.float32).view(np.uint32) >> 16
+        return Int4(packed, scale.astype(np.uint16))
+    if name == "fp8":
+        finite = np.flatnonzero(np.isfinite(E4M3)).astype(np.uint8)
+        scale = rng.uniform(0.5, 1, (-(-O // 128), -(-I // 128))).astype(np.float32)
+        return Fp8Block(finite[rng.integers(0, len(finite), (O, I), np.uint8)], scale, (128, 128))
+    w = rng.standard_normal((O, I), np.float32)
+    if name == "bf16":
+        return BF16((w.view(np.uint32) >> 16).astype(np.uint16))
+    return {"q8": quantize_q8, "f16": lambda w: w.astype(np.float16)}.get(name, lambda w: w)(w)
+
+
+def kernels(
+    names: Sequence[str] = NAMES,
+    counts: Sequence[int] = (),
+    tokens: Sequence[int] = (1, 4),
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+) -> dict[str, Any]:
+    """A row for each format, shape, number of threads and of tokens."""
+    counts = list(counts) or sorted({1, threads.available()})
+    rng = np.random.default_rng(0)
+    streams: dict[int, Stream] = {count: Stream() for count in counts}
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        for O, I in shapes:
+            each = [draw(name, O, I, rng) for _ in range(EIGHT)]
+            for T in tokens:
+                x = rng.standard_normal((T, I)).astype(np.float32)
+                error = _relative_error(name, each[0], x)
+                for count in counts:
+                    threads.use(count)
+                    seconds = _best(name, each, x, streams[count])
+                    nbytes = sum(m.nbytes for m in each)
+                    shape = {"rows": O, "cols": I, "tokens": T}
+                    row: dict[str, Any] = {"name": name, "format": _format(each[0])}
+                    row |= {"threads": count, **shape}
+                    row |= {"gbs": nbytes / seconds / 1e9, "rel_error": error}
+                    rows.append(row)
+    threads.use(threads.available())
+    for row in rows:
+        row["ratio"] = row["gbs"] / streams[int(row["threads"])].best
+    rates = {str(count): s.best for count, s in streams.items()}
+    return {"machine": machine(), "stream_gbs": rates, "kernels": rows}
+
+
+def _format(m: Matrix) -> str:
+    return m.dtype.name if isinstance(m, np.ndarray) else type(m).__name__
+
+
+def _best(name: str, each: Sequence[Matrix], x: np.ndarray, stream: Stream) -> float:
+    known = [stored(m, fast=name == "int4-fast") for m in each]
+    here = [m for m in known if m is not None]
+
+    def run() -> None:
+        inputs = Inputs(x)
+        multiply([(inputs, m) for m in here])
+
+    run()
+    seconds = []
+    for _ in range(ROUNDS):
+        stream.measure()
+        seconds += [_time(run) for _ in range(3)]
+    return min(seconds)
+
+
+def _relative_error(name: str, m: Matrix, x: np.ndarray) -> float:
+    """RMS against float64 over 128 rows."""
+    few = matrix.rows(m, slice(0, 128))
+    known = stored(few, fast=name == "int4-fast")
+    assert known is not None
+    (y,) = multiply([(Inputs(x), known)])
+    truth = x.astype(np.float64) @ dequantize(few, np.float64).T
+    return float(np.sqrt(((y - truth) ** 2).mean() / (truth**2).mean()))
+
+
+# --- a whole model
+
+
+class Clock:
+    """A watcher that gives the time since the last mark to the part that ended there."""
+
+    PARTS = (
+        ("self_attn", "attention"),
+        ("mlp.gate_proj", "dense mlp"),
+        ("mlp.gate", "router"),
+        ("mlp.experts", "experts"),
+        ("mlp.shared_experts", "shared experts"),
+        ("mlp.", "dense mlp"),
+        ("lm_head", "head"),
+        ("", "other"),  # norms, residuals, the embedding
+    )
+    INSIDE = ("#q_latent", "#scores", "#probs", "#context_latent", "#rows")
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def wants(self, path: str) -> bool:
+        """Not what would take a quicker form of the same away."""
+        return ".experts." not in path and not path.endswith(self.INSIDE)
+
+    def __call__(self, path: str, x: np.ndarray) -> np.ndarray:
+        now = time.perf_counter()
+        part = next(part for mark, part in self.PARTS if mark in path)
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self.last
+        self.last = now
+        return x
+
+
+def bytes_per_token(decoder: Decoder, positions: int) -> int:
+    """Weights that one token reads, as they are held, and its latents at so many positions."""
+    cfg = decoder.cfg
+    total = decoder.lm_head.nbytes + decoder.norm.nbytes
+    total += decoder.embed_tokens.nbytes // decoder.embed_tokens.shape[0]
+    for i, w in enumerate(decoder.layers):
+        total += w.input_layernorm.nbytes + w.post_attention_layernorm.nbytes
+        total += sum(m.nbytes for m in w.self_attn if m is not None)
+        if isinstance(w.mlp, MoeWeights):
+            total += sum(m.nbytes for m in w.mlp.gate)
+            total += sum(m.nbytes for m in w.mlp.shared_experts or ())
+            total += cfg.num_experts_per_tok * sum(m.nbytes for m in decoder.experts(i, 0))
+        else:
+            total += sum(m.nbytes for m in w.mlp)
+    number = 2 if decoder.nx.cache == "bf16" else np.dtype(decoder.nx.dtype).itemsize
+    latent = cfg.kv_lora_rank + cfg.qk_rope_head_dim
+    return total + number * latent * positions * cfg.num_hidden_layers
+
+
+def _tokens(model: Model, count: int) -> list[int]:
+    rng = np.random.default_rng(1)
+    return rng.integers(0, min(model.cfg.vocab_size, 2000), count).tolist()
+
+
+def decode(model: Model, decoder: Decoder, prompt: int = 16, steps: int = 24) -> dict[str, Any]:
+    """One token at a time after a prompt, with the tokens of a seed: the best and middle step."""
+    stream, memory = Stream(), decoder.caches()
+    ids = _tokens(model, prompt + 2 * steps)
+    prefill(decoder, ids[:prompt], memory)
+    for token in ids[prompt : prompt + steps]:  # pages and caches as they will be
+        step(decoder, token, memory)
+    seconds: list[float] = []
+    for n, token in enumerate(ids[prompt + steps :]):
+        if n % 4 == 0:
+            stream.measure()
+        seconds.append(_time(partial(step, decoder, token, memory)))
+    clock = Clock()
+    watched = decoder.using(replace(decoder.nx, watch=clock))
+    clock.last = time.perf_counter()
+    for token in ids[prompt : prompt + steps]:
+        step(watched, token, memory)
+    nbytes = bytes_per_token(decoder, memory[0].length)
+    rate = 1 / min(seconds)
+    return {
+        "tok_s": rate,
+        "tok_s_median": float(1 / np.median(seconds)),
+        "bytes_per_token": nbytes,
+        "gbs": nbytes * rate / 1e9,
+        "stream_gbs": stream.best,
+        "ratio": nbytes * rate / 1e9 / stream.best,
+        "threads": threads.pool().threads,
+        "parts": {part: s / steps for part, s in clock.seconds.items()},
+    }
+
+
+def prompt(model: Model, decoder: Decoder, count: int = 128, runs: int = 3) -> dict[str, Any]:
+    """A whole prompt at once; the head of its last token alone."""
+    stream, ids = Stream(), _tokens(model, count)
+    prefill(decoder, ids, decoder.caches())
+    seconds = []
+    for _ in range(runs):
+        stream.measure()
+        seconds.append(_time(lambda: prefill(decoder, ids, decoder.caches())))
+    clock = Clock()
+    watched = decoder.using(replace(decoder.nx, watch=clock))
+    clock.last = time.perf_counter()
+    prefill(watched, ids, watched.caches())
+    nbytes = sum(t.nbytes for n, t in model.checkpoint.tensors.items() if "embed_tokens" not in n)
+    best = min(seconds)
+    return {
+        "tok_s": count / best,
+        "tok_s_median": float(count / np.median(seconds)),
+        "bytes_per_token": nbytes // count,
+        "gbs": nbytes / best / 1e9,
+        "stream_gbs": stream.best,
+        "ratio": nbytes / best / 1e9 / stream.best,
+        "threads": threads.pool().threads,
+        "parts": {part: s / count for part, s in clock.seconds.items()},
+    }
+
+
+def peers(folder: Path, steps: int = 8, length: int = 128) -> dict[str, Any]:
+    """refmoe and transformers (bf16, eager, cached) on one checkpoint, in one run."""
+    rows = []
+    for dense in ("exact", "q8"):
+        model = load(folder, dense=dense)
+        decoder = working(model)
+        one, many = decode(model, decoder, 16, steps), prompt(model, decoder, length)
+        rows.append(("refmoe, " + dense, version, one["tok_s"], many["tok_s"]))
+    ids = _tokens(model, length)
+    rows += _transformers(folder, ids, steps)
+    (_, _, base_decode, base_prefill), *_ = rows
+    return {
+        "machine": machine(),
+        "rows": [
+            {
+                "engine": engine,
+                "version": which,
+                "decode_tok_s": one_,
+                "prefill_tok_s": many_,
+                "ratio_decode": base_decode / one_,
+                "ratio_prefill": base_prefill / many_,
+            }
+            for engine, which, one_, many_ in rows
+        ],
+    }
+
+
+def _transformers(folder: Path, ids: list[int], steps: int) -> list[tuple[str, str, float, float]]:
+    """What transformers reads it as: routed experts dequantised to bf16, which is 4 times larger."""
+    try:
+        import torch
+        import transformers
+    except ModuleNotFoundError as e:
+        raise InputError(f"{e.name} is missing: pip install 'refmoe[peers]'") from None
+    with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
+        write_bf16(folder, Path(tmp))
+        transformers.utils.logging.disable_progress_bar()
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp, dtype=torch.bfloat16, attn_implementation="eager", output_loading_info=True
+        )
+        problems = {k: v for k, v in info.items() if v}
+        if problems:
+            raise InputError(f"transformers did not read the checkpoint whole: {problems}")
+        torch.set_num_threads(threads.available())
+        with torch.inference_mode():
+            prompt = torch.tensor([ids])
+            model(prompt, logits_to_keep=1)
+            first = [_time(lambda: model(prompt, logits_to_keep=1)) for _ in range(2)]
+            past = model(prompt[:, :16], use_cache=True).past_key_values
+            each = []
+            for token in ids[16 : 16 + 2 * steps]:
+                one = torch.tensor([[token]])
+                each.append(_time(partial(model, one, past_key_values=past, use_cache=True)))
+    which = f"{transformers.__version__}"
+    return [("transformers", which, 1 / min(each[steps:]), len(ids) / min(first))]
+
+
+def table(what: str, document: dict[str, Any]) -> list[str]:
+    """For people."""
+    if what == "peers":
+        out = [f"{'engine':<14}{'version':<12}{'decode':>9}{'prefill':>9}{'ratios':>14}"]
+        for r in document["rows"]:
+            ratios = f"{r['ratio_decode']:.2f}, {r['ratio_prefill']:.2f}"
+            speeds = f"{r['decode_tok_s']:>9.2f}{r['prefill_tok_s']:>9.1f}"
+            out.append(f"{r['engine']:<14}{r['version']:<12}{speeds}{ratios:>14}")
+        return out
+    out = [document["machine"]]
+    if what == "kernels":
+        for threads_, rate in document["stream_gbs"].items():
+            out.append(f"{threads_} threads read {rate:.1f} GB/s")
+        out.append(f"{'kernel':<12}{'rows':>6}{'cols':>6}{'tokens':>8}{'threads':>8}")
+        out[-1] += f"{'GB/s':>8}{'ratio':>7}  rel error"
+        for r in document["kernels"]:
+            shape = f"{r['rows']:>6}{r['cols']:>6}{r['tokens']:>8}{r['threads']:>8}"
+            rest = f"{r['gbs']:>8.1f}{r['ratio']:>7.2f}  {r['rel_error']:.1e}"
+            out.append(f"{r['name']:<12}{shape}{rest}")
+        return out
+    d = document
+    size, unit = (
+        (d["bytes_per_token"] / 1e9, "GB")
+        if d["bytes_per_token"] > 1e8
+        else (d["bytes_per_token"] / 1e6, "MB")
+    )
+    out += [
+        f"{d['tok_s']:.2f} tok/s, the middle one of all {d['tok_s_median']:.2f} "
+        f"(dense {d['dense']}, INT4 {d['int4']}, cache {d['cache']}, {d['threads']} threads)",
+        f"{size:.3f} {unit} a token: {d['gbs']:.1f} GB/s, {d['ratio']:.2f} of the "
+        f"{d['stream_gbs']:.1f} GB/s that reading alone reaches",
+    ]
+    for part, seconds in sorted(d["parts"].items(), key=lambda p: -p[1]):
+        out.append(f"{part:<16}{1e3 * seconds:>9.3f} ms a token")
+    return out

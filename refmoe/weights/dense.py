@@ -1,0 +1,159 @@
+"""`--dense q8`: what every token uses (attention, shared experts, dense MLP, head) in 8 bits.
+
+Half the bytes of bf16, so nearly twice the tokens; a weight is off by up to half a step of its
+group of 32, max|w|/254. The checkpoint stays as it is: the blocks are made when a model is opened,
+and those of a large model are kept in a file that is mapped the next time,
+
+    $XDG_CACHE_HOME/refmoe/dense/KEY.safetensors     KEY: of config.json, names, sizes and times
+
+which has its name only once it is whole, and is checked by its SHA-256 when it is opened. Left
+alone: matrices without whole groups of 32 columns, and those that are INT4 already.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from refmoe.model.decoder import Decoder, LayerWeights
+from refmoe.model.experts import MlpWeights, MoeWeights
+from refmoe.model.matrix import Q8, Int4, Matrix, dequantize, quantize_q8, tiles
+from refmoe.weights.checkpoint import Checkpoint, Stored, read_header
+
+LARGE = 1 << 28  # bytes of blocks from which on they are kept in a file
+TILE = 1 << 20  # elements that are made wide at once
+
+
+def dense_q8(checkpoint: Checkpoint, decoder: Decoder, keep: bool | None = None) -> Decoder:
+    """The decoder with 8-bit dense weights. `keep` them in a file: by default, large ones."""
+    matrices: dict[str, Matrix] = {}
+
+    def note(name: str, m: Matrix) -> Matrix:
+        matrices[name] = m
+        return m
+
+    replaced(decoder, note)
+    size = sum(size_of(m) for m in matrices.values())
+    made = _kept(checkpoint, matrices, size) if keep or (keep is None and size > LARGE) else None
+    if made is None:
+        made = {name: q8 for name, q8 in _made(matrices, size)}
+    return replaced(decoder, lambda name, _: made[name])
+
+
+def replaced(decoder: Decoder, change: Callable[[str, Matrix], Matrix]) -> Decoder:
+    """The decoder with `change(name, matrix)` for each matrix that 8 bits are for."""
+
+    def one(name: str, m: Matrix) -> Matrix:
+        alone = isinstance(m, Int4 | Q8) or m.shape[1] % 32
+        return m if alone else change(name, m)
+
+    def mlp(at: str, w: MlpWeights) -> MlpWeights:
+        return MlpWeights(*(one(at + name, m) for name, m in w._asdict().items()))
+
+    def layer(i: int, w: LayerWeights) -> LayerWeights:
+        at = f"model.layers.{i}."
+        projections = {
+            name: one(f"{at}self_attn.{name}", m)
+            for name, m in w.self_attn._asdict().items()
+            if m is not None and len(m.shape) == 2
+        }
+        inside: MlpWeights | MoeWeights
+        if not isinstance(w.mlp, MoeWeights):
+            inside = mlp(f"{at}mlp.", w.mlp)
+        elif w.mlp.shared_experts is not None:
+            inside = w.mlp._replace(
+                shared_experts=mlp(f"{at}mlp.shared_experts.", w.mlp.shared_experts)
+            )
+        else:
+            inside = w.mlp
+        return w._replace(self_attn=w.self_attn._replace(**projections), mlp=inside)
+
+    layers = [layer(i, w) for i, w in enumerate(decoder.layers)]
+    return replace(decoder, layers=layers, lm_head=one("lm_head", decoder.lm_head))
+
+
+def size_of(m: Matrix) -> int:
+    """Bytes of its blocks."""
+    return m.shape[0] * m.shape[1] // 32 * 34
+
+
+def quantized(m: Matrix) -> Q8:
+    out = Q8(np.empty((m.shape[0], m.shape[1] // 32, 34), np.uint8))
+    for rows, tile in tiles(m, TILE):
+        out.blocks[rows] = quantize_q8(dequantize(tile, np.float32)).blocks
+    return out
+
+
+def _made(matrices: dict[str, Matrix], size: int) -> Iterator[tuple[str, Q8]]:
+    silent = size < LARGE
+    with tqdm(total=size, unit="B", unit_scale=True, desc="8-bit", disable=silent) as bar:
+        for name, m in matrices.items():
+            yield name, quantized(m)
+            bar.update(size_of(m))
+
+
+def folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "refmoe" / "dense"
+
+
+def _kept(checkpoint: Checkpoint, matrices: dict[str, Matrix], size: int) -> dict[str, Q8] | None:
+    """From the file, which is made if it is not there or not whole; None if it cannot be."""
+    key = hashlib.sha256(f"{checkpoint.identity} {sorted(matrices)}".encode()).hexdigest()
+    file = folder() / f"{key}.safetensors"
+    shapes = {name: (m.shape[0], m.shape[1] // 32, 34) for name, m in matrices.items()}
+    try:
+        if not file.is_file() or not _whole(file):
+            folder().mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(folder()).free < 2 * size:
+                return None  # not worth the last of somebody's disk
+            _write(file, matrices, shapes, size)
+        return {name: _mapped(t, shapes[name]) for name, t in read_header(file).items()}
+    except OSError:
+        return None
+
+
+def _mapped(t: Stored, shape: tuple[int, ...]) -> Q8:
+    return Q8(np.asarray(np.memmap(t.file, np.uint8, "r", t.start, shape)))
+
+
+def _write(
+    file: Path, matrices: dict[str, Matrix], shapes: Mapping[str, tuple[int, ...]], size: int
+) -> None:
+    """The safetensors layout, one matrix in memory at a time; the hash beside it."""
+    header, start = {}, 0
+    for name, m in matrices.items():
+        end = start + size_of(m)
+        header[name] = {"dtype": "U8", "shape": shapes[name], "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    part = file.with_suffix(f".{os.getpid()}.part")
+    try:
+        digest = hashlib.sha256()
+        with part.open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for _, q8 in _made(matrices, size):
+                digest.update(q8.blocks.data)
+                out.write(q8.blocks.data)
+        file.with_suffix(".sha256").write_text(digest.hexdigest() + "\n")
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _whole(file: Path) -> bool:
+    """Whether its data is what was written."""
+    try:
+        told = file.with_suffix(".sha256").read_text().strip()
+        with file.open("rb") as raw:
+            raw.seek(int.from_bytes(raw.read(8), "little"), os.SEEK_CUR)
+            return hashlib.file_digest(raw, "sha256").hexdigest() == told
+    except (OSError, OverflowError):
+        return False
