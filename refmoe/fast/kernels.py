@@ -226,7 +226,8 @@ INT4_FAST = Form("int4-fast", 128, 64, 8, 1, 8, (16, 8), _int4_words, integer=Tr
 
 # --- rows times tokens
 
-TOGETHER = {1: 0, 2: 4, 4: 2}  # tokens at a time → rows at a time; with one, the form's
+TOKENS = 4  # at most at a time; more go in turns, over rows that are in the cache by then
+TOGETHER = {1: 0, 2: 4, 3: 4, 4: 4}  # tokens at a time → rows at a time; with one, the form's
 
 
 def dots(form: Form) -> Any:
@@ -235,7 +236,7 @@ def dots(form: Form) -> Any:
 
         w, w_row          the weights
         s, s_row, share   the scales; so many rows of weights share a row of them
-        x, x_row          as `ordered` or `kernels.halves` left it; T is 1, 2 or a multiple of 4
+        x, x_row          as `ordered` or `halves` left it
         y, y_row          float32 [T, O]
         steps, T, begin, end
     """
@@ -245,19 +246,16 @@ def dots(form: Form) -> Any:
         def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
             *_, T, begin, end = arguments
             for tokens, together in TOGETHER.items():
-                together = together or form.rows
-                if tokens < max(TOGETHER):
-                    wanted = b.icmp_signed("==", T, ir.Constant(I64, tokens))
-                else:
-                    wanted = b.icmp_signed(">=", T, ir.Constant(I64, tokens))
-                with b.if_then(wanted):
-                    count = b.sdiv(b.sub(end, begin), ir.Constant(I64, together))
-                    rest = b.add(begin, b.mul(count, ir.Constant(I64, together)))
+                compare = "==" if tokens < TOKENS else ">="
+                with b.if_then(b.icmp_signed(compare, T, ir.Constant(I64, tokens))):
+                    R = ir.Constant(I64, together or form.rows)
+                    count = b.sdiv(b.sub(end, begin), R)
                     with cgutils.for_range(b, count) as loop:
-                        row = b.add(begin, b.mul(loop.index, ir.Constant(I64, together)))
-                        _tiles(b, form, together, tokens, row, arguments)
+                        row = b.add(begin, b.mul(loop.index, R))
+                        _turns(b, form, R.constant, tokens, row, arguments)
+                    rest = b.add(begin, b.mul(count, R))
                     with cgutils.for_range(b, b.sub(end, rest)) as loop:
-                        _tiles(b, form, 1, tokens, b.add(rest, loop.index), arguments)
+                        _turns(b, form, 1, tokens, b.add(rest, loop.index), arguments)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 13), generate
@@ -265,38 +263,53 @@ def dots(form: Form) -> Any:
     return rows
 
 
-def _tiles(b: Any, form: Form, R: int, tokens: int, row: Value, arguments: Any) -> None:
-    """R rows from this one on, with all tokens, so many at a time."""
-    w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, _, _ = arguments
+def _turns(b: Any, form: Form, R: int, tokens: int, row: Value, arguments: Any) -> None:
+    """R rows from this one on with all tokens, so many in a turn; what is left in a last one."""
+    zero, T = ir.Constant(I64, 0), arguments[10]
+    if tokens < TOKENS:
+        _tile(b, form, R, tokens, row, zero, arguments)
+        return
+    whole = b.sdiv(T, ir.Constant(I64, TOKENS))
+    with cgutils.for_range(b, whole) as turn:
+        first = b.mul(turn.index, ir.Constant(I64, TOKENS))
+        _tile(b, form, R, TOKENS, row, first, arguments)
+    first = b.mul(whole, ir.Constant(I64, TOKENS))
+    for left in range(1, TOKENS):
+        with b.if_then(b.icmp_signed("==", b.sub(T, first), ir.Constant(I64, left))):
+            _tile(b, form, R, left, row, first, arguments)
+
+
+def _tile(
+    b: Any, form: Form, R: int, tokens: int, row: Value, first: Value, arguments: Any
+) -> None:
+    """R rows from one on with so many tokens from one on."""
+    w, w_row, s, s_row, share, x, x_row, y, y_row, steps, *_ = arguments
     numbers = [b.add(row, ir.Constant(I64, r)) for r in range(R)]
     rows = [
         Row(b.add(w, b.mul(w_row, n)), b.add(s, b.mul(s_row, b.sdiv(n, share)))) for n in numbers
     ]
-    with cgutils.for_range(b, b.sdiv(T, ir.Constant(I64, tokens))) as tile:
-        first = b.mul(tile.index, ir.Constant(I64, tokens))
-        each = [b.add(first, ir.Constant(I64, t)) for t in range(tokens)]
-        from_ = [b.add(x, b.mul(x_row, t)) for t in each]
-        sums = [[_slot(b) for _ in each] for _ in rows]
-        for of_row in sums:
-            for one in of_row:
-                b.store(constant(FLOATS, 0.0), one)
-        unroll = ir.Constant(I64, form.unroll)
-        with cgutils.for_range(b, b.sdiv(steps, unroll)) as loop:
-            first_step = b.mul(loop.index, unroll)
-            if tokens == 1:
-                ahead = Row(*(b.mul(n, ir.Constant(I64, R)) for n in (w_row, s_row)))
-                _fetch(b, form, rows, ahead, first_step)
-            for u in range(form.unroll):
-                _take(b, form, rows, from_, b.add(first_step, ir.Constant(I64, u)), sums)
-        if form.unroll > 1:
-            done = b.mul(b.sdiv(steps, unroll), unroll)
-            with cgutils.for_range(b, b.sub(steps, done)) as loop:
-                _take(b, form, rows, from_, b.add(done, loop.index), sums)
-        for r, of_row in enumerate(sums):
-            for t, one in zip(each, of_row, strict=True):
-                to = b.add(b.add(y, b.mul(y_row, t)), b.mul(row, ir.Constant(I64, 4)))
-                to = b.inttoptr(b.add(to, ir.Constant(I64, 4 * r)), FLOAT.as_pointer())
-                b.store(total(b, b.load(one)), to, align=4)
+    each = [b.add(first, ir.Constant(I64, t)) for t in range(tokens)]
+    from_ = [b.add(x, b.mul(x_row, t)) for t in each]
+    sums = [[_slot(b) for _ in each] for _ in rows]
+    for of_row in sums:
+        for one in of_row:
+            b.store(constant(FLOATS, 0.0), one)
+    unroll = ir.Constant(I64, form.unroll)
+    with cgutils.for_range(b, b.sdiv(steps, unroll)) as loop:
+        first_step = b.mul(loop.index, unroll)
+        ahead = Row(*(b.mul(n, ir.Constant(I64, R)) for n in (w_row, s_row)))
+        _fetch(b, form, rows, ahead, first_step)
+        for u in range(form.unroll):
+            _take(b, form, rows, from_, b.add(first_step, ir.Constant(I64, u)), sums)
+    if form.unroll > 1:
+        done = b.mul(b.sdiv(steps, unroll), unroll)
+        with cgutils.for_range(b, b.sub(steps, done)) as loop:
+            _take(b, form, rows, from_, b.add(done, loop.index), sums)
+    for r, of_row in enumerate(sums):
+        for t, one in zip(each, of_row, strict=True):
+            to = b.add(b.add(y, b.mul(y_row, t)), b.mul(row, ir.Constant(I64, 4)))
+            to = b.inttoptr(b.add(to, ir.Constant(I64, 4 * r)), FLOAT.as_pointer())
+            b.store(total(b, b.load(one)), to, align=4)
 
 
 def _take(b: Any, form: Form, rows: Any, tokens: Any, i: Value, sums: Any) -> None:

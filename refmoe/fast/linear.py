@@ -30,7 +30,7 @@ from refmoe.model.numerics import Numerics
 from refmoe.model.router import Routing, sigmoid
 
 TILE = 1 << 20  # elements of a tile that NumPy dequantises: 4 MB of float32
-DECODED = 1 << 19  # elements of a tile that a kernel decodes
+DECODED = 1 << 21  # elements of a tile that a kernel decodes: 8 MB, of a cache that cores share
 PIECE = 1 << 20  # bytes of weights that a thread takes at a time
 FEW = 12  # tokens; beyond, decoding once and multiplying by BLAS is quicker
 ROWS = 2048  # of experts' inputs at once, which bounds the scratch
@@ -107,10 +107,10 @@ class Inputs:
         self.made: dict[Any, np.ndarray] = {}
 
     def few(self, form: Form) -> np.ndarray:
-        """[T', ·]: T' is 1, 2 or a multiple of 4, with rows of zeros behind."""
+        """[T, ·] for the kernels of a few tokens."""
         key = form.order, form.integer
         if key not in self.made:
-            self.made[key] = self._halves() if form.integer else kernels.ordered(form, self._padded)
+            self.made[key] = self._halves() if form.integer else kernels.ordered(form, self.x)
         return self.made[key]
 
     def many(self, form: Form) -> np.ndarray:
@@ -119,14 +119,8 @@ class Inputs:
             self.made[key] = kernels.ordered(form, self.x)
         return self.made[key]
 
-    @property
-    def _padded(self) -> np.ndarray:
-        T = len(self.x)
-        more = 0 if T <= 2 else -T % 4
-        return np.pad(self.x, ((0, more), (0, 0))) if more else self.x
-
     def _halves(self) -> np.ndarray:
-        x = self._padded
+        x = self.x
         out = np.empty((len(x), x.shape[1] // 128, kernels.HALVES, 16), np.int32)
         kernels.halves(x, out.view(np.int16), out, out.view(np.float32))
         return out.reshape(len(x), -1)
@@ -141,13 +135,13 @@ def multiply(products: Sequence[tuple[Inputs, Stored]]) -> list[np.ndarray]:
         T = len(inputs.x)
         if T <= FEW:
             x = inputs.few(m.form)
-            y = np.empty((len(x), m.shape[0]), np.float32)
+            y = np.empty((T, m.shape[0]), np.float32)
             pieces += _few(x, m, y)
         else:
-            y = np.empty((T, m.shape[0]), np.float32)
+            y = np.empty((m.shape[0], T), np.float32).T  # BLAS is quicker with weights on the left
             pieces += _many(inputs.many(m.form), m, y)
             blas = True
-        out.append(y[:T])
+        out.append(y)
     with threads.one_blas_thread() if blas and len(pieces) > 1 else nullcontext():
         threads.pool().run(pieces)
     return out
@@ -179,7 +173,7 @@ def _tile(x: np.ndarray, m: Stored, y: np.ndarray, begin: int, end: int) -> None
         _scratch.tile = np.empty(max((end - begin) * I, DECODED), np.float32)
     w = _scratch.tile[: (end - begin) * I].reshape(-1, I)
     m.how.decode(*m.place, address(w), w.strides[0], m.steps, begin, end)
-    y[:, begin:end] = x @ w.T
+    np.matmul(w, x.T, out=y.T[begin:end])
 
 
 def linear(
