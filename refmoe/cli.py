@@ -414,7 +414,8 @@ def _bench(args: argparse.Namespace) -> int:
         counts = [args.threads] if args.threads else []
         document = speed.kernels(args.formats or FORMATS, counts)
     elif args.what == "peers":
-        document = speed.peers(_slice(args, 32, 32768))
+        folder = args.model if args.shape is None else _slice(args)
+        document = speed.peers(folder, args.folder)
     else:
         document = _bench_model(args)
     if args.json:
@@ -436,10 +437,10 @@ def _bench_model(args: argparse.Namespace) -> dict[str, Any]:
     return {"machine": speed.machine(), **measure(model, decoder, count), **how}
 
 
-def _slice(args: argparse.Namespace, experts: int | None = None, vocab: int | None = None) -> Path:
+def _slice(args: argparse.Namespace) -> Path:
     if args.folder is None:
         raise InputError("--folder DIR: where the random checkpoint of K2's dimensions may lie")
-    return k2_slice(args.folder, experts or args.experts, vocab or args.vocab)
+    return k2_slice(args.folder, args.experts, args.vocab)
 
 
 def _bench_oracle(args: argparse.Namespace) -> int:

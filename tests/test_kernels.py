@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import refmoe
 from refmoe.config import Config
 from refmoe.fast import kernels, threads
-from refmoe.fast.attention import absorbed
+from refmoe.fast.attention import absorbed, expanded
 from refmoe.fast.engine import engine
 from refmoe.fast.linear import FEW, Inputs, experts, linear, multiply, stored
 from refmoe.model import matrix, mla
@@ -338,13 +338,39 @@ ATTENTION = Config.from_dict(
 )
 
 
+def attention_bound(
+    q_nope: np.ndarray,
+    q_pe: np.ndarray,
+    w: Matrix,
+    cache: LatentCache,
+    cfg: Config,
+    u: float,
+) -> np.ndarray:
+    """Of a context [H, V], for arithmetic of unit roundoff u.
+
+    A score is off by γ(N + C + R)·|s|, |s| of the absolute values; exp turns that into a relative
+    error of a probability, twice with its sum; the context is a mean of values, off by γ(S + C).
+    """
+    H, N, V = cfg.num_attention_heads, cfg.qk_nope_head_dim, cfg.v_head_dim
+    size = np.abs(dequantize(w, np.float64)).reshape(H, N + V, -1)
+    c_kv, k_pe = np.abs(cache.c_kv), np.abs(cache.k_pe)
+    latent = np.einsum("thn,hnc->thc", np.abs(q_nope), size[:, :N])
+    s = (np.einsum("thc,sc->ths", latent, c_kv) + np.abs(q_pe) @ k_pe.T) * softmax_scale(cfg)
+    terms = N + cfg.kv_lora_rank + cfg.qk_rope_head_dim, cache.length + cfg.kv_lora_rank + 64
+    off = (2 * terms[0] * s.max() + terms[1]) * u * 1.01
+    return off * np.einsum("c,hvc->hv", c_kv.max(axis=0), size[:, N:])
+
+
 @pytest.mark.parametrize("kind", ["bf16", "fp8", "q8", "f16", "f32"])
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 700), (2, 2), (2, 1025), (1, 2048), (2, 2500)])
-def test_attention_over_the_latent_is_its_twin(kind, bf16, T, S, monkeypatch):
+@pytest.mark.parametrize(
+    ("H", "T", "S"),
+    [(5, 1, 1), (5, 1, 700), (5, 2, 2), (5, 2, 513), (5, 1, 1024), (16, 1, 700), (16, 2, 1025)],
+)
+def test_attention_over_the_latent_is_its_twin(kind, bf16, H, T, S):
     """Against the definition in float64; a block's edge before, at and behind the last tokens."""
-    cfg, rng = ATTENTION, np.random.default_rng(S + T)
-    H, N, V, C = 5, 128, 128, 256
+    cfg, rng = replace(ATTENTION, num_attention_heads=H), np.random.default_rng(S + T)
+    N, V, C = 128, 128, 256
     w = draw(kind, H * (N + V), C, rng)
     cache = LatentCache(cfg, np.float32, bf16)
     cache.append(
@@ -356,15 +382,7 @@ def test_attention_over_the_latent_is_its_twin(kind, bf16, T, S, monkeypatch):
     y = absorbed(q_nope, q_pe, w, cache, cfg, engine("float32"))
     wide = [a.astype(np.float64) for a in (q_nope, q_pe)]
     truth = mla.absorbed(*wide, w, cache, cfg, policy("float64"))
-    # scores of size |s| are off by γ(N + C + R)·|s|, which exp turns into a relative error
-    size = np.abs(dequantize(w, np.float64)).reshape(H, N + V, C)
-    latent = np.einsum("thn,hnc->thc", np.abs(wide[0]), size[:, :N])
-    s = np.einsum("thc,sc->ths", latent, np.abs(cache.c_kv)) + np.abs(wide[1]) @ np.abs(
-        cache.k_pe.T
-    )
-    off = 2 * gamma(N + C + 32) * (s * softmax_scale(cfg)).max() + gamma(S + C + 64)
-    most = np.einsum("c,hvc->hv", np.abs(cache.c_kv).max(axis=0), size[:, N:])
-    assert (np.abs(y - truth) <= off * most).all()
+    assert (np.abs(y - truth) <= attention_bound(*wide, w, cache, cfg, 2.0**-24)).all()
     for count in (1, 3):
         before = threads.pool().threads
         threads.use(count)
@@ -398,3 +416,24 @@ def test_a_cache_in_bf16_is_a_rounded_cache():
     np.testing.assert_array_equal(cache.c_kv, round_bf16(c_kv))
     np.testing.assert_array_equal(cache.k_pe, round_bf16(k_pe))
     assert cache.stored[0].nbytes == c_kv.nbytes // 2
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "q8", "f32"])
+@pytest.mark.parametrize(("T", "S"), [(3, 3), (40, 100), (300, 300), (257, 700)])
+def test_expanded_attention_by_heads_is_its_twin(kind, T, S):
+    """In float64, where the two differ by the order of their sums alone."""
+    cfg, rng = ATTENTION, np.random.default_rng(S + T)
+    H, N, V, C = 5, 128, 128, 256
+    w = draw(kind, H * (N + V), C, rng)
+    cache = LatentCache(cfg, np.float64)
+    cache.append(rng.standard_normal((S, C)), rng.standard_normal((S, 32)))
+    q_nope, q_pe = rng.standard_normal((T, H, N)) / 30, rng.standard_normal((T, H, 32))
+    truth = mla.expanded(q_nope, q_pe, w, cache, cfg, policy("float64"))
+    y = expanded(q_nope, q_pe, w, cache, cfg, engine("float64"))
+    assert (np.abs(y - truth) <= attention_bound(q_nope, q_pe, w, cache, cfg, 2.0**-53)).all()
+    for count in (1, 3):
+        before = threads.pool().threads
+        threads.use(count)
+        again = expanded(q_nope, q_pe, w, cache, cfg, engine("float64"))
+        threads.use(before)
+        np.testing.assert_array_equal(again, y)

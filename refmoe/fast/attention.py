@@ -13,21 +13,22 @@ arXiv:1805.02867 (online softmax); Dao et al., arXiv:2205.14135. Twins: those of
 `refmoe.model.mla`, which also serve where something inside is rounded or watched.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 
 from refmoe.config import Config
 from refmoe.fast import kernels, threads
-from refmoe.fast.linear import Stored, address, stored
-from refmoe.model import mla
+from refmoe.fast.linear import ALONE, FEW, Inputs, Stored, address, alone, stored, stored_anew
+from refmoe.model import matrix, mla
 from refmoe.model.cache import LatentCache
-from refmoe.model.matrix import Fp8Block, Matrix, widen_bf16
+from refmoe.model.matrix import BF16, Fp8Block, Matrix, dequantize
 from refmoe.model.numerics import Numerics
 from refmoe.model.rope import softmax_scale
 
 ROWS = 256  # queries
-BLOCK = 1024  # positions
+BLOCK = 512  # positions
 TOKENS = 2  # of `absorbed`
 
 
@@ -106,7 +107,7 @@ def _to_latent(q_nope: np.ndarray, m: Stored) -> np.ndarray:
     for t in range(T):
         x, y = address(q[t]), address(out[t])
         place = (*m.place, x, q.strides[1], y, out.strides[1], m.steps, N, O // H)
-        step = max(1, H // 16)
+        step = _together(m, H)
         pieces += [partial(m.how.sum, *place, h, min(h + step, H)) for h in range(0, H, step)]
     threads.pool().run(pieces)
     return kernels.restored(m.form, out.reshape(T * H, C)).reshape(T, H, C)
@@ -119,17 +120,46 @@ def _from_latent(context: np.ndarray, m: Stored, cfg: Config) -> np.ndarray:
     x = kernels.ordered(m.form, context.reshape(T * H, C)).reshape(T, H, C)
     out = np.empty((T, H, V), np.float32)
 
+    few, every, (w, w_row, s, s_row, share) = m.how.few, N + V, m.place
+    x_at, y_at, (x_row, x_head, _), (y_row, y_head, _) = (
+        address(x),
+        address(out),
+        x.strides,
+        out.strides,
+    )
+
     def heads(begin: int, end: int) -> None:
         for h in range(begin, end):
-            first = h * (N + V) + N
-            at = m.w + first * m.w_row, m.w_row, m.s + first // m.share * m.s_row, m.s_row, m.share
-            rows = address(x) + h * x.strides[1], x.strides[0]
-            to = address(out) + h * out.strides[1], out.strides[0]
-            m.how.few(*at, *rows, *to, m.steps, T, 0, V)
+            at = (
+                w + (h * every + N) * w_row,
+                w_row,
+                s + (h * every + N) // share * s_row,
+                s_row,
+                share,
+            )
+            few(*at, x_at + h * x_head, x_row, y_at + h * y_head, y_row, m.steps, T, 0, V)
 
-    step = max(1, H // 16)
+    step = _together(m, H)
     threads.pool().run([partial(heads, h, min(h + step, H)) for h in range(0, H, step)])
     return out
+
+
+def _product(w: np.ndarray, e: np.ndarray) -> np.ndarray:
+    return e @ w
+
+
+def _sums(m: Stored, e: np.ndarray) -> np.ndarray:
+    """e W for few rows of e, in this thread: [n, S], W [S, C] → [n, C]."""
+    assert m.how.sum is not None
+    out = np.empty((len(e), m.shape[1]), np.float32)
+    places = address(e), e.strides[0], address(out), out.strides[0]
+    m.how.sum(*m.place, *places, m.steps, e.shape[1], 0, 0, len(e))
+    return kernels.restored(m.form, out)
+
+
+def _together(m: Stored, H: int) -> int:
+    """Heads in a piece: all of a small matrix."""
+    return H if m.nbytes < 2 * ALONE else max(1, H // 16)
 
 
 def _attend(
@@ -145,17 +175,28 @@ def _attend(
     total = np.empty((count, T * H, 1), np.float32)
     parts = np.empty((count, T * H, C), np.float32)
 
+    matrices = [BF16(a) if cache.bf16 else a for a in cache.stored]
+    latents, keys = Inputs(q), Inputs(p)
+
     def block(i: int) -> None:
         rows = slice(i * BLOCK, min(S, (i + 1) * BLOCK))
-        c_kv, k_pe = (widen_bf16(a[rows]) if cache.bf16 else a[rows] for a in cache.stored)
-        s = (q @ c_kv.T + p @ k_pe.T) * scale  # [T·H, block]
+        c_kv, k_pe = (matrix.rows(m, rows) for m in matrices)
+        latent, rotated = stored_anew(c_kv), stored_anew(k_pe)
+        if T * H <= FEW and latent is not None and rotated is not None:
+            # so few rows of queries are tokens to the kernels, and the cache a matrix
+            s = (alone(latents, latent) + alone(keys, rotated)) * scale  # [T·H, block]
+            add: Callable[[np.ndarray], np.ndarray] = partial(_sums, latent)
+        else:
+            wide = dequantize(c_kv)
+            s = (q @ wide.T + p @ dequantize(k_pe).T) * scale
+            add = partial(_product, wide)
         if rows.stop > S - T + 1:
             s = np.where(np.arange(rows.start, rows.stop) <= last, s, -np.inf)
         top = s.max(axis=1, keepdims=True)
         most[i] = np.where(top > -np.inf, top, np.float32(0))
         e = np.exp(s - most[i])
         total[i] = e.sum(axis=1, keepdims=True)
-        parts[i] = e @ c_kv
+        parts[i] = add(e)
 
     pieces = [partial(block, i) for i in range(count)]
     if count == 1:

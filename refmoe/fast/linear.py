@@ -33,6 +33,8 @@ TILE = 1 << 20  # elements of a tile that NumPy dequantises: 4 MB of float32
 DECODED = 1 << 21  # elements of a tile that a kernel decodes: 8 MB, of a cache that cores share
 PIECE = 1 << 20  # bytes of weights that a thread takes at a time
 FEW = 12  # tokens; beyond, decoding once and multiplying by BLAS is quicker
+ALONE = 1 << 20  # bytes of weights that are not worth a second thread: some 30 µs
+KNOWN = 1 << 18  # matrices; K2 has 70,000
 ROWS = 2048  # of experts' inputs at once, which bounds the scratch
 
 
@@ -56,12 +58,31 @@ class Stored(NamedTuple):
         return self.shape[1] // self.how.form.columns
 
     @property
+    def nbytes(self) -> int:
+        return self.w_row * self.shape[0]
+
+    @property
     def place(self) -> tuple[int, int, int, int, int]:
         return self.w, self.w_row, self.s, self.s_row, self.share
 
 
 def stored(m: Matrix, fast: bool = False) -> Stored | None:
-    """None where no kernel reads it."""
+    """None where no kernel reads it. A checkpoint's matrices are remembered, and so held."""
+    if isinstance(m, np.ndarray):
+        return stored_anew(m, fast)
+    known = _known.get((id(m), fast))
+    if known is None:
+        if len(_known) >= KNOWN:
+            _known.clear()
+        known = _known[id(m), fast] = m, stored_anew(m, fast)
+    return known[1]
+
+
+_known: dict[tuple[int, bool], tuple[Matrix, Stored | None]] = {}
+
+
+def stored_anew(m: Matrix, fast: bool = False) -> Stored | None:
+    """The same, for a matrix that soon is another."""
     scale: np.ndarray | None = None
     share = 1
     match m:
@@ -142,9 +163,22 @@ def multiply(products: Sequence[tuple[Inputs, Stored]]) -> list[np.ndarray]:
             pieces += _many(inputs.many(m.form), m, y)
             blas = True
         out.append(y)
-    with threads.one_blas_thread() if blas and len(pieces) > 1 else nullcontext():
+    if sum(m.nbytes * len(inputs.x) for inputs, m in products) < ALONE:
+        for piece in pieces:
+            piece()
+        return out
+    with threads.one_blas_thread() if blas else nullcontext():
         threads.pool().run(pieces)
     return out
+
+
+def alone(inputs: Inputs, m: Stored) -> np.ndarray:
+    """y = x Wᵀ of a few tokens, in this thread: float32 [T, O]."""
+    x = inputs.few(m.form)
+    y = np.empty((len(x), m.shape[0]), np.float32)
+    places = address(x), x.strides[0], address(y), y.strides[0]
+    m.how.few(*m.place, *places, m.steps, len(x), 0, m.shape[0])
+    return y
 
 
 def _few(x: np.ndarray, m: Stored, y: np.ndarray) -> Iterator[threads.Piece]:
@@ -185,6 +219,8 @@ def linear(
     if x.dtype == np.float32 and len(x) and not _rounds(m, rounded):
         known = stored(m, fast)
         if known is not None:
+            if len(x) <= FEW and known.nbytes * len(x) < ALONE:
+                return alone(Inputs(x), known)
             (y,) = multiply([(Inputs(x), known)])
             return y
     y = np.empty((len(x), m.shape[0]), x.dtype)

@@ -61,13 +61,14 @@ class Pool:
             threading.Thread(target=self._help, daemon=True).start()
 
     def _help(self) -> None:
+        _here.helping = True
         while True:
             self.jobs.get().help()
 
     def run(self, pieces: Sequence[Piece]) -> None:
         """All of them, in any order; an error of one is raised here, when no other is at work."""
         helpers = min(self.threads, len(pieces)) - 1
-        if helpers < 1:
+        if helpers < 1 or getattr(_here, "helping", False):  # a helper would wait for itself
             for piece in pieces:
                 piece()
             return
@@ -83,6 +84,7 @@ class Pool:
             raise job.error
 
 
+_here = threading.local()
 _pool: Pool | None = None
 
 

@@ -22,6 +22,7 @@ K2-Thinking: theta = 50000, R = 64, L = 4096, beta_fast = beta_slow = 1; K2.5: b
 """
 
 import math
+from functools import cache
 
 import numpy as np
 
@@ -29,11 +30,13 @@ from refmoe.config import Config, Yarn
 from refmoe.model.numerics import Numerics, array_module
 
 
+@cache
 def inv_freq(cfg: Config, betas: tuple[float, float] | None = None) -> np.ndarray:
     """Radians a position for each pair, [R/2] float64; `betas` (fast, slow) override the config."""
     R, theta, yarn = cfg.qk_rope_head_dim, cfg.rope_theta, cfg.rope_scaling
     base = theta ** (-np.arange(0, R, 2) / R)  # [R/2]
     if yarn is None:
+        base.flags.writeable = False  # remembered
         return base
 
     def d(rotations: float) -> float:
@@ -44,7 +47,9 @@ def inv_freq(cfg: Config, betas: tuple[float, float] | None = None) -> np.ndarra
     low, high = max(math.floor(d(fast)), 0), min(math.ceil(d(slow)), R - 1)
     width = high - low or 0.001  # 0.001 as in every implementation: a step, not a division by zero
     r = np.clip((np.arange(R // 2) - low) / width, 0, 1)  # [R/2]
-    return base * (1 - r) + base / yarn.factor * r
+    out = base * (1 - r) + base / yarn.factor * r
+    out.flags.writeable = False
+    return out
 
 
 def cos_sin(positions: np.ndarray, cfg: Config, nx: Numerics) -> tuple[np.ndarray, np.ndarray]:

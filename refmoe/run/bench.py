@@ -10,9 +10,12 @@ the best of each counts: what the machine can do, and what the kernel can. Readi
 words, which the compiler makes as wide as the machine.
 """
 
+import importlib
+import json
 import platform
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,15 +24,29 @@ from typing import Any
 import numba
 import numpy as np
 
+from refmoe import __version__ as refmoe_version
+from refmoe.config import InputError, read_object
 from refmoe.fast import threads
 from refmoe.fast.kernels import VNNI, kernel
 from refmoe.fast.linear import Inputs, multiply, stored
 from refmoe.model import matrix
 from refmoe.model.decoder import Decoder
 from refmoe.model.experts import MoeWeights
-from refmoe.model.matrix import BF16, E4M3, Fp8Block, Int4, Matrix, dequantize, quantize_q8
-from refmoe.run.generate import prefill, step
-from refmoe.run.model import Model
+from refmoe.model.matrix import (
+    BF16,
+    E4M3,
+    Fp8Block,
+    Int4,
+    Matrix,
+    bf16_bits,
+    dequantize,
+    quantize_q8,
+)
+from refmoe.run.generate import prefill, step, working
+from refmoe.run.model import Model, load
+from refmoe.weights.checkpoint import Checkpoint, expected
+from refmoe.weights.random import SINGLE
+from refmoe.weights.stream import Spec, write_stream
 
 READ = 1 << 29  # bytes: far beyond any cache
 ROUNDS = 7
@@ -50,7 +67,7 @@ def machine() -> str:
 
 
 @kernel
-def _read(words):  # type: ignore[no-untyped-def]
+def _read(words):  # type: ignore
     total = np.uint64(0)
     for i in range(words.size):
         total += words[i]
@@ -64,7 +81,7 @@ class Stream:
         words = np.ones(READ // 8, np.uint64)
         self.nbytes, self.best = words.nbytes, 0.0
         self.pieces = [partial(_read, part) for part in np.split(words, 64)]
-        self.pieces[0]()  # compiled
+        threads.pool().run(self.pieces[:1])  # compiled
 
     def measure(self) -> None:
         seconds = _time(partial(threads.pool().run, self.pieces))
@@ -271,16 +288,18 @@ def prompt(model: Model, decoder: Decoder, count: int = 128, runs: int = 3) -> d
     }
 
 
-def peers(folder: Path, steps: int = 8, length: int = 128) -> dict[str, Any]:
+def peers(
+    folder: Path | None, scratch: Path | None = None, steps: int = 8, length: int = 128
+) -> dict[str, Any]:
     """refmoe and transformers (bf16, eager, cached) on one checkpoint, in one run."""
-    rows = []
+    rows: list[tuple[str, str, float, float]] = []
     for dense in ("exact", "q8"):
         model = load(folder, dense=dense)
         decoder = working(model)
         one, many = decode(model, decoder, 16, steps), prompt(model, decoder, length)
-        rows.append(("refmoe, " + dense, version, one["tok_s"], many["tok_s"]))
+        rows.append((f"refmoe, {dense}", refmoe_version, one["tok_s"], many["tok_s"]))
     ids = _tokens(model, length)
-    rows += _transformers(folder, ids, steps)
+    rows += _transformers(model.checkpoint.path, scratch, ids, steps)
     (_, _, base_decode, base_prefill), *_ = rows
     return {
         "machine": machine(),
@@ -298,15 +317,17 @@ def peers(folder: Path, steps: int = 8, length: int = 128) -> dict[str, Any]:
     }
 
 
-def _transformers(folder: Path, ids: list[int], steps: int) -> list[tuple[str, str, float, float]]:
-    """What transformers reads it as: routed experts dequantised to bf16, which is 4 times larger."""
+def _transformers(
+    folder: Path, scratch: Path | None, ids: list[int], steps: int
+) -> list[tuple[str, str, float, float]]:
+    """transformers on the same values, routed experts dequantised to bf16: four times the bytes."""
     try:
-        import torch
-        import transformers
+        torch: Any = importlib.import_module("torch")
+        transformers: Any = importlib.import_module("transformers")
     except ModuleNotFoundError as e:
         raise InputError(f"{e.name} is missing: pip install 'refmoe[peers]'") from None
-    with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
-        write_bf16(folder, Path(tmp))
+    with tempfile.TemporaryDirectory(dir=scratch) as tmp:
+        _write_bf16(folder, Path(tmp))
         transformers.utils.logging.disable_progress_bar()
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             tmp, dtype=torch.bfloat16, attn_implementation="eager", output_loading_info=True
@@ -324,8 +345,32 @@ def _transformers(folder: Path, ids: list[int], steps: int) -> list[tuple[str, s
             for token in ids[16 : 16 + 2 * steps]:
                 one = torch.tensor([[token]])
                 each.append(_time(partial(model, one, past_key_values=past, use_cache=True)))
-    which = f"{transformers.__version__}"
+    which = str(transformers.__version__)
     return [("transformers", which, 1 / min(each[steps:]), len(ids) / min(first))]
+
+
+def _write_bf16(folder: Path, out: Path) -> None:
+    """The checkpoint without quantisation, every matrix rounded to bf16, as `deepseek_v3`."""
+    checkpoint = Checkpoint.open(folder)
+    raw = read_object(folder / "config.json")
+    raw = {k: v for k, v in raw.items() if k != "quantization_config"}
+    raw |= {"model_type": "deepseek_v3", "torch_dtype": "bfloat16"}
+    (out / "config.json").write_text(json.dumps(raw), "utf-8")
+    plain = [
+        (name, shape) for name, shape, _ in expected(replace(checkpoint.cfg, quantization=None))
+    ]
+
+    def rows() -> Iterator[np.ndarray]:
+        for name, _ in plain:
+            if name.endswith("_bias"):
+                yield checkpoint.array(name).astype(np.float32)
+                continue
+            m = checkpoint.matrix(name.removesuffix(".weight"))
+            for _, tile in matrix.tiles(m, 1 << 22) if len(m.shape) == 2 else [(0, m)]:
+                yield bf16_bits(dequantize(tile))
+
+    specs = [Spec(n, "F32" if n.endswith("_bias") else "BF16", shape) for n, shape in plain]
+    write_stream(out / SINGLE, specs, rows())
 
 
 def table(what: str, document: dict[str, Any]) -> list[str]:

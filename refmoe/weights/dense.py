@@ -11,20 +11,19 @@ alone: matrices without whole groups of 32 columns, and those that are INT4 alre
 """
 
 import hashlib
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import MlpWeights, MoeWeights
 from refmoe.model.matrix import Q8, Int4, Matrix, dequantize, quantize_q8, tiles
-from refmoe.weights.checkpoint import Checkpoint, Stored, read_header
+from refmoe.weights.checkpoint import Checkpoint, read_header
+from refmoe.weights.stream import Spec, write_stream
 
 LARGE = 1 << 28  # bytes of blocks from which on they are kept in a file
 TILE = 1 << 20  # elements that are made wide at once
@@ -42,7 +41,7 @@ def dense_q8(checkpoint: Checkpoint, decoder: Decoder, keep: bool | None = None)
     size = sum(size_of(m) for m in matrices.values())
     made = _kept(checkpoint, matrices, size) if keep or (keep is None and size > LARGE) else None
     if made is None:
-        made = {name: q8 for name, q8 in _made(matrices, size)}
+        made = {name: quantized(m) for name, m in matrices.items()}
     return replaced(decoder, lambda name, _: made[name])
 
 
@@ -90,14 +89,6 @@ def quantized(m: Matrix) -> Q8:
     return out
 
 
-def _made(matrices: dict[str, Matrix], size: int) -> Iterator[tuple[str, Q8]]:
-    silent = size < LARGE
-    with tqdm(total=size, unit="B", unit_scale=True, desc="8-bit", disable=silent) as bar:
-        for name, m in matrices.items():
-            yield name, quantized(m)
-            bar.update(size_of(m))
-
-
 def folder() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "refmoe" / "dense"
@@ -107,45 +98,33 @@ def _kept(checkpoint: Checkpoint, matrices: dict[str, Matrix], size: int) -> dic
     """From the file, which is made if it is not there or not whole; None if it cannot be."""
     key = hashlib.sha256(f"{checkpoint.identity} {sorted(matrices)}".encode()).hexdigest()
     file = folder() / f"{key}.safetensors"
-    shapes = {name: (m.shape[0], m.shape[1] // 32, 34) for name, m in matrices.items()}
     try:
         if not file.is_file() or not _whole(file):
             folder().mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(folder()).free < 2 * size:
                 return None  # not worth the last of somebody's disk
-            _write(file, matrices, shapes, size)
-        return {name: _mapped(t, shapes[name]) for name, t in read_header(file).items()}
+            _write(file, matrices)
+        return {
+            name: Q8(np.asarray(np.memmap(file, np.uint8, "r", t.start, t.shape)))
+            for name, t in read_header(file).items()
+        }
     except OSError:
         return None
 
 
-def _mapped(t: Stored, shape: tuple[int, ...]) -> Q8:
-    return Q8(np.asarray(np.memmap(t.file, np.uint8, "r", t.start, shape)))
+def _write(file: Path, matrices: dict[str, Matrix]) -> None:
+    """One matrix in memory at a time; the hash beside it."""
+    digest = hashlib.sha256()
 
+    def blocks() -> Iterator[np.ndarray]:
+        for m in matrices.values():
+            q8 = quantized(m).blocks
+            digest.update(q8.data)
+            yield q8
 
-def _write(
-    file: Path, matrices: dict[str, Matrix], shapes: Mapping[str, tuple[int, ...]], size: int
-) -> None:
-    """The safetensors layout, one matrix in memory at a time; the hash beside it."""
-    header, start = {}, 0
-    for name, m in matrices.items():
-        end = start + size_of(m)
-        header[name] = {"dtype": "U8", "shape": shapes[name], "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    part = file.with_suffix(f".{os.getpid()}.part")
-    try:
-        digest = hashlib.sha256()
-        with part.open("wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            for _, q8 in _made(matrices, size):
-                digest.update(q8.blocks.data)
-                out.write(q8.blocks.data)
-        file.with_suffix(".sha256").write_text(digest.hexdigest() + "\n")
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
+    specs = [Spec(n, "U8", (m.shape[0], m.shape[1] // 32, 34)) for n, m in matrices.items()]
+    write_stream(file, specs, blocks(), "dense weights in 8 bits")
+    file.with_suffix(".sha256").write_text(digest.hexdigest() + "\n")
 
 
 def _whole(file: Path) -> bool:

@@ -7,7 +7,6 @@ much quicker than drawing 20 billion. It has no vocabulary; prompts are ids.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from math import prod, sqrt
@@ -15,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from refmoe.config import Config, InputError
-from refmoe.weights.checkpoint import DTYPES, expected
+from refmoe.weights.checkpoint import expected
 from refmoe.weights.random import FIXED, INT4_CONFIG, SINGLE, bf16_bits
+from refmoe.weights.stream import Spec, write_stream
 
 SHAPE: dict[str, Any] = {  # moonshotai/Kimi-K2-Thinking config.json, but for the number of layers
     "hidden_size": 7168,
@@ -67,50 +66,34 @@ def k2_slice(folder: Path, experts: int = 384, vocab: int = 163840) -> Path:
     raw |= {"vocab_size": vocab, "torch_dtype": "bfloat16", "quantization_config": INT4_CONFIG}
     raw |= {k: v % vocab for k, v in raw.items() if k.endswith("_token_id")}
     cfg = Config.from_dict(raw)
-    tensors = [
-        (name, shape, "F32" if name.endswith("_bias") else dtypes[0])
+    specs = [
+        Spec(name, "F32" if name.endswith("_bias") else dtypes[0], shape)
         for name, shape, dtypes in expected(cfg)
     ]
-    sizes = [prod(shape) * np.dtype(DTYPES[dtype]).itemsize for _, shape, dtype in tensors]
+    size = sum(spec.nbytes for spec in specs)
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
-    if free < sum(sizes) + (1 << 30):
+    if free < size + (1 << 30):
         raise InputError(
-            f"{folder}: the slice takes {sum(sizes) / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+            f"{folder}: the slice takes {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
             "name another folder, or fewer --experts and a smaller --vocab"
         )
     path.mkdir(exist_ok=True)
     (path / "config.json").write_text(json.dumps(raw, indent=2) + "\n", "utf-8")
-    header: dict[str, Any] = {}
-    start = 0
-    for (name, shape, dtype), size in zip(tensors, sizes, strict=True):
-        offsets = [start, start + size]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-        start += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 64 + 56)  # tensors begin at whole cache lines
-    part = path / (SINGLE + ".part")
-    with (
-        part.open("wb") as out,
-        tqdm(total=start, unit="B", unit_scale=True, desc=path.name) as bar,
-    ):
-        out.write(len(text).to_bytes(8, "little") + text)
-        for chunk in _chunks(tensors):
-            out.write(chunk.data)
-            bar.update(chunk.nbytes)
-    os.replace(part, path / SINGLE)
+    write_stream(path / SINGLE, specs, _chunks(specs), path.name)
     return path
 
 
-def _chunks(tensors: list[tuple[str, tuple[int, ...], str]]) -> Iterator[np.ndarray]:
+def _chunks(specs: list[Spec]) -> Iterator[np.ndarray]:
     """Every tensor's bytes in order, at most `DRAWN` numbers at a time."""
     rng = np.random.Generator(np.random.SFC64(0))
     normal = rng.standard_normal(DRAWN, np.float32)
     words = rng.integers(-(2**31), 2**31, DRAWN, np.int32)
-    for name, shape, dtype in tensors:
+    shapes = {spec.name: spec.shape for spec in specs}
+    for name, dtype, shape in specs:
         if dtype == "I32" and name.endswith("_shape"):
-            O, words_ = next(s for n, s, _ in tensors if n == name.replace("_shape", "_packed"))
-            yield np.array([O, 8 * words_], np.int32)
+            O, W = shapes[name.replace("_shape", "_packed")]
+            yield np.array([O, 8 * W], np.int32)
             continue
         plain = words if dtype == "I32" else _scaled(name, shape, normal)
         plain = bf16_bits(plain) if dtype == "BF16" else plain

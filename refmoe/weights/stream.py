@@ -1,0 +1,61 @@
+"""A safetensors file written as a stream: one tensor after another, no other in memory.
+
+The library's writer (safetensors.serialize_file) wants all of them at once.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from refmoe.weights.checkpoint import DTYPES
+
+ALIGNED = 64  # bytes: tensors begin at whole cache lines where their sizes let them
+
+
+class Spec(NamedTuple):
+    name: str
+    dtype: str  # as safetensors spells it
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
+
+
+def write_stream(
+    file: Path, specs: Sequence[Spec], chunks: Iterable[np.ndarray], said: str | None = None
+) -> None:
+    """The file, under its name only once it is whole. `chunks`: the tensors' bytes in order, in
+    pieces of any size. `said`: a name for the progress bar."""
+    header, start = {}, 0
+    for spec in specs:
+        end = start + spec.nbytes
+        header[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [start, end],
+        }
+        start = end
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNED)
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    bar = tqdm(total=start, unit="B", unit_scale=True, desc=said, disable=said is None)
+    written = 0
+    try:
+        with part.open("wb") as out, bar:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for chunk in chunks:
+                out.write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
+                written += chunk.nbytes
+                bar.update(chunk.nbytes)
+        if written != start:
+            raise ValueError(f"{file}: {written} bytes came for tensors of {start}")
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
