@@ -36,6 +36,7 @@ from refmoe.text.explain import explain
 from refmoe.text.tokenizer import Tokenizer
 from refmoe.weights import members, random
 from refmoe.weights.checkpoint import Checkpoint, summary, tensor_class
+from refmoe.weights.dense import sizes as dense_sizes
 from refmoe.weights.k2_slice import k2_slice
 
 
@@ -179,6 +180,8 @@ def _inspect(args: argparse.Namespace) -> int:
             t.name: {"dtype": t.dtype, "shape": list(t.shape), "file": t.file.name}
             for t in checkpoint.tensors.values()
         }
+        exact, q8 = dense_sizes(checkpoint)
+        facts |= {"dense": {"exact": exact, "q8": q8}}
         lists = {"missing": checkpoint.missing, "unread": checkpoint.unread}
         _print_json({"config": raw, "tensors": tensors, **facts, **lists})
         return 1 if checkpoint.missing else 0
@@ -200,6 +203,8 @@ def _inspect(args: argparse.Namespace) -> int:
         dtypes = ", ".join(f"{n} {dtype}" for dtype, n in sorted(formats[kind].items()))
         print(f"{kind:<16}{size:>18,}  {dtypes}")
     print(f"{'total':<16}{sum(facts['bytes'].values()):>18,}")
+    exact, q8 = dense_sizes(checkpoint)
+    print(f"attention, shared experts, dense mlp, head: {exact:,}, with --dense q8 {q8:,}")
     for what, names in (
         ("missing", checkpoint.missing),
         ("unread", checkpoint.unread),
@@ -408,6 +413,7 @@ def _bench(args: argparse.Namespace) -> int:
         return _bench_oracle(args)
     from refmoe.run import bench as speed  # Numba
 
+    _announce()
     if args.threads is not None:
         use_threads(args.threads)
     if args.what == "kernels":
@@ -590,7 +596,15 @@ def _open(args: argparse.Namespace) -> Model:
     model = load(args.model, args.numerics, args.reference, args.conventions, dense)
     for line in model.checkpoint.warnings:
         print(f"refmoe: warning: {line}", file=sys.stderr)
+    if not args.reference:
+        _announce()
     return model
+
+
+def _announce() -> None:
+    from refmoe.fast import kernels  # Numba, which the model has loaded
+
+    kernels.announce(lambda text: print(f"refmoe: {text}", file=sys.stderr))
 
 
 def _prompt(args: argparse.Namespace, model: Model) -> list[int]:

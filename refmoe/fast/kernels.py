@@ -37,7 +37,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, event
 from numba.extending import intrinsic
 
 LANES = 16
@@ -476,6 +476,26 @@ def kernel(function: Callable[..., Any]) -> Any:
         return numba.njit(function, cache=not PLAIN, nogil=True, fastmath={"contract"})
     except RuntimeError:  # no folder that can be written to
         return numba.njit(function, nogil=True, fastmath={"contract"})
+
+
+class _Once(event.Listener):
+    """Says once that something is compiled."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say: Callable[[str], None] | None = say
+
+    def on_start(self, _: event.Event) -> None:
+        if self.say is not None:
+            self.say("compiling kernels for this processor, a few seconds; they are kept")
+            self.say = None
+
+    def on_end(self, _: event.Event) -> None:
+        pass
+
+
+def announce(say: Callable[[str], None]) -> None:
+    """Have a first compilation told; one that is read back from disk is not."""
+    event.register("numba:compile", _Once(say))  # type: ignore[no-untyped-call]
 
 
 _dots_f32 = dots(F32)

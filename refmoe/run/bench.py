@@ -80,7 +80,8 @@ class Stream:
     def __init__(self) -> None:
         words = np.ones(READ // 8, np.uint64)
         self.nbytes, self.best = words.nbytes, 0.0
-        self.pieces = [partial(_read, part) for part in np.split(words, 64)]
+        read: Any = _read
+        self.pieces = [partial(read, part) for part in np.split(words, 64)]
         threads.pool().run(self.pieces[:1])  # compiled
 
     def measure(self) -> None:
@@ -107,7 +108,9 @@ def draw(name: str, O: int, I: int, rng: np.random.Generator) -> Matrix:
     w = rng.standard_normal((O, I), np.float32)
     if name == "bf16":
         return BF16((w.view(np.uint32) >> 16).astype(np.uint16))
-    return {"q8": quantize_q8, "f16": lambda w: w.astype(np.float16)}.get(name, lambda w: w)(w)
+    if name == "q8":
+        return quantize_q8(w)
+    return w.astype(np.float16) if name == "f16" else w
 
 
 def kernels(

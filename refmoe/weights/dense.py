@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,10 @@ import numpy as np
 from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import MlpWeights, MoeWeights
 from refmoe.model.matrix import Q8, Int4, Matrix, dequantize, quantize_q8, tiles
-from refmoe.weights.checkpoint import Checkpoint, read_header
+from refmoe.weights.checkpoint import Checkpoint, read_header, tensor_class
 from refmoe.weights.stream import Spec, write_stream
 
+CLASSES = ("attention", "shared experts", "dense mlp", "head")
 LARGE = 1 << 28  # bytes of blocks from which on they are kept in a file
 TILE = 1 << 20  # elements that are made wide at once
 
@@ -43,6 +45,18 @@ def dense_q8(checkpoint: Checkpoint, decoder: Decoder, keep: bool | None = None)
     if made is None:
         made = {name: quantized(m) for name, m in matrices.items()}
     return replaced(decoder, lambda name, _: made[name])
+
+
+def sizes(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Bytes of these matrices as they are stored, and in 8 bits."""
+    exact = q8 = 0
+    for name, t in checkpoint.tensors.items():
+        if tensor_class(name, checkpoint.cfg) in CLASSES and "layernorm" not in name:
+            exact += t.nbytes
+            alone = t.dtype == "I32" or not name.endswith(".weight") or t.shape[-1] % 32
+            q8 += t.nbytes if alone and not name.endswith("_inv") else 0
+            q8 += 0 if alone else prod(t.shape) // 32 * 34
+    return exact, q8
 
 
 def replaced(decoder: Decoder, change: Callable[[str, Matrix], Matrix]) -> Decoder:
