@@ -67,7 +67,9 @@ def test_inspect_tells_bytes_and_parameters(capsys):
     code, out, _ = run("inspect", "--json", capsys=capsys)
     document = json.loads(out)
     assert code == 0
-    assert set(document) == {"config", "tensors", "bytes", "parameters", "missing", "unread"}
+    assert set(document) == {
+        *("config", "tensors", "bytes", "dense", "parameters", "missing", "unread")
+    }
     assert document["config"]["n_routed_experts"] == 40
     assert sum(document["bytes"].values()) == sum(
         np.prod(t["shape"]) * {"BF16": 2, "I32": 4, "F32": 4}[t["dtype"]]

@@ -5,9 +5,10 @@
     prefill    a prompt: tok/s
     peers      the small slice of K2 through transformers beside refmoe
 
-Rates of a shared machine swing by a third within a minute, so reading and measuring alternate, and
-the best of each counts: what the machine can do, and what the kernel can. Reading adds up 64-bit
-words, which the compiler makes as wide as the machine.
+Rates of a shared machine change by half from one second to the next. So reading and measuring take
+turns, a ratio is of neighbours, and the middle one of all ratios counts; rates are the middle ones
+too, and the best is given beside them. Reading adds up 64-bit words, which the compiler makes as
+wide as the machine.
 """
 
 import importlib
@@ -49,7 +50,7 @@ from refmoe.weights.random import SINGLE
 from refmoe.weights.stream import Spec, write_stream
 
 READ = 1 << 29  # bytes: far beyond any cache
-ROUNDS = 7
+ROUNDS = 15
 NAMES = ("bf16", "q8", "int4-fast", "int4-exact", "fp8", "f16", "f32")
 SHAPES = ((2048, 7168), (7168, 2048))  # K2's experts: gate and up, down
 EIGHT = 8  # matrices at once, as many as a token has experts
@@ -75,18 +76,30 @@ def _read(words):  # type: ignore
 
 
 class Stream:
-    """The rate at which this many threads read memory, in GB/s: the best so far."""
+    """The rate at which this many threads read memory, in GB/s."""
 
     def __init__(self) -> None:
         words = np.ones(READ // 8, np.uint64)
-        self.nbytes, self.best = words.nbytes, 0.0
         read: Any = _read
+        self.nbytes, self.rates = words.nbytes, [0.0]
         self.pieces = [partial(read, part) for part in np.split(words, 64)]
         threads.pool().run(self.pieces[:1])  # compiled
+        self.rates = [self.measure()]
 
-    def measure(self) -> None:
-        seconds = _time(partial(threads.pool().run, self.pieces))
-        self.best = max(self.best, self.nbytes / seconds / 1e9)
+    def measure(self) -> float:
+        rate = self.nbytes / _time(partial(threads.pool().run, self.pieces)) / 1e9
+        self.rates.append(rate)
+        return rate
+
+    def beside(self, run: Callable[[], float]) -> float:
+        """`run`'s rate over that of reading before and after it."""
+        before = self.rates[-1]
+        rate = run()
+        return 2 * rate / (before + self.measure())
+
+    @property
+    def rate(self) -> float:
+        return float(np.median(self.rates))
 
 
 def _time(run: Callable[[], Any]) -> float:
@@ -122,7 +135,10 @@ def kernels(
     """A row for each format, shape, number of threads and of tokens."""
     counts = list(counts) or sorted({1, threads.available()})
     rng = np.random.default_rng(0)
-    streams: dict[int, Stream] = {count: Stream() for count in counts}
+    streams: dict[int, Stream] = {}
+    for count in counts:
+        threads.use(count)
+        streams[count] = Stream()
     rows: list[dict[str, Any]] = []
     for name in names:
         for O, I in shapes:
@@ -132,38 +148,40 @@ def kernels(
                 error = _relative_error(name, each[0], x)
                 for count in counts:
                     threads.use(count)
-                    seconds = _best(name, each, x, streams[count])
-                    nbytes = sum(m.nbytes for m in each)
+                    rates, ratios = _rates(name, each, x, streams[count])
                     shape = {"rows": O, "cols": I, "tokens": T}
                     row: dict[str, Any] = {"name": name, "format": _format(each[0])}
                     row |= {"threads": count, **shape}
-                    row |= {"gbs": nbytes / seconds / 1e9, "rel_error": error}
-                    rows.append(row)
+                    middle, best = float(np.median(rates)), max(rates)
+                    row |= {"gbs": middle, "gbs_best": best, "ratio": float(np.median(ratios))}
+                    rows.append({**row, "rel_error": error})
     threads.use(threads.available())
-    for row in rows:
-        row["ratio"] = row["gbs"] / streams[int(row["threads"])].best
-    rates = {str(count): s.best for count, s in streams.items()}
-    return {"machine": machine(), "stream_gbs": rates, "kernels": rows}
+    reading = {str(count): s.rate for count, s in streams.items()}
+    return {"machine": machine(), "stream_gbs": reading, "kernels": rows}
 
 
 def _format(m: Matrix) -> str:
     return m.dtype.name if isinstance(m, np.ndarray) else type(m).__name__
 
 
-def _best(name: str, each: Sequence[Matrix], x: np.ndarray, stream: Stream) -> float:
+def _rates(
+    name: str, each: Sequence[Matrix], x: np.ndarray, stream: Stream
+) -> tuple[list[float], list[float]]:
+    """GB/s of weights, and its ratios to reading."""
     known = [stored(m, fast=name == "int4-fast") for m in each]
     here = [m for m in known if m is not None]
+    nbytes = sum(m.nbytes for m in each)
+    rates: list[float] = []
 
-    def run() -> None:
+    def run() -> float:
         inputs = Inputs(x)
-        multiply([(inputs, m) for m in here])
+        rates.append(nbytes / _time(lambda: multiply([(inputs, m) for m in here])) / 1e9)
+        return rates[-1]
 
     run()
-    seconds = []
-    for _ in range(ROUNDS):
-        stream.measure()
-        seconds += [_time(run) for _ in range(3)]
-    return min(seconds)
+    stream.measure()
+    rates.clear()
+    return rates, [stream.beside(run) for _ in range(ROUNDS)]
 
 
 def _relative_error(name: str, m: Matrix, x: np.ndarray) -> float:
@@ -241,51 +259,58 @@ def decode(model: Model, decoder: Decoder, prompt: int = 16, steps: int = 24) ->
     prefill(decoder, ids[:prompt], memory)
     for token in ids[prompt : prompt + steps]:  # pages and caches as they will be
         step(decoder, token, memory)
-    seconds: list[float] = []
-    for n, token in enumerate(ids[prompt + steps :]):
-        if n % 4 == 0:
-            stream.measure()
-        seconds.append(_time(partial(step, decoder, token, memory)))
+    nbytes = bytes_per_token(decoder, prompt + steps + steps // 2)
+    rates: list[float] = []
+
+    def one(token: int) -> float:
+        rates.append(1 / _time(partial(step, decoder, token, memory)))
+        return nbytes * rates[-1] / 1e9
+
+    stream.measure()
+    ratios = [stream.beside(partial(one, token)) for token in ids[prompt + steps :]]
     clock = Clock()
     watched = decoder.using(replace(decoder.nx, watch=clock))
     clock.last = time.perf_counter()
     for token in ids[prompt : prompt + steps]:
         step(watched, token, memory)
-    nbytes = bytes_per_token(decoder, memory[0].length)
-    rate = 1 / min(seconds)
+    rate = float(np.median(rates))
     return {
         "tok_s": rate,
-        "tok_s_median": float(1 / np.median(seconds)),
+        "tok_s_best": max(rates),
         "bytes_per_token": nbytes,
         "gbs": nbytes * rate / 1e9,
-        "stream_gbs": stream.best,
-        "ratio": nbytes * rate / 1e9 / stream.best,
+        "stream_gbs": stream.rate,
+        "ratio": float(np.median(ratios)),
         "threads": threads.pool().threads,
         "parts": {part: s / steps for part, s in clock.seconds.items()},
     }
 
 
-def prompt(model: Model, decoder: Decoder, count: int = 128, runs: int = 3) -> dict[str, Any]:
+def prompt(model: Model, decoder: Decoder, count: int = 128, runs: int = 5) -> dict[str, Any]:
     """A whole prompt at once; the head of its last token alone."""
     stream, ids = Stream(), _tokens(model, count)
     prefill(decoder, ids, decoder.caches())
-    seconds = []
-    for _ in range(runs):
-        stream.measure()
-        seconds.append(_time(lambda: prefill(decoder, ids, decoder.caches())))
+    nbytes = sum(t.nbytes for n, t in model.checkpoint.tensors.items() if "embed_tokens" not in n)
+    rates: list[float] = []
+
+    def once() -> float:
+        rates.append(count / _time(lambda: prefill(decoder, ids, decoder.caches())))
+        return nbytes / count * rates[-1] / 1e9
+
+    stream.measure()
+    ratios = [stream.beside(once) for _ in range(runs)]
     clock = Clock()
     watched = decoder.using(replace(decoder.nx, watch=clock))
     clock.last = time.perf_counter()
     prefill(watched, ids, watched.caches())
-    nbytes = sum(t.nbytes for n, t in model.checkpoint.tensors.items() if "embed_tokens" not in n)
-    best = min(seconds)
+    rate = float(np.median(rates))
     return {
-        "tok_s": count / best,
-        "tok_s_median": float(count / np.median(seconds)),
+        "tok_s": rate,
+        "tok_s_best": max(rates),
         "bytes_per_token": nbytes // count,
-        "gbs": nbytes / best / 1e9,
-        "stream_gbs": stream.best,
-        "ratio": nbytes / best / 1e9 / stream.best,
+        "gbs": nbytes / count * rate / 1e9,
+        "stream_gbs": stream.rate,
+        "ratio": float(np.median(ratios)),
         "threads": threads.pool().threads,
         "parts": {part: s / count for part, s in clock.seconds.items()},
     }
@@ -403,10 +428,10 @@ def table(what: str, document: dict[str, Any]) -> list[str]:
         else (d["bytes_per_token"] / 1e6, "MB")
     )
     out += [
-        f"{d['tok_s']:.2f} tok/s, the middle one of all {d['tok_s_median']:.2f} "
+        f"{d['tok_s']:.2f} tok/s, at best {d['tok_s_best']:.2f} "
         f"(dense {d['dense']}, INT4 {d['int4']}, cache {d['cache']}, {d['threads']} threads)",
-        f"{size:.3f} {unit} a token: {d['gbs']:.1f} GB/s, {d['ratio']:.2f} of the "
-        f"{d['stream_gbs']:.1f} GB/s that reading alone reaches",
+        f"{size:.3f} {unit} a token: {d['gbs']:.1f} GB/s, {d['ratio']:.2f} of what reading alone "
+        f"gives at the same time (in the middle {d['stream_gbs']:.1f} GB/s)",
     ]
     for part, seconds in sorted(d["parts"].items(), key=lambda p: -p[1]):
         out.append(f"{part:<16}{1e3 * seconds:>9.3f} ms a token")
