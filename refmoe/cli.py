@@ -27,6 +27,7 @@ from refmoe.oracle.report import write as write_html
 from refmoe.oracle.trace import trace, write
 from refmoe.oracle.truth import check_truth, read_truth
 from refmoe.oracle.truth import make as make_truth
+from refmoe.run import export
 from refmoe.run.dialogue import Dialogue, interact, printable
 from refmoe.run.generate import generate_tokens, working
 from refmoe.run.model import DENSE, Model, golden_folder, load
@@ -37,6 +38,7 @@ from refmoe.text.tokenizer import Tokenizer
 from refmoe.weights import members, random
 from refmoe.weights.checkpoint import Checkpoint, summary, tensor_class
 from refmoe.weights.dense import sizes as dense_sizes
+from refmoe.weights.gguf import Gguf, opened
 from refmoe.weights.k2_slice import k2_slice
 
 
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _generate(args: argparse.Namespace) -> int:
     model = _open(args)
     prompt = _prompt(args, model)
-    has_words = not args.tokens or (model.checkpoint.path / "tiktoken.model").is_file()
+    has_words = not args.tokens or model.checkpoint.has_words
     text = model.tokenizer.stream() if has_words else None
     how = Sampling(args.temperature, args.top_p, args.min_p)
     tokens: list[int] = []
@@ -121,7 +123,7 @@ def _generate(args: argparse.Namespace) -> int:
 def _chat(args: argparse.Namespace) -> int:
     model = _open(args)
     tools = read_tools(args.tools) if args.tools else None
-    template = ChatTemplate.load(model.checkpoint.path)
+    template = model.template
     variables = {} if args.thinking is None else {"thinking": args.thinking}
     decoder = working(model, args.int4, args.cache)
     dialogue = Dialogue(model, template, args.system, tools, variables, decoder=decoder)
@@ -172,9 +174,13 @@ def _tok_input(args: argparse.Namespace, folder: Path, words: Tokenizer) -> tupl
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    checkpoint = Checkpoint.open(args.model or golden_folder() / "tiny-k2")
+    checkpoint = opened(args.model or golden_folder() / "tiny-k2")
     facts = summary(checkpoint)
-    raw = json.loads((checkpoint.path / "config.json").read_text("utf-8"))
+    raw = (
+        {k: v for k, v in checkpoint.metadata.items() if not isinstance(v, list)}
+        if isinstance(checkpoint, Gguf)
+        else json.loads((checkpoint.path / "config.json").read_text("utf-8"))
+    )
     if args.json:
         tensors = {
             t.name: {"dtype": t.dtype, "shape": list(t.shape), "file": t.file.name}
@@ -403,6 +409,23 @@ def _golden_table(rows: list[golden.Row]) -> None:
         )
     bad = sum(not r.ok for r in rows)
     print(f"{len(rows)} comparisons, {bad or 'none'} outside the bound")
+
+
+def _export(args: argparse.Namespace) -> int:
+    model = load(args.model)
+    if args.to == "gguf":
+        made = export.to_gguf(model, args.out, args.dense or "q8_0", args.otherwise)
+    else:
+        made = export.to_safetensors(model, args.out, args.to, args.dense or "bf16", args.quantiser)
+    if args.json:
+        _print_json(made.as_json())
+        return 0
+    print(f"{made.out}: {made.tensors} tensors, {made.bytes:,} bytes")
+    if made.not_exact:
+        names = ", ".join(made.not_exact[:4])
+        more = ", …" if len(made.not_exact) > 4 else ""
+        print(f"not exact: {len(made.not_exact)} tensors, {names}{more}")
+    return 0
 
 
 FORMATS = ("bf16", "q8", "int4-fast", "int4-exact", "fp8", "f16", "f32")
@@ -642,7 +665,9 @@ def _parser() -> argparse.ArgumentParser:
         if name != "chat":
             p.add_argument("--json", action="store_true", help="print one JSON document")
         if model:
-            p.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint's folder")
+            p.add_argument(
+                "--model", type=Path, metavar="DIR", help="a checkpoint's folder, or a GGUF"
+            )
             p.add_argument("--numerics", choices=tuple(POLICIES), default="float32")
             p.add_argument("--conventions", choices=tuple(CONVENTIONS), default="refmoe")
             p.add_argument(
@@ -686,7 +711,7 @@ def _parser() -> argparse.ArgumentParser:
         "tok", _tok, "text or messages to token ids, or back; compare with others'", model=False
     )
     p.add_argument("text", nargs="?")
-    p.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint's folder")
+    p.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint's folder, or a GGUF")
     p.add_argument("--decode", action="store_true", help="TEXT is ids")
     p.add_argument("--special", action="store_true", help="special tokens in TEXT become their ids")
     p.add_argument("--messages", type=Path, metavar="FILE", help="JSON: a list of chat messages")
@@ -695,7 +720,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--against", type=Path, metavar="FILE", help="JSON: another engine's ids")
 
     p = verb("inspect", _inspect, "tensors, formats, bytes, parameters", model=False)
-    p.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint's folder")
+    p.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint's folder, or a GGUF")
 
     p = verb("trace", _trace, "write points of one forward pass to a safetensors file")
     source = p.add_mutually_exclusive_group(required=True)
@@ -710,7 +735,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = verb("check", _check, "where does another engine's dump first go wrong?", model=False)
     p.add_argument("dump", type=Path, help="tensors by module path: .safetensors, .npz or .pt")
-    p.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint's folder")
+    p.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint's folder, or a GGUF")
     p.add_argument("--tokens", type=Path, metavar="FILE", help="JSON: the ids, if not in the dump")
     p.add_argument("--truth", type=Path, metavar="FILE", help="of `golden make`, not the model")
     p.add_argument("--engine", choices=tuple(CONVENTIONS), help="its conventions; default: refmoe")
@@ -757,6 +782,16 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--prompt", type=int, metavar="N", help="tokens before, or of the prefill; 128")
     p.add_argument("--formats", nargs="+", choices=FORMATS, help="kernels: default all")
     quicker(p)
+
+    p = verb("export", _export, "safetensors to GGUF and back, INT4 to bf16 and back", model=False)
+    p.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint's folder, or a GGUF")
+    p.add_argument("--to", choices=["gguf", "int4", "bf16"], required=True)
+    p.add_argument("--out", type=Path, required=True, help="a file for gguf, else a new folder")
+    help = "what is not a routed expert; default: q8_0 in a GGUF, else bf16"
+    p.add_argument("--dense", choices=export.DENSE, help=help)
+    help = "gguf: experts whose scales are no float16; default: f32"
+    p.add_argument("--otherwise", choices=export.DENSE, default="f32", help=help)
+    p.add_argument("--quantiser", choices=tuple(export.QUANTISERS), default="amax/7", help="int4")
 
     p = verb("tiny", _tiny, "write a random checkpoint in Hugging Face layout", model=False)
     p.add_argument("folder", type=Path)

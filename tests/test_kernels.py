@@ -8,6 +8,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -437,3 +439,31 @@ def test_expanded_attention_by_heads_is_its_twin(kind, T, S):
         again = expanded(q_nope, q_pe, w, cache, cfg, engine("float64"))
         threads.use(before)
         np.testing.assert_array_equal(again, y)
+
+
+def test_after_ctrl_c_no_thread_is_still_at_work():
+    """The pieces write into arrays by address; who is interrupted frees them next."""
+    pool, at_work = threads.Pool(2), threading.Event()
+    finished: list[float] = []
+
+    def slow() -> None:
+        at_work.set()
+        time.sleep(0.3)
+        finished.append(time.perf_counter())
+
+    def interrupted() -> None:
+        at_work.wait()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pool.run([interrupted, slow])
+    assert len(finished) == 1
+    pool.close()
+
+
+def test_a_pool_inside_a_piece_is_no_deadlock():
+    pool = threads.Pool(2)
+    done: list[int] = []
+    inner = [lambda i=i: done.append(i) for i in range(4)]
+    pool.run([lambda: pool.run(inner)] * 6)
+    assert len(done) == 24

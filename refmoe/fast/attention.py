@@ -23,7 +23,7 @@ from refmoe.fast import kernels, threads
 from refmoe.fast.linear import ALONE, FEW, Inputs, Stored, address, alone, stored, stored_anew
 from refmoe.model import matrix, mla
 from refmoe.model.cache import LatentCache
-from refmoe.model.matrix import BF16, Fp8Block, Matrix, dequantize
+from refmoe.model.matrix import BF16, Fp8Block, Heads, Matrix, dequantize
 from refmoe.model.numerics import Numerics
 from refmoe.model.rope import softmax_scale
 
@@ -73,27 +73,35 @@ def absorbed(
     nx: Numerics,
 ) -> np.ndarray:
     """q_nope [T, H, N], q_pe [T, H, R] against all rows of the cache → context [T, H, V]."""
-    known = _readable(q_nope, kv_b_proj, cfg, nx)
-    if known is None:
+    if not _alone(q_nope, kv_b_proj, cfg, nx):
+        return mla.absorbed(q_nope, q_pe, kv_b_proj, cache, cfg, nx)
+    scale, H = nx.dtype(softmax_scale(cfg)), cfg.num_attention_heads
+    if isinstance(kv_b_proj, Heads):
+        k_b, v_b = stored(kv_b_proj.k_b), stored(kv_b_proj.v_b)
+        if k_b is not None and v_b is not None:
+            q_latent = _by_head(q_nope, k_b, 0, k_b.shape[0] // H, k_b.shape[0] // H)
+            context = _attend(q_latent, q_pe, cache, scale)  # [T, H, C]
+            return _by_head(context, v_b, 0, cfg.v_head_dim, cfg.v_head_dim)
+    known = stored(kv_b_proj)
+    if known is None or known.how.sum is None:
         return mla.absorbed(q_nope, q_pe, kv_b_proj, cache, cfg, nx)
     q_latent = _to_latent(q_nope, known)  # [T, H, C]
-    context = _attend(q_latent, q_pe, cache, nx.dtype(softmax_scale(cfg)))  # [T, H, C]
-    return _from_latent(context, known, cfg)
+    context = _attend(q_latent, q_pe, cache, scale)  # [T, H, C]
+    N, V = cfg.qk_nope_head_dim, cfg.v_head_dim
+    return _by_head(context, known, N, V, N + V)
 
 
-def _readable(q_nope: np.ndarray, m: Matrix, cfg: Config, nx: Numerics) -> Stored | None:
-    """Where the kernels read it, nothing inside is rounded or watched, and tokens are few."""
+def _alone(q_nope: np.ndarray, m: Matrix, cfg: Config, nx: Numerics) -> bool:
+    """Whether tokens are few, nothing inside is rounded or watched, and blocks are a head's own."""
     inside = ("#q_latent", "#scores", "#probs", "#context_latent")
     if q_nope.dtype != np.float32 or len(q_nope) > TOKENS or nx.round is not None:
-        return None
+        return False
     if any(nx.watches(name) for name in inside):
-        return None
+        return False
     if isinstance(m, Fp8Block):
         N, V = cfg.qk_nope_head_dim, cfg.v_head_dim
-        if "fp8" in nx.conventions.rounded_products or N % m.block[0] or V % m.block[0]:
-            return None
-    known = stored(m)
-    return known if known is not None and known.how.sum is not None else None
+        return not ("fp8" in nx.conventions.rounded_products or N % m.block[0] or V % m.block[0])
+    return True
 
 
 def _to_latent(q_nope: np.ndarray, m: Stored) -> np.ndarray:
@@ -113,31 +121,20 @@ def _to_latent(q_nope: np.ndarray, m: Stored) -> np.ndarray:
     return kernels.restored(m.form, out.reshape(T * H, C)).reshape(T, H, C)
 
 
-def _from_latent(context: np.ndarray, m: Stored, cfg: Config) -> np.ndarray:
-    """context W_uvᵀ: [T, H, C] → [T, H, V]."""
-    T, H, C = context.shape
-    N, V = cfg.qk_nope_head_dim, cfg.v_head_dim
-    x = kernels.ordered(m.form, context.reshape(T * H, C)).reshape(T, H, C)
-    out = np.empty((T, H, V), np.float32)
-
-    few, every, (w, w_row, s, s_row, share) = m.how.few, N + V, m.place
-    x_at, y_at, (x_row, x_head, _), (y_row, y_head, _) = (
-        address(x),
-        address(out),
-        x.strides,
-        out.strides,
-    )
+def _by_head(x: np.ndarray, m: Stored, first: int, count: int, every: int) -> np.ndarray:
+    """y[t, h] = W[h·every + first …] x[t, h], so many rows of a head: [T, H, I] → [T, H, count]."""
+    T, H, I = x.shape
+    x = kernels.ordered(m.form, x.reshape(T * H, I)).reshape(T, H, I)
+    out = np.empty((T, H, count), np.float32)
+    few, (w, w_row, s, s_row, share) = m.how.few, m.place
+    x_at, (x_row, x_head, _) = address(x), x.strides
+    y_at, (y_row, y_head, _) = address(out), out.strides
 
     def heads(begin: int, end: int) -> None:
         for h in range(begin, end):
-            at = (
-                w + (h * every + N) * w_row,
-                w_row,
-                s + (h * every + N) // share * s_row,
-                s_row,
-                share,
-            )
-            few(*at, x_at + h * x_head, x_row, y_at + h * y_head, y_row, m.steps, T, 0, V)
+            row = h * every + first
+            at = w + row * w_row, w_row, s + row // share * s_row, s_row, share
+            few(*at, x_at + h * x_head, x_row, y_at + h * y_head, y_row, m.steps, T, 0, count)
 
     step = _together(m, H)
     threads.pool().run([partial(heads, h, min(h + step, H)) for h in range(0, H, step)])

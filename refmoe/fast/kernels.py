@@ -215,11 +215,19 @@ def _q8(b: ir.IRBuilder, row: Row, i: Value) -> tuple[list[Value], Value]:
     return out, spread(b, b.fpext(load(b, here, HALF), FLOAT))
 
 
+def _q4(b: ir.IRBuilder, row: Row, i: Value) -> tuple[list[Value], Value]:
+    here = at(b, row.weights, i, 18)
+    two = b.zext(load(b, offset(b, here, 2), ir.VectorType(I8, LANES)), WORDS)
+    halves = two, b.lshr(two, constant(WORDS, 4))
+    return [_looked_up(b, h) for h in halves], spread(b, b.fpext(load(b, here, HALF), FLOAT))
+
+
 F32 = Form("f32", 32, 128, 0, 4, 4, (32, 1), _f32)
 F16 = Form("f16", 32, 64, 0, 4, 4, (32, 1), _f16)
 BF16 = Form("bf16", 32, 64, 0, 4, 8, (16, 2), _bf16)
 FP8 = Form("fp8", 128, 128, 0, 1, 8, (128, 1), _fp8)
 Q8 = Form("q8", 32, 34, 0, 4, 8, (32, 1), _q8)
+Q4 = Form("q4", 32, 18, 0, 4, 8, (32, 1), _q4)
 INT4 = Form("int4-exact", 128, 64, 8, 1, 4, (16, 8), _int4)
 INT4_FAST = Form("int4-fast", 128, 64, 8, 1, 8, (16, 8), _int4_words, integer=True)
 
@@ -503,6 +511,7 @@ _dots_f16 = dots(F16)
 _dots_bf16 = dots(BF16)
 _dots_fp8 = dots(FP8)
 _dots_q8 = dots(Q8)
+_dots_q4 = dots(Q4)
 _dots_int4 = dots(INT4)
 _dots_int4_fast = dots(INT4_FAST)
 _decoded_f32 = decoded(F32)
@@ -510,6 +519,7 @@ _decoded_f16 = decoded(F16)
 _decoded_bf16 = decoded(BF16)
 _decoded_fp8 = decoded(FP8)
 _decoded_q8 = decoded(Q8)
+_decoded_q4 = decoded(Q4)
 _decoded_int4 = decoded(INT4)
 
 
@@ -536,6 +546,11 @@ def fp8(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end):  #
 @kernel
 def q8(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end):  # type: ignore
     _dots_q8(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end)
+
+
+@kernel
+def q4(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end):  # type: ignore
+    _dots_q4(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end)
 
 
 @kernel
@@ -571,6 +586,11 @@ def fp8_rows(w, w_row, s, s_row, share, out, out_row, steps, begin, end):  # typ
 @kernel
 def q8_rows(w, w_row, s, s_row, share, out, out_row, steps, begin, end):  # type: ignore
     _decoded_q8(w, w_row, s, s_row, share, out, out_row, steps, begin, end)
+
+
+@kernel
+def q4_rows(w, w_row, s, s_row, share, out, out_row, steps, begin, end):  # type: ignore
+    _decoded_q4(w, w_row, s, s_row, share, out, out_row, steps, begin, end)
 
 
 @kernel
@@ -662,6 +682,7 @@ KERNELS = {
         Kernels(BF16, bf16, bf16_rows, bf16_sum),
         Kernels(FP8, fp8, fp8_rows, fp8_sum),
         Kernels(Q8, q8, q8_rows, q8_sum),
+        Kernels(Q4, q4, q4_rows, None),
         Kernels(INT4, int4, int4_rows, None),
         Kernels(INT4_FAST, int4_fast, int4_rows, None),
     )

@@ -25,7 +25,7 @@ from refmoe.fast import kernels, threads
 from refmoe.fast.kernels import KERNELS, Form, Kernels
 from refmoe.model import matrix
 from refmoe.model.experts import Experts, MlpWeights, routed_experts
-from refmoe.model.matrix import BF16, Q8, Fp8Block, Int4, Matrix
+from refmoe.model.matrix import BF16, Q4, Q8, Fp8Block, Heads, Int4, Matrix
 from refmoe.model.numerics import Numerics
 from refmoe.model.router import Routing, sigmoid
 
@@ -92,6 +92,8 @@ def stored_anew(m: Matrix, fast: bool = False) -> Stored | None:
             name = "int4-fast" if fast else "int4-exact"
         case Q8(blocks):
             name, weights = "q8", blocks.reshape(len(blocks), -1)
+        case Q4(blocks):
+            name, weights = "q4", blocks.reshape(len(blocks), -1)
         case Fp8Block(weights, scale, (share, 128)):
             name = "fp8"
         case np.ndarray(dtype=np.float16):
@@ -223,6 +225,8 @@ def linear(
                 return alone(Inputs(x), known)
             (y,) = multiply([(Inputs(x), known)])
             return y
+    if isinstance(m, Heads):
+        return matrix.linear(x, m, rounded)
     y = np.empty((len(x), m.shape[0]), x.dtype)
     for block, tile in matrix.tiles(m, TILE):
         y[:, block] = matrix.linear(x, tile, rounded)

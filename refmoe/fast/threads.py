@@ -33,10 +33,9 @@ def available() -> int:
 class _Job:
     """Pieces, each taken by whoever comes first; the first error ends it."""
 
-    def __init__(self, pieces: Sequence[Piece], helpers: int):
+    def __init__(self, pieces: Sequence[Piece]):
         self.pieces = iter(pieces)
         self.error: BaseException | None = None
-        self.left = helpers
         self.done = threading.Semaphore(0)
 
     def work(self) -> None:
@@ -56,14 +55,19 @@ class _Job:
 class Pool:
     def __init__(self, threads: int):
         self.threads = threads
-        self.jobs: SimpleQueue[_Job] = SimpleQueue()
+        self.jobs: SimpleQueue[_Job | None] = SimpleQueue()
         for _ in range(threads - 1):
             threading.Thread(target=self._help, daemon=True).start()
 
     def _help(self) -> None:
         _here.helping = True
-        while True:
-            self.jobs.get().help()
+        while (job := self.jobs.get()) is not None:
+            job.help()
+
+    def close(self) -> None:
+        """Let the helpers go; not while one is at work."""
+        for _ in range(self.threads - 1):
+            self.jobs.put(None)
 
     def run(self, pieces: Sequence[Piece]) -> None:
         """All of them, in any order; an error of one is raised here, when no other is at work."""
@@ -72,14 +76,16 @@ class Pool:
             for piece in pieces:
                 piece()
             return
-        job = _Job(pieces, helpers)
+        job = _Job(pieces)
         for _ in range(helpers):
             self.jobs.put(job)
-        try:
-            job.work()
-        finally:
-            for _ in range(helpers):
+        job.work()
+        while helpers:  # also after Ctrl-C: they write into arrays that must not go meanwhile
+            try:
                 job.done.acquire()
+                helpers -= 1
+            except KeyboardInterrupt as error:
+                job.error = error
         if job.error is not None:
             raise job.error
 
@@ -101,8 +107,10 @@ def use(threads: int) -> None:
     global _pool
     if threads < 1:
         raise InputError(f"{threads} threads; at least one is needed")
-    if _pool is None or _pool.threads != threads:
-        _pool = Pool(threads)
+    if _pool is not None and _pool.threads != threads:
+        _pool.close()
+        _pool = None
+    _pool = _pool or Pool(threads)
 
 
 def _forget() -> None:

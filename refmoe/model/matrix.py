@@ -8,6 +8,9 @@
     Fp8Block  W[o, i] = e4m3[o, i] · scale[o // 128, i // 128]           bits   [O, I]    uint8
                                                                          scale  float32
     Q8        W[o, i] = code[o, i] · scale[o, i // 32]                   blocks [O, I/32, 34] uint8
+    Q4        W[o, i] = (nibble[o, i] - 8) · scale[o, i // 32]           blocks [O, I/32, 18] uint8
+    Coded     what a function decodes                                    blocks [O, ·]      uint8
+    Heads     kv_b_proj in two halves, the keys' transposed by head
     array     float16, float32, float64: itself                                 [O, I]
 
 Int4 is compressed-tensors' `pack-quantized` (vllm-project/compressed-tensors,
@@ -17,10 +20,11 @@ engines do with the product is `Conventions.rounded_products`. Fp8Block is DeepS
 (deepseek-ai/DeepSeek-V3, inference/kernel.py): e4m3 "fn", no infinity, NaN at ±0x7f; the scale,
 called `weight_scale_inv`, multiplies; last blocks may be partial. Its product has up to 28
 significant bits: exact in float64, rounded once in float32. Q8 is GGUF's Q8_0 (ggml-org/llama.cpp
-ggml-common.h, `block_q8_0`): a float16 scale, then 32 int8; exact in float32.
+ggml-common.h, `block_q8_0`): a float16 scale, then 32 int8; exact in float32. Q4 is its Q4_0: a
+float16 scale, then 16 bytes, byte j with nibble j low and nibble j + 16 high; exact in float32.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -77,7 +81,52 @@ class Q8(NamedTuple):
         return self.blocks.nbytes
 
 
-Matrix: TypeAlias = np.ndarray | BF16 | Int4 | Fp8Block | Q8
+class Q4(NamedTuple):
+    blocks: np.ndarray  # [O, I/32, 18] uint8: float16 scale, 32 nibbles
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.blocks.shape[0], self.blocks.shape[1] * 32
+
+    @property
+    def nbytes(self) -> int:
+        return self.blocks.nbytes
+
+
+class Coded(NamedTuple):
+    """A format that somebody else decodes, a row at a time."""
+
+    blocks: np.ndarray  # [O, bytes of a row] uint8
+    columns: int
+    decode: Callable[[np.ndarray], np.ndarray]  # blocks → float32 [O, columns]
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.blocks.shape[0], self.columns
+
+    @property
+    def nbytes(self) -> int:
+        return self.blocks.nbytes
+
+
+class Heads(NamedTuple):
+    """kv_b_proj as GGUF has it: W[h·(N+V) + n, c] = k_b[h·C + c, n], then the rows of v_b."""
+
+    k_b: Any  # Matrix [H·C, N]
+    v_b: Any  # Matrix [H·V, C]
+    heads: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.heads * self.k_b.shape[1] + self.v_b.shape[0], self.v_b.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.k_b.nbytes + self.v_b.nbytes
+
+
+Matrix: TypeAlias = np.ndarray | BF16 | Int4 | Fp8Block | Q8 | Q4 | Coded | Heads
 
 
 def _e4m3() -> np.ndarray:
@@ -137,6 +186,18 @@ def dequantize(m: Matrix, dtype: Any = np.float32, rounded: tuple[str, ...] = ()
             scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16).astype(np.float32)
             codes = np.ascontiguousarray(blocks[..., 2:]).view(np.int8)
             w = (codes * scales).reshape(m.shape)  # [O, I]
+        case Q4(blocks):
+            scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16).astype(np.float32)
+            two = blocks[..., 2:]
+            q = np.concatenate((two & 15, two >> 4), axis=-1).astype(np.float32) - 8
+            w = (q * scales).reshape(m.shape)  # [O, I]
+        case Coded(blocks, _, decode):
+            w = decode(np.ascontiguousarray(blocks))
+        case Heads(k_b, v_b, H):
+            keys, values = (dequantize(half, dtype, rounded) for half in (k_b, v_b))
+            keys = keys.reshape(H, -1, keys.shape[1]).transpose(0, 2, 1)  # [H, N, C]
+            w = np.concatenate((keys, values.reshape(H, -1, values.shape[1])), axis=1)
+            w = w.reshape(m.shape)  # [H(N+V), C]
         case _:
             w = m
     return w.astype(dtype, copy=False)
@@ -171,6 +232,12 @@ def rows(m: Matrix, index: np.ndarray | slice) -> Matrix:
             return Int4(packed[index], scale[index])
         case Q8():
             return Q8(m.blocks[index])
+        case Q4():
+            return Q4(m.blocks[index])
+        case Coded():
+            return m._replace(blocks=m.blocks[index])
+        case Heads():
+            return dequantize(m)[index]
         case Fp8Block(bits, scale, block):
             if not isinstance(index, slice) or index.start % block[0]:
                 raise ValueError(f"rows {index} of an Fp8Block do not begin at a block")
@@ -182,6 +249,7 @@ def rows(m: Matrix, index: np.ndarray | slice) -> Matrix:
 
 def tiles(m: Matrix, elements: int) -> Iterator[tuple[slice, Matrix]]:
     """The matrix in tiles of whole rows, or blocks of rows, of about so many elements, in order."""
+    m = dequantize(m) if isinstance(m, Heads) else m  # its rows are columns
     unit = m.block[0] if isinstance(m, Fp8Block) else 1
     step = max(1, elements // (m.shape[1] * unit)) * unit
     for start in range(0, m.shape[0], step):

@@ -46,8 +46,11 @@ from refmoe.model.decoder import policy
 from refmoe.model.matrix import (
     BF16,
     E4M3,
+    Q4,
     Q8,
+    Coded,
     Fp8Block,
+    Heads,
     Int4,
     Matrix,
     dequantize,
@@ -1152,8 +1155,10 @@ def _arrays(m: Matrix) -> list[np.ndarray]:
             return [packed, scale]
         case Fp8Block(bits, scale, _):
             return [bits, scale]
-        case Q8(blocks):
+        case Q8(blocks) | Q4(blocks) | Coded(blocks):
             return [blocks]
+        case Heads(k_b, v_b):
+            return [*_arrays(k_b), *_arrays(v_b)]
         case _:
             return [m]
 
@@ -1188,8 +1193,8 @@ PRECISION = {"float16": (11, -14), "float32": (24, -126), "float64": (53, -1022)
 
 def _fine(m: Matrix, w: np.ndarray, other: Matrix) -> np.ndarray | float:
     """Half a step of the plain type; where both are quantised alike, of their scales."""
-    if isinstance(m, Int4 | Fp8Block | Q8):
-        unit = {Int4: 2.0**-8, Fp8Block: 2.0**-24, Q8: 2.0**-11}[type(m)]
+    if isinstance(m, Int4 | Fp8Block | Q8 | Q4 | Coded | Heads):
+        unit = {Int4: 2.0**-8, Fp8Block: 2.0**-24}.get(type(m), 2.0**-11)
         return unit * np.abs(w) if type(m) is type(other) else 0.0
     digits, least = (8, -126) if isinstance(m, BF16) else PRECISION[m.dtype.name]
     exponent = np.where(w == 0, least, np.frexp(w)[1] - 1)

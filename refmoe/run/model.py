@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,10 @@ from refmoe.model.numerics import Numerics
 from refmoe.text.tokenizer import Tokenizer
 from refmoe.weights.checkpoint import Checkpoint
 from refmoe.weights.dense import dense_q8
+from refmoe.weights.gguf import Gguf, opened
+
+if TYPE_CHECKING:
+    from refmoe.text.chat import ChatTemplate
 
 DENSE = ("exact", "q8")
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -43,14 +47,25 @@ class Model:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Read when text is first needed: a checkpoint without a vocabulary still computes."""
+        if isinstance(self.checkpoint, Gguf):
+            return Tokenizer.from_gguf(self.checkpoint.metadata)
         return Tokenizer.load(self.checkpoint.path)
+
+    @property
+    def template(self) -> "ChatTemplate":
+        """The checkpoint's own."""
+        from refmoe.text.chat import ChatTemplate  # Jinja, which few verbs need
+
+        if isinstance(self.checkpoint, Gguf):
+            return ChatTemplate.from_gguf(self.checkpoint.metadata)
+        return ChatTemplate.load(self.checkpoint.path)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """Every id that some file of the checkpoint calls an end."""
         own = (*self.cfg.eos_token_id, *self.checkpoint.generation_eos)
-        has_words = (self.checkpoint.path / "tiktoken.model").is_file()
-        return frozenset(own + (self.tokenizer.stop_ids if has_words else ()))
+        words = self.tokenizer.stop_ids if self.checkpoint.has_words else ()
+        return frozenset(own + words)
 
     def using(self, nx: Numerics) -> "Model":
         """The same weights under other numerics; nothing is opened again."""
@@ -68,7 +83,7 @@ def load(
     conventions: Conventions | str = "refmoe",
     dense: str = "exact",
 ) -> Model:
-    """Open a checkpoint's folder; without a path the embedded tiny-k2.
+    """Open a checkpoint's folder or a GGUF; without a path the embedded tiny-k2.
 
     numerics     float64 (the truth), float32 (working), bfloat16, float16 (emulated)
     reference    True: the definition in `model/` alone; False: with the quicker seams of `fast/`
@@ -84,7 +99,7 @@ def load(
         from refmoe.fast.engine import engine  # Numba: half a second that few verbs need
 
         nx = engine(numerics, conventions)
-    checkpoint = Checkpoint.open(golden_folder() / "tiny-k2" if path is None else path)
+    checkpoint = opened(golden_folder() / "tiny-k2" if path is None else path)
     decoder = checkpoint.decoder(nx)
     if dense not in DENSE:
         raise InputError(f"dense {dense!r}; supported: {', '.join(DENSE)}")

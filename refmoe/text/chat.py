@@ -74,7 +74,7 @@ class ChatTemplate:
     def __init__(self, source: str, name: str = "chat template", **variables: str):
         if len(source) > SOURCE:
             raise InputError(f"{name}: {len(source):,} characters, a template has up to {SOURCE:,}")
-        self.name = name
+        self.name, self.source = name, source
         self.variables = {"documents": None, **variables}  # bos_token and the like
         self._code = _compiled(source, name)
 
@@ -98,6 +98,20 @@ class ChatTemplate:
                 f"{config.name}); put the published model's there, or use `refmoe generate`"
             )
         return cls(source, f"{config}: chat_template", **special)
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any]) -> "ChatTemplate":
+        source, tokens = (
+            metadata.get(f"tokenizer.{key}") for key in ("chat_template", "ggml.tokens")
+        )
+        if not isinstance(source, str):
+            raise InputError("the GGUF has no chat template; use `refmoe generate`")
+        special = {}
+        for name in ("bos", "eos", "unk", "pad"):
+            i = metadata.get(f"tokenizer.ggml.{name}_token_id")
+            if isinstance(i, int) and isinstance(tokens, list) and 0 <= i < len(tokens):
+                special[f"{name}_token"] = str(tokens[i])
+        return cls(source, "tokenizer.chat_template", **special)
 
     def render(
         self,

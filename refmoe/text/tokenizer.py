@@ -15,7 +15,7 @@ import base64
 import binascii
 import codecs
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +45,19 @@ PATTERN = "|".join(
     )
 )
 _LONG_RUN = re.compile(rf"\s{{{RUN + 1},}}|\S{{{RUN + 1},}}")
+
+
+def byte_alphabet() -> list[str]:
+    """The character that stands for each byte: itself where it prints, else one from U+0100 on.
+
+    Source: openai/gpt-2 encoder.py, `bytes_to_unicode`.
+    """
+    prints = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = iter(range(256, 512))
+    return [chr(b) if b in prints else chr(next(others)) for b in range(256)]
+
+
+_BYTES = {c: b for b, c in enumerate(byte_alphabet())}
 
 
 class Tokenizer:
@@ -90,6 +103,28 @@ class Tokenizer:
             return cls(read_ranks(vocabulary), names, _text(raw.get("eos_token")))
         except InputError as e:
             raise InputError(f"{folder}: {e}") from None
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any]) -> "Tokenizer":
+        """From a GGUF's metadata: its tokens in order are the ranks, the last 256 are reserved.
+
+        A GGUF has merges instead of ranks (each token longer than a byte is made of two earlier
+        ones); tokens are written in GPT-2's alphabet of printable stand-ins for bytes.
+        """
+        tokens, eos = metadata.get("tokenizer.ggml.tokens"), None
+        if not isinstance(tokens, list) or len(tokens) <= RESERVED:
+            raise InputError("the GGUF has no vocabulary (tokenizer.ggml.tokens)")
+        first = len(tokens) - RESERVED
+        try:
+            ranks = {bytes(_BYTES[c] for c in token): i for i, token in enumerate(tokens[:first])}
+        except KeyError as e:
+            raise InputError(f"tokenizer.ggml.tokens: {e.args[0]!r} stands for no byte") from None
+        if len(ranks) != first or sum(len(token) == 1 for token in ranks) != 256:
+            raise InputError("tokenizer.ggml.tokens: twice the same token, or not all 256 bytes")
+        names = {first + n: token for n, token in enumerate(tokens[first:])}
+        if isinstance(number := metadata.get("tokenizer.ggml.eos_token_id"), int):
+            eos = names.get(number)
+        return cls(ranks, names, eos)
 
     def encode(
         self, text: str, allowed_special: Literal["all"] | Collection[str] = "all"

@@ -166,6 +166,11 @@ class Checkpoint:
         return out
 
     @property
+    def has_words(self) -> bool:
+        """Whether it has a vocabulary."""
+        return (self.path / "tiktoken.model").is_file()
+
+    @property
     def identity(self) -> str:
         """Changes when config or a shard does: a hash of config.json, sizes and times."""
         facts = [self.path.resolve().as_posix(), (self.path / "config.json").read_text("utf-8")]

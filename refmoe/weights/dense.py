@@ -22,7 +22,7 @@ import numpy as np
 
 from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import MlpWeights, MoeWeights
-from refmoe.model.matrix import Q8, Int4, Matrix, dequantize, quantize_q8, tiles
+from refmoe.model.matrix import Q4, Q8, Int4, Matrix, dequantize, quantize_q8, tiles
 from refmoe.weights.checkpoint import Checkpoint, read_header, tensor_class
 from refmoe.weights.stream import Spec, write_stream
 
@@ -63,7 +63,7 @@ def replaced(decoder: Decoder, change: Callable[[str, Matrix], Matrix]) -> Decod
     """The decoder with `change(name, matrix)` for each matrix that 8 bits are for."""
 
     def one(name: str, m: Matrix) -> Matrix:
-        alone = isinstance(m, Int4 | Q8) or m.shape[1] % 32
+        alone = isinstance(m, Int4 | Q8 | Q4) or m.shape[1] % 32
         return m if alone else change(name, m)
 
     def mlp(at: str, w: MlpWeights) -> MlpWeights:

@@ -185,10 +185,10 @@ def axes(cfg: Config) -> dict[str, int]:
     }
 
 
-def pack_int4(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """w [O, I] → packed [O, I/8] int32, scale [O, I/32] as bits of bf16; scale = max|w|/7."""
+def pack_int4(w: np.ndarray, divisor: float = 7.0) -> tuple[np.ndarray, np.ndarray]:
+    """w [O, I] → packed [O, I/8] int32, scale [O, I/32] as bits of bf16, max|w| / divisor."""
     groups = w.reshape(len(w), -1, 32)
-    scale = bf16_bits(np.abs(groups).max(axis=-1) / 7)
+    scale = bf16_bits(np.abs(groups).max(axis=-1) / divisor)
     wide = (scale.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     q = np.clip(np.rint(groups / np.maximum(wide, 1e-30)[..., None]), -8, 7).astype(np.int64) + 8
     words = q.reshape(len(w), -1, 8) << np.arange(0, 32, 4)

@@ -1,0 +1,461 @@
+"""`refmoe export`: safetensors → GGUF and back, and INT4 ↔ bf16; what is not exact is named.
+
+    gguf     routed experts in INT4 → Q4_0, codes as they are, where each scale is a float16 too;
+             else the stack of that layer goes into `otherwise`. The rest in `dense`: Q8_0, or BF16,
+             F16, F32. Norms, router and its bias are F32.
+    int4     routed experts → pack-quantized INT4: Q4_0 with its codes as they are, anything else
+             quantised anew, scale = max|w|/7 or max|w|/7.5 rounded to bf16; the rest in `dense`
+    bf16     everything in bf16, as a checkpoint without quantisation
+
+A scale of INT4 is a bf16; it is a float16 where it is zero or from 2⁻²⁴ to 65504 and, below 2⁻¹⁴,
+has few enough digits. Written as streams, a tensor at a time.
+"""
+
+import base64
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from refmoe.config import Config, InputError, read_object
+from refmoe.model.matrix import (
+    BF16,
+    Q4,
+    Int4,
+    Matrix,
+    bf16_bits,
+    dequantize,
+    quantize_q8,
+    tiles,
+    widen_bf16,
+)
+from refmoe.run.model import Model
+from refmoe.text.tokenizer import byte_alphabet
+from refmoe.weights.checkpoint import Checkpoint, expected
+from refmoe.weights.gguf import GLOBAL, REST, SELF, Gguf, library
+from refmoe.weights.random import INT4_CONFIG, SINGLE, pack_int4
+from refmoe.weights.stream import Spec, write_stream
+
+DENSE = ("q8_0", "bf16", "f16", "f32")
+QUANTISERS = {"amax/7": 7.0, "amax/7.5": 7.5}
+TILE = 1 << 22
+
+
+class Exported(NamedTuple):
+    out: Path
+    tensors: int
+    bytes: int
+    not_exact: list[str]  # whose values are not those of the source
+
+    def as_json(self) -> dict[str, Any]:
+        return {**self._asdict(), "out": str(self.out)}
+
+
+# --- INT4 and Q4_0
+
+
+def q4_of(m: Int4) -> Q4:
+    """The same codes, in Q4_0's order; scales rounded to float16."""
+    O, G = m.scale.shape
+    two = np.ascontiguousarray(m.packed).view(np.uint8).reshape(O, G, 16)
+    codes = np.stack((two & 15, two >> 4), axis=-1).reshape(O, G, 32)
+    blocks = np.empty((O, G, 18), np.uint8)
+    with np.errstate(over="ignore"):
+        blocks[..., :2] = widen_bf16(m.scale).astype(np.float16)[..., None].view(np.uint8)
+    blocks[..., 2:] = codes[..., :16] | codes[..., 16:] << 4
+    return Q4(blocks)
+
+
+def int4_of(m: Q4) -> Int4:
+    """The same codes, in pack-quantized's order; scales rounded to bf16."""
+    O = len(m.blocks)
+    low, high = m.blocks[..., 2:] & 15, m.blocks[..., 2:] >> 4
+    codes = np.concatenate((low, high), axis=-1).reshape(O, -1)
+    packed = (codes[:, 0::2] | codes[:, 1::2] << 4).view(np.int32)
+    scale = np.ascontiguousarray(m.blocks[..., :2]).view(np.float16)[..., 0]
+    return Int4(packed, bf16_bits(scale.astype(np.float32)))
+
+
+def survives(scale: np.ndarray) -> bool:
+    """Whether each bf16 is a float16 too."""
+    wide = widen_bf16(scale)
+    with np.errstate(over="ignore"):
+        return bool((wide.astype(np.float16).astype(np.float32) == wide).all())
+
+
+# --- GGUF
+
+
+def to_gguf(model: Model, out: Path, dense: str = "q8_0", otherwise: str = "f32") -> Exported:
+    """One GGUF file of a checkpoint's folder, for llama.cpp's deepseek2."""
+    gguf = library("writing a GGUF")
+    if dense not in DENSE or otherwise not in DENSE:
+        raise InputError(f"types {dense!r}, {otherwise!r}; supported: {', '.join(DENSE)}")
+    part = out.with_name(out.name + ".part")
+    writer = gguf.GGUFWriter(part, "deepseek2")
+    try:
+        _metadata(writer, model)
+        plans = list(_plans(model, dense, otherwise))
+        for plan in plans:
+            kind = gguf.GGMLQuantizationType[plan.type.upper()]
+            shape = gguf.quant_shape_to_byte_shape(plan.shape, kind) if plan.blocks else plan.shape
+            stored = {"f32": np.float32, "f16": np.float16}.get(plan.type, np.uint8)
+            writer.add_tensor_info(
+                plan.name, shape, np.dtype(stored), plan.nbytes(gguf), raw_dtype=kind
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        wrong = []
+        for plan in plans:
+            data, exact = plan.make()
+            writer.write_tensor_data(data)
+            if not exact:
+                wrong.append(plan.name)
+        writer.close()
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)
+    return Exported(out, len(plans), out.stat().st_size, wrong)
+
+
+class _Plan(NamedTuple):
+    name: str
+    type: str
+    shape: tuple[int, ...]  # slowest first
+    make: Callable[[], tuple[np.ndarray, bool]]  # data, whether it is exact
+
+    @property
+    def blocks(self) -> bool:
+        return self.type not in ("f32", "f16")
+
+    def nbytes(self, gguf: Any) -> int:
+        elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.type.upper()]]
+        return int(np.prod(self.shape)) // elements * size
+
+
+def _plans(model: Model, dense: str, otherwise: str) -> Iterator[_Plan]:
+    checkpoint, cfg = model.checkpoint, model.cfg
+
+    def plain(name: str, m: Callable[[], Matrix], shape: tuple[int, ...], kind: str) -> _Plan:
+        kind = "f32" if kind == "q8_0" and shape[-1] % 32 else kind
+        return _Plan(name, kind, shape, lambda: _encoded(m(), shape, kind))
+
+    def module(gguf_name: str, name: str) -> _Plan:
+        m = checkpoint.matrix(name)
+        kind = "f32" if len(m.shape) == 1 or name.endswith("mlp.gate") else dense
+        return plain(f"{gguf_name}.weight", lambda: m, m.shape, kind)
+
+    yield from (module(theirs, ours) for theirs, ours in GLOBAL.items())
+    for i in range(cfg.num_hidden_layers):
+        at, blk = f"model.layers.{i}.", f"blk.{i}."
+        names = {f"self_attn.{ours}": theirs for theirs, ours in SELF.items()}
+        names |= {ours: theirs for theirs, ours in REST.items()}
+        for ours, theirs in names.items():
+            if f"{at}{ours}.weight" in checkpoint.tensors and ours != "self_attn.kv_b_proj":
+                yield module(blk + theirs, at + ours)
+        yield from _heads(checkpoint, cfg, i, plain, dense)
+        if cfg.is_moe(i):
+            bias = f"{at}mlp.gate.e_score_correction_bias"
+            values = checkpoint.array(bias)
+            wide: Matrix = BF16(values) if checkpoint.tensors[bias].dtype == "BF16" else values
+            name = f"{blk}exp_probs_b.bias"
+            yield plain(name, lambda wide=wide: wide, values.shape, "f32")  # type: ignore[misc]
+            for n, part in enumerate(("gate", "up", "down")):
+                yield _stack(model, i, n, f"{blk}ffn_{part}_exps.weight", dense, otherwise)
+
+
+def _heads(checkpoint: Checkpoint, cfg: Config, i: int, plain: Any, dense: str) -> Iterator[_Plan]:
+    """kv_b_proj in two: keys [H, C, N], values [H, V, C]."""
+    H, N, V = cfg.num_attention_heads, cfg.qk_nope_head_dim, cfg.v_head_dim
+    C = cfg.kv_lora_rank
+
+    def half(keys: bool) -> np.ndarray:
+        m = checkpoint.matrix(f"model.layers.{i}.self_attn.kv_b_proj")
+        w = dequantize(m).reshape(H, N + V, C)
+        w = w[:, :N].transpose(0, 2, 1) if keys else w[:, N:]
+        return np.ascontiguousarray(w).reshape(-1, w.shape[-1])
+
+    yield plain(f"blk.{i}.attn_k_b.weight", lambda: half(True), (H, C, N), dense)
+    yield plain(f"blk.{i}.attn_v_b.weight", lambda: half(False), (H, V, C), dense)
+
+
+def _stack(model: Model, i: int, n: int, name: str, dense: str, otherwise: str) -> _Plan:
+    """One matrix of all experts of a layer."""
+    E = model.cfg.n_routed_experts
+    each = [model.decoder.experts(i, e)[n] for e in range(E)]
+    shape = E, *each[0].shape
+    if not isinstance(each[0], Int4):
+        kind = "f32" if dense == "q8_0" and shape[-1] % 32 else dense
+        return _Plan(name, kind, shape, lambda: _joined(each, shape[1:], kind))
+    if all(survives(m.scale) for m in each if isinstance(m, Int4)):
+        return _Plan(
+            name,
+            "q4_0",
+            shape,
+            lambda: (np.stack([q4_of(m).blocks.reshape(m.shape[0], -1) for m in each]), True),  # type: ignore[arg-type]
+        )
+    kind = "f32" if otherwise == "q8_0" and shape[-1] % 32 else otherwise
+    return _Plan(name, kind, shape, lambda: _joined(each, shape[1:], kind))
+
+
+def _joined(each: Sequence[Matrix], shape: tuple[int, ...], kind: str) -> tuple[np.ndarray, bool]:
+    made = [_encoded(m, shape, kind) for m in each]
+    return np.stack([data for data, _ in made]), all(exact for _, exact in made)
+
+
+def _encoded(m: Matrix, shape: tuple[int, ...], kind: str) -> tuple[np.ndarray, bool]:
+    """In this type, as [..., bytes of a row] where it is of blocks, and whether all survived."""
+    if len(m.shape) != 2:
+        return _tile(dequantize(m), kind)
+    made = [_tile(dequantize(tile), kind) for _, tile in tiles(m, TILE)]
+    data = np.concatenate([data for data, _ in made])
+    return data.reshape(*shape[:-1], -1), all(exact for _, exact in made)
+
+
+def _tile(w: np.ndarray, kind: str) -> tuple[np.ndarray, bool]:
+    w = w.astype(np.float32, copy=False)
+    match kind:
+        case "f32":
+            return w, True
+        case "f16":
+            with np.errstate(over="ignore"):
+                half = w.astype(np.float16)
+            return half, bool((half.astype(np.float32) == w).all())
+        case "bf16":
+            bits = bf16_bits(w)
+            return bits.view(np.uint8), bool((widen_bf16(bits) == w).all())
+        case _:
+            q8 = quantize_q8(w)
+            return q8.blocks.reshape(len(w), -1), bool((dequantize(q8) == w).all())
+
+
+def _metadata(writer: Any, model: Model) -> None:
+    """As ggml-org/llama.cpp's conversion/deepseek.py writes it."""
+    cfg, yarn = model.cfg, model.cfg.rope_scaling
+    counts = {
+        "vocab_size": cfg.vocab_size,
+        "context_length": cfg.max_position_embeddings,
+        "embedding_length": cfg.hidden_size,
+        "block_count": cfg.num_hidden_layers,
+        "feed_forward_length": cfg.intermediate_size,
+        "leading_dense_block_count": cfg.first_k_dense_replace,
+        "attention.head_count": cfg.num_attention_heads,
+        "attention.head_count_kv": 1,
+        "attention.q_lora_rank": cfg.q_lora_rank,
+        "attention.kv_lora_rank": cfg.kv_lora_rank,
+        "attention.key_length": cfg.kv_lora_rank + cfg.qk_rope_head_dim,
+        "attention.value_length": cfg.kv_lora_rank,
+        "attention.key_length_mla": cfg.qk_head_dim,
+        "attention.value_length_mla": cfg.v_head_dim,
+        "rope.dimension_count": cfg.qk_rope_head_dim,
+        "expert_count": cfg.n_routed_experts,
+        "expert_used_count": cfg.num_experts_per_tok,
+        "expert_shared_count": cfg.n_shared_experts,
+        "expert_feed_forward_length": cfg.moe_intermediate_size,
+        "expert_group_count": cfg.n_group,
+        "expert_group_used_count": cfg.topk_group,
+        "expert_gating_func": 2,
+    }
+    if cfg.moe_layer_freq != 1:
+        raise InputError(f"moe_layer_freq = {cfg.moe_layer_freq}: GGUF's deepseek2 has only 1")
+    numbers = {
+        "attention.layer_norm_rms_epsilon": cfg.rms_norm_eps,
+        "rope.freq_base": cfg.rope_theta,
+        "expert_weights_scale": cfg.routed_scaling_factor,
+    }
+    if yarn is not None:
+        writer.add_string("deepseek2.rope.scaling.type", "yarn")
+        counts["rope.scaling.original_context_length"] = yarn.original_max_position_embeddings
+        numbers |= {
+            "rope.scaling.factor": yarn.factor,
+            "rope.scaling.yarn_log_multiplier": 0.1 * yarn.mscale_all_dim,
+            "rope.scaling.yarn_beta_fast": yarn.beta_fast,
+            "rope.scaling.yarn_beta_slow": yarn.beta_slow,
+        }
+        if yarn.mscale != yarn.mscale_all_dim:
+            raise InputError(
+                f"mscale = {yarn.mscale}, mscale_all_dim = {yarn.mscale_all_dim}: a GGUF has one"
+            )
+    for key, count in counts.items():
+        if count is not None:
+            writer.add_uint32(f"deepseek2.{key}", count)
+    for key, number in numbers.items():
+        writer.add_float32(f"deepseek2.{key}", number)
+    writer.add_bool("deepseek2.expert_weights_norm", cfg.norm_topk_prob)
+    if model.checkpoint.has_words:
+        _words(writer, model)
+
+
+def _words(writer: Any, model: Model) -> None:
+    words, letters = model.tokenizer, byte_alphabet()
+    names = {i: name for name, i in words.special.items()}
+    ranks = words.size - len(names)
+    raw = [words.token_bytes(i) for i in range(ranks)]
+    tokens = ["".join(letters[b] for b in token) for token in raw]
+    rank = {token: i for i, token in enumerate(raw)}
+    merges = []
+    for token in raw:
+        if len(token) > 1:
+            halves = _halves(token, rank)
+            merges.append(" ".join("".join(letters[b] for b in half) for half in halves))
+    writer.add_string("tokenizer.ggml.model", "gpt2")
+    writer.add_string("tokenizer.ggml.pre", "kimi-k2")
+    named = [names[ranks + n] for n in range(len(names))]
+    writer.add_array("tokenizer.ggml.tokens", tokens + named)
+    writer.add_array("tokenizer.ggml.token_type", [1] * ranks + [3] * len(names))  # control
+    writer.add_array("tokenizer.ggml.merges", merges)
+    ids = model.cfg.eos_token_id
+    if ids:
+        writer.add_uint32("tokenizer.ggml.eos_token_id", ids[0])
+    for name in ("[BOS]", "[PAD]"):
+        if name in words.special:
+            key = f"tokenizer.ggml.{name[1:-1].lower()}_token_id"
+            writer.add_uint32(key, words.special[name])
+    try:
+        writer.add_string("tokenizer.chat_template", model.template.source)
+    except InputError:  # none
+        return
+
+
+def _halves(token: bytes, rank: dict[bytes, int]) -> list[bytes]:
+    """The two tokens that it is merged from last: merge by rank, without it."""
+    parts = [bytes([b]) for b in token]
+    while len(parts) > 2:
+        joined = (a + b for a, b in pairwise(parts))
+        pairs = [(rank.get(pair, 1 << 60), n) for n, pair in enumerate(joined)]
+        best, n = min(p for p in pairs if p[0] != rank[token])
+        if best == 1 << 60:
+            raise InputError(f"token {token!r} is no merge of two others")
+        parts[n : n + 2] = [parts[n] + parts[n + 1]]
+    return parts
+
+
+# --- safetensors
+
+
+def to_safetensors(
+    model: Model, out: Path, experts: str, dense: str = "bf16", quantiser: str = "amax/7"
+) -> Exported:
+    """A new folder: routed experts as INT4 or in bf16, the rest in `dense` (bf16, f16 or f32)."""
+    kinds = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
+    if dense not in kinds or experts not in ("int4", "bf16") or quantiser not in QUANTISERS:
+        raise InputError(f"experts {experts!r}, the rest {dense!r}, quantiser {quantiser!r}")
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"{out} exists and is not empty; give a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    raw = raw_config(model)
+    raw["torch_dtype"] = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}[dense]
+    if experts == "int4":
+        raw["quantization_config"] = INT4_CONFIG
+    cfg = Config.from_dict(raw)
+    names = [(name, shape) for name, shape, _ in expected(cfg)]
+    specs, wrong = [], []
+    for name, shape in names:
+        if name.endswith("_packed"):
+            specs.append(Spec(name, "I32", shape))
+        elif name.endswith("_scale"):
+            specs.append(Spec(name, "BF16", shape))
+        elif name.endswith("_shape"):
+            specs.append(Spec(name, "I32", shape))
+        else:
+            specs.append(Spec(name, "F32" if name.endswith("_bias") else kinds[dense], shape))
+
+    def chunks() -> Iterator[np.ndarray]:
+        packed: Int4 | None = None
+        for spec in specs:
+            module, _, end = spec.name.rpartition(".")
+            if end == "weight_packed":
+                packed, exact = _int4(_matrix(model.checkpoint, module), QUANTISERS[quantiser])
+                if not exact:
+                    wrong.append(module)
+                yield packed.packed
+            elif end == "weight_scale":
+                assert packed is not None
+                yield packed.scale
+            elif end == "weight_shape":
+                assert packed is not None
+                yield np.array(packed.shape, np.int32)
+            else:
+                m = _matrix(model.checkpoint, module if end == "weight" else spec.name)
+                pieces = tiles(m, TILE) if len(m.shape) == 2 else [(slice(None), m)]
+                exact = True
+                for _, tile in pieces:
+                    data, same = _tile(dequantize(tile), spec.dtype.lower())
+                    exact = exact and same
+                    yield data
+                if not exact:
+                    wrong.append(module)
+
+    write_stream(out / SINGLE, specs, chunks())
+    (out / "config.json").write_text(json.dumps(raw, indent=2) + "\n", "utf-8")
+    _write_words(model, out)
+    return Exported(out, len(specs), (out / SINGLE).stat().st_size, wrong)
+
+
+def _matrix(checkpoint: Checkpoint, module: str) -> Matrix:
+    if module.endswith("_bias"):
+        values = checkpoint.array(module)
+        return BF16(values) if checkpoint.tensors[module].dtype == "BF16" else values
+    return checkpoint.matrix(module)
+
+
+def _int4(m: Matrix, divisor: float) -> tuple[Int4, bool]:
+    if isinstance(m, Int4):
+        return m, True
+    if isinstance(m, Q4):
+        again = int4_of(m)
+    else:
+        again = Int4(*pack_int4(dequantize(m, np.float64), divisor))
+    return again, bool((dequantize(again) == dequantize(m)).all())
+
+
+def raw_config(model: Model) -> dict[str, Any]:
+    """config.json without quantisation; of a GGUF, what its metadata say."""
+    checkpoint, cfg = model.checkpoint, model.cfg
+    if not isinstance(checkpoint, Gguf):
+        raw = read_object(checkpoint.path / "config.json")
+        text = raw.get("text_config") or raw
+        return {k: v for k, v in text.items() if k != "quantization_config"}
+    raw = {
+        k: v
+        for k, v in replace(cfg, quantization=None).__dict__.items()
+        if k not in ("quantization", "rope_scaling", "eos_token_id")
+    }
+    raw |= {"architectures": ["DeepseekV3ForCausalLM"], "eos_token_id": list(cfg.eos_token_id)}
+    raw |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "hidden_act": "silu"}
+    raw |= {"attention_bias": False, "num_key_value_heads": cfg.num_attention_heads}
+    if cfg.rope_scaling is not None:
+        raw["rope_scaling"] = {"type": "yarn", **cfg.rope_scaling.__dict__}
+    return raw
+
+
+def _write_words(model: Model, out: Path) -> None:
+    checkpoint = model.checkpoint
+    if not isinstance(checkpoint, Gguf):
+        for pattern in ("tiktoken.model", "tokenizer*.json", "chat_template.jinja", "gen*.json"):
+            for file in checkpoint.path.glob(pattern):
+                shutil.copyfile(file, out / file.name)
+        return
+    if not checkpoint.has_words:
+        return
+    words = model.tokenizer
+    ranks = words.size - len(words.special)
+    lines = (base64.b64encode(words.token_bytes(i)) + b" %d\n" % i for i in range(ranks))
+    (out / "tiktoken.model").write_bytes(b"".join(lines))
+    added = {str(i): {"content": name, "special": True} for name, i in words.special.items()}
+    config: dict[str, Any] = {"added_tokens_decoder": added}
+    tokens = checkpoint.metadata["tokenizer.ggml.tokens"]
+    for name in ("bos", "eos", "pad"):
+        i = checkpoint.metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if isinstance(i, int):
+            config[f"{name}_token"] = tokens[i]
+    template = checkpoint.metadata.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        config["chat_template"] = template
+    (out / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
