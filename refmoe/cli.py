@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import refmoe
 from refmoe.config import CONVENTIONS, InputError, read_json
 from refmoe.fast.threads import use as use_threads
 from refmoe.model.numerics import POLICIES, NonFinite
-from refmoe.oracle import bench, golden, lint, mutate, repro
+from refmoe.oracle import bench, golden, lint, mutate, quant, repro
 from refmoe.oracle.compare import Case, Report, arbitrate
 from refmoe.oracle.noise import PROFILES
 from refmoe.oracle.readers import read_dump
@@ -414,7 +415,8 @@ def _golden_table(rows: list[golden.Row]) -> None:
 def _export(args: argparse.Namespace) -> int:
     model = load(args.model)
     if args.to == "gguf":
-        made = export.to_gguf(model, args.out, args.dense or "q8_0", args.otherwise)
+        kinds = args.dense or "q8_0", args.otherwise, args.experts
+        made = export.to_gguf(model, args.out, *kinds)
     else:
         made = export.to_safetensors(model, args.out, args.to, args.dense or "bf16", args.quantiser)
     if args.json:
@@ -426,6 +428,49 @@ def _export(args: argparse.Namespace) -> int:
         more = ", …" if len(made.not_exact) > 4 else ""
         print(f"not exact: {len(made.not_exact)} tensors, {names}{more}")
     return 0
+
+
+def _quant(args: argparse.Namespace) -> int:
+    if args.what == "verify":
+        if args.b is None:
+            raise InputError("quant verify takes two files of one model: A B")
+        found = list(quant.verify(args.a, args.b))
+        document = quant.as_json(found)
+        if args.json:
+            _print_json(document)
+        else:
+            for v in found:
+                if v.verdict == "wrong" or args.all:
+                    rel = "" if v.max_rel is None else f" {v.max_rel:.1e}"
+                    print(f"{v.verdict:<10} {v.name}{rel}{f': {v.likely}' if v.likely else ''}")
+            counts = Counter(v.verdict for v in found)
+            print(", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()))
+        return 0 if document["ok"] else 1
+    if args.to is None:
+        raise InputError("quant expect takes --to FORMAT")
+    model = load(args.a, "float64")
+    tokens = read_sequence(args.tokens) if args.tokens else _own_text(model)
+    cost = quant.expect(model, args.to, tokens, args.experts_only)
+    if args.json:
+        _print_json(cost.as_json())
+        return 0
+    worst = sorted(cost.tensors, key=lambda row: -row["rel_rms"])
+    for row in worst if args.all else worst[:5]:
+        print(f"{row['rel_rms']:10.2e}  {row['name']}")
+    print(
+        f"{len(cost.tensors)} tensors in {args.to}, {len(tokens)} tokens: KL {cost.kl_mean:.2e} "
+        f"nats a position, 99 % below {cost.kl_p99:.2e}; the likeliest token stays in "
+        f"{cost.top1_agree:.1%}"
+    )
+    return 0
+
+
+def _own_text(model: Model) -> list[int]:
+    """What the model itself says: 128 tokens, drawn at temperature 1."""
+    how = Sampling(1.0, 1.0, 0.0)
+    first = [int(i) for i in model.cfg.eos_token_id[:1]] or [0]
+    made = generate_tokens(model.decoder, first, max_new_tokens=127, sampling=how, seed=0)
+    return [*first, *made]
 
 
 FORMATS = ("bf16", "q8", "int4-fast", "int4-exact", "fp8", "f16", "f32")
@@ -789,9 +834,22 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, help="a file for gguf, else a new folder")
     help = "what is not a routed expert; default: q8_0 in a GGUF, else bf16"
     p.add_argument("--dense", choices=export.DENSE, help=help)
+    help = "gguf: routed experts; default: q4_0, exact where INT4's scales are float16 too"
+    p.add_argument("--experts", choices=("q4_0", *export.DENSE), default="q4_0", help=help)
     help = "gguf: experts whose scales are no float16; default: f32"
     p.add_argument("--otherwise", choices=export.DENSE, default="f32", help=help)
     p.add_argument("--quantiser", choices=tuple(export.QUANTISERS), default="amax/7", help="int4")
+
+    p = verb("quant", _quant, "is this file that model; what should a format cost", model=False)
+    p.add_argument("what", choices=["verify", "expect"])
+    p.add_argument("a", type=Path, nargs="?", metavar="A", help="the right one; expect: the model")
+    p.add_argument("b", type=Path, nargs="?", metavar="B", help="verify: the other")
+    p.add_argument("--to", choices=quant.FORMATS, help="expect: the format")
+    p.add_argument("--experts-only", action="store_true", help="expect: of routed experts alone")
+    p.add_argument(
+        "--tokens", type=Path, metavar="FILE", help="expect: JSON; default: its own text"
+    )
+    p.add_argument("--all", action="store_true", help="print every tensor")
 
     p = verb("tiny", _tiny, "write a random checkpoint in Hugging Face layout", model=False)
     p.add_argument("folder", type=Path)

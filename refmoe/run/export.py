@@ -91,16 +91,21 @@ def survives(scale: np.ndarray) -> bool:
 # --- GGUF
 
 
-def to_gguf(model: Model, out: Path, dense: str = "q8_0", otherwise: str = "f32") -> Exported:
+def to_gguf(
+    model: Model, out: Path, dense: str = "q8_0", otherwise: str = "f32", experts: str = "q4_0"
+) -> Exported:
     """One GGUF file of a checkpoint's folder, for llama.cpp's deepseek2."""
     gguf = library("writing a GGUF")
-    if dense not in DENSE or otherwise not in DENSE:
-        raise InputError(f"types {dense!r}, {otherwise!r}; supported: {', '.join(DENSE)}")
+    if {dense, otherwise} - {*DENSE} or experts not in ("q4_0", *DENSE):
+        raise InputError(
+            f"types {dense!r}, {otherwise!r}, {experts!r}; supported: {', '.join(DENSE)}, "
+            "and q4_0 for experts"
+        )
     part = out.with_name(out.name + ".part")
     writer = gguf.GGUFWriter(part, "deepseek2")
     try:
         _metadata(writer, model)
-        plans = list(_plans(model, dense, otherwise))
+        plans = list(_plans(model, dense, otherwise, experts))
         for plan in plans:
             kind = gguf.GGMLQuantizationType[plan.type.upper()]
             shape = gguf.quant_shape_to_byte_shape(plan.shape, kind) if plan.blocks else plan.shape
@@ -139,7 +144,7 @@ class _Plan(NamedTuple):
         return int(np.prod(self.shape)) // elements * size
 
 
-def _plans(model: Model, dense: str, otherwise: str) -> Iterator[_Plan]:
+def _plans(model: Model, dense: str, otherwise: str, experts: str) -> Iterator[_Plan]:
     checkpoint, cfg = model.checkpoint, model.cfg
 
     def plain(name: str, m: Callable[[], Matrix], shape: tuple[int, ...], kind: str) -> _Plan:
@@ -167,7 +172,8 @@ def _plans(model: Model, dense: str, otherwise: str) -> Iterator[_Plan]:
             name = f"{blk}exp_probs_b.bias"
             yield plain(name, lambda wide=wide: wide, values.shape, "f32")  # type: ignore[misc]
             for n, part in enumerate(("gate", "up", "down")):
-                yield _stack(model, i, n, f"{blk}ffn_{part}_exps.weight", dense, otherwise)
+                kinds = experts, dense, otherwise
+                yield _stack(model, i, n, f"{blk}ffn_{part}_exps.weight", *kinds)
 
 
 def _heads(checkpoint: Checkpoint, cfg: Config, i: int, plain: Any, dense: str) -> Iterator[_Plan]:
@@ -185,23 +191,24 @@ def _heads(checkpoint: Checkpoint, cfg: Config, i: int, plain: Any, dense: str) 
     yield plain(f"blk.{i}.attn_v_b.weight", lambda: half(False), (H, V, C), dense)
 
 
-def _stack(model: Model, i: int, n: int, name: str, dense: str, otherwise: str) -> _Plan:
+def _stack(
+    model: Model, i: int, n: int, name: str, experts: str, dense: str, otherwise: str
+) -> _Plan:
     """One matrix of all experts of a layer."""
-    E = model.cfg.n_routed_experts
-    each = [model.decoder.experts(i, e)[n] for e in range(E)]
-    shape = E, *each[0].shape
-    if not isinstance(each[0], Int4):
-        kind = "f32" if dense == "q8_0" and shape[-1] % 32 else dense
-        return _Plan(name, kind, shape, lambda: _joined(each, shape[1:], kind))
-    if all(survives(m.scale) for m in each if isinstance(m, Int4)):
-        return _Plan(
-            name,
-            "q4_0",
-            shape,
-            lambda: (np.stack([q4_of(m).blocks.reshape(m.shape[0], -1) for m in each]), True),  # type: ignore[arg-type]
-        )
-    kind = "f32" if otherwise == "q8_0" and shape[-1] % 32 else otherwise
+    each = [model.decoder.experts(i, e)[n] for e in range(model.cfg.n_routed_experts)]
+    shape = len(each), *each[0].shape
+    codes = [m for m in each if isinstance(m, Int4)]
+    kind = experts
+    if kind == "q4_0" and len(codes) == len(each) and all(survives(m.scale) for m in codes):
+        return _Plan(name, kind, shape, lambda: (np.stack([_flat(q4_of(m)) for m in codes]), True))
+    if kind == "q4_0":
+        kind = otherwise if codes else dense
+    kind = "f32" if kind == "q8_0" and shape[-1] % 32 else kind
     return _Plan(name, kind, shape, lambda: _joined(each, shape[1:], kind))
+
+
+def _flat(m: Q4) -> np.ndarray:
+    return m.blocks.reshape(len(m.blocks), -1)
 
 
 def _joined(each: Sequence[Matrix], shape: tuple[int, ...], kind: str) -> tuple[np.ndarray, bool]:

@@ -1,0 +1,158 @@
+"""Two files of one model: equal, rounded, or wrong and how; and what formats cost."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import refmoe
+from refmoe.cli import main
+from refmoe.config import InputError
+from refmoe.model.experts import MlpWeights
+from refmoe.model.matrix import Int4, dequantize
+from refmoe.oracle import quant
+from refmoe.run.export import to_gguf, to_safetensors
+from refmoe.weights.random import write_random
+
+pytest.importorskip("gguf", reason="the gguf package is not installed")
+TINY = refmoe.run.model.golden_folder() / "tiny-k2"
+
+
+def spoiled(path: Path, name: str, part: str, change) -> Path:
+    """tiny-k2 in INT4, with one part of expert 5 of layer 2 changed."""
+    model = refmoe.load()
+
+    def expert(i: int, e: int) -> MlpWeights:
+        w = model.checkpoint.expert(i, e)
+        return w._replace(**{part: change(w)}) if (i, e) == (2, 5) else w
+
+    wrong = replace(model, decoder=replace(model.decoder, experts=expert))
+    to_gguf(wrong, path / f"{name}.gguf", dense="bf16")
+    return path / f"{name}.gguf"
+
+
+def shuffled(order: np.ndarray):
+    """The codes of each group of 32 in another order."""
+
+    def change(w: MlpWeights) -> Int4:
+        m = w.down_proj
+        two = np.ascontiguousarray(m.packed).view(np.uint8)
+        codes = np.stack((two & 15, two >> 4), axis=-1).reshape(len(two), -1, 32)[..., order]
+        codes = codes.reshape(len(two), -1)
+        return Int4((codes[:, 0::2] | codes[:, 1::2] << 4).view(np.int32), m.scale)
+
+    return change
+
+
+PAIRS = np.arange(32).reshape(16, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "change", "text"),
+    [
+        ("nibbles", "down_proj", shuffled(PAIRS[:, ::-1].reshape(-1)), "nibbles swapped"),
+        ("halves", "down_proj", shuffled(np.arange(32).reshape(2, 16).T.reshape(-1)), "Q4_0"),
+        ("pairs", "down_proj", shuffled(PAIRS.T.reshape(-1)), "Q4_0"),
+        ("swapped", "gate_proj", lambda w: w.up_proj, "it is up_proj: gate and up"),
+        (
+            "rows",
+            "up_proj",
+            lambda w: Int4(
+                *(a.reshape(2, 64, -1).swapaxes(0, 1).reshape(128, -1) for a in w.up_proj)
+            ),
+            "rows of both halves",
+        ),
+        (
+            "twice",
+            "down_proj",
+            lambda w: w.down_proj._replace(scale=w.down_proj.scale + 0x80),
+            "times 2",
+        ),
+    ],
+)
+def test_a_wrong_repack_is_named(name, part, change, text, tmp_path):
+    found = list(quant.verify(TINY, spoiled(tmp_path, name, part, change)))
+    (wrong,) = [v for v in found if v.verdict == "wrong"]
+    assert wrong.name == f"model.layers.2.mlp.experts.5.{part}"
+    assert wrong.likely is not None
+    assert text in wrong.likely
+    assert not quant.as_json(found)["ok"]
+
+
+def test_an_offset_of_seven_is_named(tmp_path):
+    """Codes one higher, as where less 7 was meant; 15 has none above it and stays."""
+
+    def change(w: MlpWeights) -> Int4:
+        two = np.ascontiguousarray(w.up_proj.packed).view(np.uint8)
+        low, high = (np.minimum(n + 1, 15) for n in (two & 15, two >> 4))
+        return Int4((low | high << 4).view(np.int32), w.up_proj.scale)
+
+    found = list(quant.verify(TINY, spoiled(tmp_path, "offset", "up_proj", change)))
+    (wrong,) = [v for v in found if v.verdict == "wrong"]
+    assert wrong.likely == "codes less 7, not less 8"
+
+
+def test_keys_that_were_not_transposed_are_named(tmp_path):
+    model = refmoe.load()
+    layers = list(model.decoder.layers)
+    H, N, C = 4, 128, 512
+    w = dequantize(layers[1].self_attn.kv_b_proj).reshape(H, -1, C).copy()
+    w[:, :N] = w[:, :N].transpose(0, 2, 1).reshape(H, N, C)
+    wrong = layers[1].self_attn._replace(kv_b_proj=w.reshape(-1, C))
+    checkpoint = model.checkpoint
+    matrix = checkpoint.matrix
+    checkpoint.matrix = lambda module: (  # type: ignore[method-assign]
+        wrong.kv_b_proj if module == "model.layers.1.self_attn.kv_b_proj" else matrix(module)
+    )
+    to_gguf(model, tmp_path / "x.gguf", dense="f32")
+    found = [v for v in quant.verify(TINY, tmp_path / "x.gguf") if v.verdict == "wrong"]
+    assert [v.name for v in found] == ["model.layers.1.self_attn.kv_b_proj"]
+    assert found[0].likely == "attn_k_b read without its transposition"
+
+
+def test_repacks_are_exact_or_rounded(tmp_path, capsys):
+    model = refmoe.load()
+    for kind, verdicts in (
+        ("bf16", {"bit-equal"}),
+        ("f16", {"bit-equal", "rounded"}),
+        ("q8_0", {"bit-equal", "rounded"}),
+    ):
+        to_gguf(model, tmp_path / f"{kind}.gguf", dense=kind)
+        found = list(quant.verify(TINY, tmp_path / f"{kind}.gguf"))
+        assert {v.verdict for v in found} == verdicts
+        assert all(v.verdict == "bit-equal" for v in found if ".experts." in v.name)
+    to_safetensors(refmoe.load(tmp_path / "q8_0.gguf"), tmp_path / "back", "int4")
+    from_ = str(tmp_path / "q8_0.gguf")
+    assert main(["quant", "verify", from_, str(tmp_path / "back"), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert set(document) == {"tensors", "ok"}
+    assert set(document["tensors"][0]) == {"name", "verdict", "max_rel", "likely"}
+
+
+def test_another_model_is_refused(tmp_path):
+    write_random(tmp_path / "other", "bf16")
+    with pytest.raises(InputError, match="not two files of one model"):
+        list(quant.verify(TINY, tmp_path / "other"))
+
+
+def test_a_format_costs_what_its_steps_say(capsys):
+    """Of evenly spread values within a step: its RMS is step/√12, and finer formats cost less."""
+    rng = np.random.default_rng(0)
+    w = rng.uniform(-1, 1, (64, 512)).astype(np.float32)
+    for kind, step in (("q8_0", 1 / 127), ("int4", 1 / 7), ("int4-7.5", 1 / 7.5)):
+        off = quant.rounder(kind)(w) - w
+        groups = np.abs(w).reshape(64, -1, 32).max(axis=-1).mean()
+        assert np.sqrt((off**2).mean()) == pytest.approx(groups * step / np.sqrt(12), rel=0.05)
+    model = refmoe.load(None, "float64")
+    costs = {
+        kind: quant.expect(model, kind, list(range(5, 45))) for kind in ("bf16", "q8_0", "int4")
+    }
+    assert costs["bf16"].kl_mean < costs["q8_0"].kl_mean < costs["int4"].kl_mean
+    assert all(cost.kl_mean >= 0 for cost in costs.values())
+    experts = quant.expect(model, "q8_0", list(range(5, 45)), experts_only=True)
+    assert {".experts." in row["name"] for row in experts.tensors} == {True}
+    assert main(["quant", "expect", "--to", "q8_0", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert set(document) == {"tensors", "kl_mean", "kl_p99", "top1_agree"}
