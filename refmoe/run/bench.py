@@ -3,7 +3,7 @@
     kernels    each format's rows times tokens, GB/s of weights over the rate of plain reading
     decode     one token after another: tok/s, and bytes a token times tok/s over the same rate
     prefill    a prompt: tok/s
-    peers      the small slice of K2 through transformers beside refmoe
+    peers      the small slice of K2 through transformers and llama.cpp beside refmoe
 
 Rates of a shared machine change by half from one second to the next. So reading and measuring take
 turns, a ratio is of neighbours, and the middle one of all ratios counts; rates are the middle ones
@@ -12,6 +12,7 @@ wide as the machine.
 """
 
 import importlib
+import importlib.util
 import json
 import platform
 import tempfile
@@ -43,6 +44,7 @@ from refmoe.model.matrix import (
     dequantize,
     quantize_q8,
 )
+from refmoe.run.export import to_gguf
 from refmoe.run.generate import prefill, step, working
 from refmoe.run.model import Model, load
 from refmoe.weights.checkpoint import Checkpoint, expected
@@ -319,15 +321,20 @@ def prompt(model: Model, decoder: Decoder, count: int = 128, runs: int = 5) -> d
 def peers(
     folder: Path | None, scratch: Path | None = None, steps: int = 8, length: int = 128
 ) -> dict[str, Any]:
-    """refmoe and transformers (bf16, eager, cached) on one checkpoint, in one run."""
-    rows: list[tuple[str, str, float, float]] = []
+    """refmoe, transformers (bf16, eager, cached) and llama.cpp (Q4_0 experts, the rest Q8_0) on one
+    checkpoint, in one run: those of them that are installed."""
+    rows: list[Row] = []
     for dense in ("exact", "q8"):
         model = load(folder, dense=dense)
         decoder = working(model)
         one, many = decode(model, decoder, 16, steps), prompt(model, decoder, length)
         rows.append((f"refmoe, {dense}", refmoe_version, one["tok_s"], many["tok_s"]))
     ids = _tokens(model, length)
-    rows += _transformers(model.checkpoint.path, scratch, ids, steps)
+    for engine, run in (("transformers", _transformers), ("llama_cpp", _llamacpp)):
+        if importlib.util.find_spec(engine) is not None:
+            rows.append(run(model, scratch, ids, steps))
+    if len(rows) == 2:
+        raise InputError("no peer is installed: pip install 'refmoe[peers]', or llama-cpp-python")
     (_, _, base_decode, base_prefill), *_ = rows
     return {
         "machine": machine(),
@@ -345,19 +352,36 @@ def peers(
     }
 
 
-def _transformers(
-    folder: Path, scratch: Path | None, ids: list[int], steps: int
-) -> list[tuple[str, str, float, float]]:
-    """transformers on the same values, routed experts dequantised to bf16: four times the bytes."""
-    try:
-        torch: Any = importlib.import_module("torch")
-        transformers: Any = importlib.import_module("transformers")
-    except ModuleNotFoundError as e:
-        raise InputError(f"{e.name} is missing: pip install 'refmoe[peers]'") from None
+Row = tuple[str, str, float, float]  # engine, version, tok/s decoding and of a prompt
+
+
+def _llamacpp(model: Model, scratch: Path | None, ids: list[int], steps: int) -> Row:
+    """Exported, and with the cache and batch it comes with."""
+    llama: Any = importlib.import_module("llama_cpp")
     with tempfile.TemporaryDirectory(dir=scratch) as tmp:
-        _write_bf16(folder, Path(tmp))
+        file = Path(tmp) / "model.gguf"
+        to_gguf(model, file)
+        engine = llama.Llama(str(file), n_ctx=1024, n_threads=threads.available(), verbose=False)
+        engine.eval(ids)
+        engine.reset()
+        first = []
+        for _ in range(2):
+            first.append(_time(partial(engine.eval, ids)))
+            engine.reset()
+        engine.eval(ids[:16])
+        each = [_time(partial(engine.eval, [token])) for token in ids[16 : 16 + 2 * steps]]
+        engine.close()
+    return "llama.cpp", str(llama.__version__), 1 / min(each[steps:]), len(ids) / min(first)
+
+
+def _transformers(model: Model, scratch: Path | None, ids: list[int], steps: int) -> Row:
+    """On the same values, routed experts dequantised to bf16: four times the bytes."""
+    torch: Any = importlib.import_module("torch")
+    transformers: Any = importlib.import_module("transformers")
+    with tempfile.TemporaryDirectory(dir=scratch) as tmp:
+        _write_bf16(model.checkpoint.path, Path(tmp))
         transformers.utils.logging.disable_progress_bar()
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        peer, info = transformers.AutoModelForCausalLM.from_pretrained(
             tmp, dtype=torch.bfloat16, attn_implementation="eager", output_loading_info=True
         )
         problems = {k: v for k, v in info.items() if v}
@@ -366,15 +390,19 @@ def _transformers(
         torch.set_num_threads(threads.available())
         with torch.inference_mode():
             prompt = torch.tensor([ids])
-            model(prompt, logits_to_keep=1)
-            first = [_time(lambda: model(prompt, logits_to_keep=1)) for _ in range(2)]
-            past = model(prompt[:, :16], use_cache=True).past_key_values
+            peer(prompt, logits_to_keep=1)
+            first = [_time(lambda: peer(prompt, logits_to_keep=1)) for _ in range(2)]
+            past = peer(prompt[:, :16], use_cache=True).past_key_values
             each = []
             for token in ids[16 : 16 + 2 * steps]:
                 one = torch.tensor([[token]])
-                each.append(_time(partial(model, one, past_key_values=past, use_cache=True)))
-    which = str(transformers.__version__)
-    return [("transformers", which, 1 / min(each[steps:]), len(ids) / min(first))]
+                each.append(_time(partial(peer, one, past_key_values=past, use_cache=True)))
+    return (
+        "transformers",
+        str(transformers.__version__),
+        1 / min(each[steps:]),
+        len(ids) / min(first),
+    )
 
 
 def _write_bf16(folder: Path, out: Path) -> None:

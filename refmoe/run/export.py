@@ -297,6 +297,8 @@ def _metadata(writer: Any, model: Model) -> None:
     writer.add_bool("deepseek2.expert_weights_norm", cfg.norm_topk_prob)
     if model.checkpoint.has_words:
         _words(writer, model)
+    else:
+        writer.add_string("tokenizer.ggml.model", "no_vocab")
 
 
 def _words(writer: Any, model: Model) -> None:
