@@ -331,7 +331,9 @@ def _check_report(report: Report, every: bool, truth: bool = False) -> None:
     print(f"{report.point}, {report.reason}" if report.point else report.reason)
     through = report.judged_with(report.point)
     if through:
-        print(f"judged together with {', '.join(through)}, which the dump lacks")
+        more = f" and {len(through) - 4} more" if len(through) > 5 else ""
+        shown = through[:4] if more else through
+        print(f"judged together with {', '.join(shown)}{more}, which the dump lacks")
     _cause(report)
     print(f"nominal chance of a false alarm in the whole report: {report.alpha:g}")
 
