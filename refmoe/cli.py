@@ -332,8 +332,8 @@ def _check_report(report: Report, every: bool, truth: bool = False) -> None:
     through = report.judged_with(report.point)
     if through:
         more = f" and {len(through) - 4} more" if len(through) > 5 else ""
-        shown = through[:4] if more else through
-        print(f"judged together with {', '.join(shown)}{more}, which the dump lacks")
+        first = through[:4] if more else through
+        print(f"judged together with {', '.join(first)}{more}, which the dump lacks")
     _cause(report)
     print(f"nominal chance of a false alarm in the whole report: {report.alpha:g}")
 
