@@ -322,3 +322,42 @@ def test_export_prints_its_document(tmp_path, capsys):
     assert refmoe.load(tmp_path / "plain").cfg.quantization is None
     assert main(["export", "--to", "bf16", "--out", str(tmp_path / "plain")]) == 2
     assert "not empty" in capsys.readouterr().err
+
+
+def test_lint_reads_a_gguf(files, tmp_path, capsys):
+    assert main(["lint", str(files["q8_0"]), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["findings"]
+    assert any("llama.cpp's deepseek2 takes beta_fast" in f["text"] for f in found)
+    assert any(f["text"].startswith("360 Q4_0, 38 Q8_0, 23 F32") for f in found)
+    raw = bytearray(files["q8_0"].read_bytes())
+    t = read_part(files["q8_0"]).tensors["output.weight"]
+    raw[t.start + 340 : t.start + 342] = np.float16(np.nan).tobytes()
+    (tmp_path / "nan.gguf").write_bytes(raw)
+    assert main(["lint", str(tmp_path / "nan.gguf"), "--json"]) == 1
+    errors = json.loads(capsys.readouterr().out)["findings"]
+    assert {
+        "level": "error",
+        "tensor": "lm_head.weight",
+        "text": "1 scales are not finite",
+    } in errors
+    (tmp_path / "cut.gguf").write_bytes(raw[:100_000])
+    assert main(["lint", str(tmp_path / "cut.gguf"), "--json"]) == 1
+    assert "truncated" in capsys.readouterr().out
+
+
+def test_lint_compares_a_gguf_with_its_source(files, tmp_path, capsys):
+    source = str(refmoe.load().checkpoint.path)
+    assert main(["lint", source, "--against", str(files["bf16"]), "--json"]) == 0
+    (note,) = json.loads(capsys.readouterr().out)["findings"]
+    assert note["text"] == "bit-equal: 417 matrices and vectors"
+    raw = bytearray(files["bf16"].read_bytes())
+    t = read_part(files["bf16"]).tensors["blk.2.attn_q_b.weight"]
+    half = t.nbytes // 2
+    raw[t.start : t.start + t.nbytes] = (
+        raw[t.start + half : t.start + t.nbytes] + raw[t.start : t.start + half]
+    )
+    (tmp_path / "rolled.gguf").write_bytes(raw)
+    assert main(["lint", source, "--against", str(tmp_path / "rolled.gguf"), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)["findings"]
+    (error,) = [f for f in found if f["level"] == "error"]
+    assert error["tensor"] == "model.layers.2.self_attn.q_b_proj"

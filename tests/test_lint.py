@@ -12,14 +12,14 @@ import pytest
 from safetensors import TensorSpec, serialize_file
 
 from refmoe.config import Config, InputError
-from refmoe.model.matrix import dequantize, widen_bf16
+from refmoe.model.matrix import bf16_bits, dequantize, widen_bf16
 from refmoe.model.router import GateWeights, route
 from refmoe.oracle import lint as lint_module
 from refmoe.oracle.lint import Finding, as_json, lint, lint_against
 from refmoe.weights import members
 from refmoe.weights.checkpoint import INDEX, Checkpoint, read_header
 from refmoe.weights.members import MEMBERS, write_member
-from refmoe.weights.random import FORMATS, Tensors, bf16_bits, write, write_random
+from refmoe.weights.random import FORMATS, Tensors, write, write_random
 
 SPELLED = {
     "F32": "float32",

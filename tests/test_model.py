@@ -12,12 +12,12 @@ from refmoe.model import matrix
 from refmoe.model.cache import LatentCache
 from refmoe.model.decoder import policy
 from refmoe.model.experts import MlpWeights, routed_experts
-from refmoe.model.matrix import BF16, Int4, dequantize, round_bf16, widen_bf16
+from refmoe.model.matrix import BF16, Int4, bf16_bits, dequantize, round_bf16, widen_bf16
 from refmoe.model.mla import absorbed, expanded, softmax
 from refmoe.model.norm import rms_norm
 from refmoe.model.rope import cos_sin, inv_freq, rotate, softmax_scale
 from refmoe.model.router import GateWeights, Routing, route
-from refmoe.weights.random import bf16_bits, pack_int4
+from refmoe.weights.random import pack_int4
 from tests.networks import config, gamma, row_by_row
 
 seeds = st.integers(0, 2**32 - 1)

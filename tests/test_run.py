@@ -116,8 +116,8 @@ def test_the_engine_and_the_definition_agree(random_int4):
 def test_linear_in_tiles_is_linear(monkeypatch):
     from refmoe.fast import linear as fast
     from refmoe.model import matrix
-    from refmoe.model.matrix import BF16, Int4
-    from refmoe.weights.random import bf16_bits, pack_int4
+    from refmoe.model.matrix import BF16, Int4, bf16_bits
+    from refmoe.weights.random import pack_int4
 
     monkeypatch.setattr(fast, "TILE", 200)  # several tiles, the last one short
     rng = np.random.default_rng(0)

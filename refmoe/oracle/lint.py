@@ -61,6 +61,7 @@ from refmoe.model.matrix import (
 )
 from refmoe.model.rope import inv_freq, softmax_scale
 from refmoe.model.router import limit_groups, sigmoid
+from refmoe.oracle import quant
 from refmoe.weights import members
 from refmoe.weights.checkpoint import (
     INDEX,
@@ -73,6 +74,7 @@ from refmoe.weights.checkpoint import (
     read_header,
     tensor_class,
 )
+from refmoe.weights.gguf import Gguf, is_gguf
 
 Level = Literal["error", "warning", "note"]
 SHOWN = 5  # findings of one kind that are listed
@@ -123,7 +125,9 @@ class _Findings:
 
 
 def lint(folder: str | Path) -> list[Finding]:
-    """Examine the checkpoint in a folder; `InputError` only if its config.json cannot be read."""
+    """Examine the checkpoint in a folder, or a GGUF; `InputError` only if there is no config."""
+    if is_gguf(Path(folder)):
+        return _lint_gguf(Path(folder))
     folder, out = _folder(folder), _Findings()
     cfg = _config(folder, out)
     if cfg is None:
@@ -153,6 +157,8 @@ def lint_against(folder: str | Path, other: str | Path) -> list[Finding]:
 
     `other` may lack a config.json, as a dump of an engine's loaded weights does.
     """
+    if is_gguf(Path(folder)) or is_gguf(Path(other)):
+        return _two_files(folder, other)
     ours, theirs, out = _folder(folder), _folder(other), _Findings()
     for path in (ours, theirs):
         if not any(path.glob("*.safetensors")):
@@ -167,6 +173,56 @@ def lint_against(folder: str | Path, other: str | Path) -> list[Finding]:
     a = Checkpoint(ours, cfg, _gather(ours, out))
     b = Checkpoint(theirs, their_cfg, _gather(theirs, out))
     _two_checkpoints(a, b, out)
+    return out.listed()
+
+
+def _lint_gguf(path: Path) -> list[Finding]:
+    """The same questions, as far as a GGUF has them."""
+    out = _Findings()
+    try:
+        checkpoint = Gguf.open(path)
+    except InputError as e:
+        out.add("error", "file", None, str(e))
+        return out.listed()
+    for note in checkpoint.notes:
+        out.add("warning", "metadata", None, note)
+    _yarn(checkpoint.cfg, out)
+    for name in checkpoint.missing:
+        out.add("error", "missing tensors", name, "the metadata call for it, no part has it")
+    for name in checkpoint.unread:
+        out.add("warning", "tensors never read", name, "nothing in the network is called that")
+    types: Counter[str] = Counter()
+    for name in _watched(checkpoint.tensors, lambda name: checkpoint.tensors[name].nbytes):
+        t = checkpoint.tensors[name]
+        types[t.dtype] += 1
+        if t.dtype in BITS:
+            _floats(name, checkpoint.array(name), checkpoint, out)
+        elif t.dtype in ("Q4_0", "Q8_0"):
+            blocks = checkpoint.array(name).reshape(-1, {"Q4_0": 18, "Q8_0": 34}[t.dtype])
+            scales = np.ascontiguousarray(blocks[:, :2]).view(np.float16)
+            bad = int((~np.isfinite(scales)).sum())
+            if bad:
+                out.add("error", "not finite", name, f"{bad:,} scales are not finite", bad)
+            if not scales.any():
+                out.add("error", "all zero", name, "every scale is zero: never written?")
+    told = ", ".join(f"{n:,} {kind}" for kind, n in types.most_common())
+    out.add("note", "types", None, f"{told}, experts counted one by one")
+    _router(checkpoint, list(checkpoint.tensors), out)
+    return out.listed()
+
+
+def _two_files(a: str | Path, b: str | Path) -> list[Finding]:
+    """Where one of two is a GGUF: by value, as `quant verify` does."""
+    out = _Findings()
+    counts: Counter[str] = Counter()
+    for v in quant.verify(a, b):
+        counts[v.verdict] += 1
+        if v.verdict == "wrong":
+            rel = "" if v.max_rel is None else f"off by {v.max_rel:.2g} of the largest: "
+            out.add("error", "wrong", v.name, rel + (v.likely or "no simple cause found"))
+    for verdict, n in counts.items():
+        if verdict != "wrong":
+            out.add("note", verdict, None, f"{verdict}: {n:,} matrices and vectors")
     return out.listed()
 
 

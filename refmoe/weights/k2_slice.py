@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from refmoe.config import Config, InputError
+from refmoe.model.matrix import bf16_bits
 from refmoe.weights.checkpoint import expected
-from refmoe.weights.random import FIXED, INT4_CONFIG, SINGLE, bf16_bits
+from refmoe.weights.random import FIXED, INT4_CONFIG, SINGLE
 from refmoe.weights.stream import Spec, write_stream
 
 SHAPE: dict[str, Any] = {  # moonshotai/Kimi-K2-Thinking config.json, but for the number of layers

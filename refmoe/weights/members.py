@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refmoe.config import Config, InputError
-from refmoe.weights.random import RESERVED, SHAPE, Tensors, bf16_bits, draw, write, write_vocabulary
+from refmoe.model.matrix import bf16_bits
+from refmoe.weights.random import RESERVED, SHAPE, Tensors, draw, write, write_vocabulary
 
 HERE = Path(__file__).with_name("members")
 K2_RANKS = 163_584  # ids from here on are special, and move with the vocabulary

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import TensorSpec, serialize_file
 
 from refmoe.config import Config, Fp8Scheme, InputError
-from refmoe.model.matrix import E4M3
+from refmoe.model.matrix import E4M3, bf16_bits
 from refmoe.weights.checkpoint import INDEX, expected, tensor_class
 
 SINGLE = "model.safetensors"
@@ -208,12 +208,6 @@ def pack_fp8(w: np.ndarray, block: tuple[int, int]) -> tuple[np.ndarray, np.ndar
     positive = E4M3[:127].astype(np.float64)  # 0 to 448, increasing
     code = np.searchsorted((positive[1:] + positive[:-1]) / 2, np.abs(x)).astype(np.uint8)
     return np.where(x < 0, code | 0x80, code).astype(np.uint8), scale
-
-
-def bf16_bits(x: np.ndarray) -> np.ndarray:
-    """The nearest bf16, as bits."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
 
 
 def _values(name: str, size: tuple[int, ...], cfg: Config, rng: np.random.Generator) -> np.ndarray:
