@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 import refmoe
@@ -21,6 +22,7 @@ from refmoe.config import CONVENTIONS, InputError, read_json
 from refmoe.fast.threads import use as use_threads
 from refmoe.model.numerics import POLICIES, NonFinite
 from refmoe.oracle import bench, golden, lint, mutate, quant, repro
+from refmoe.oracle.base_logits import divergence, read_base, write_base
 from refmoe.oracle.compare import Case, Report, arbitrate
 from refmoe.oracle.noise import PROFILES
 from refmoe.oracle.readers import read_dump
@@ -448,6 +450,8 @@ def _quant(args: argparse.Namespace) -> int:
             counts = Counter(v.verdict for v in found)
             print(", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()))
         return 0 if document["ok"] else 1
+    if args.what in ("base", "kl"):
+        return _quant_base(args)
     if args.to is None:
         raise InputError("quant expect takes --to FORMAT")
     model = load(args.a, "float64")
@@ -464,6 +468,32 @@ def _quant(args: argparse.Namespace) -> int:
         f"nats a position, 99 % below {cost.kl_p99:.2e}; the likeliest token stays in "
         f"{cost.top1_agree:.1%}"
     )
+    return 0
+
+
+def _quant_base(args: argparse.Namespace) -> int:
+    """llama-perplexity's file of base logits, written or compared with."""
+    if args.base is None:
+        raise InputError(f"quant {args.what} takes --base FILE")
+    model = load(args.a, "float64" if args.what == "base" else "float32")
+    if args.what == "base":
+        if args.tokens is None:
+            raise InputError("quant base takes --tokens FILE, as llama.cpp tokenises the text")
+        chunks = write_base(model, read_sequence(args.tokens), args.ctx, args.base)
+        document: dict[str, Any] = {"out": str(args.base), "chunks": chunks, "n_ctx": args.ctx}
+        said = f"{args.base}: {chunks} chunks of {args.ctx} tokens, from float64"
+    else:
+        kl, same = divergence(model, read_base(args.base))
+        document = {"kl_mean": float(kl.mean()), "kl_p99": float(np.quantile(kl, 0.99))}
+        document["top1_agree"] = same
+        said = (
+            f"{len(kl)} positions: KL {document['kl_mean']:.2e} nats, 99 % below "
+            f"{document['kl_p99']:.2e}; the likeliest token is the same in {same:.1%}"
+        )
+    if args.json:
+        _print_json(document)
+    else:
+        print(said)
     return 0
 
 
@@ -843,10 +873,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--quantiser", choices=tuple(export.QUANTISERS), default="amax/7", help="int4")
 
     p = verb("quant", _quant, "is this file that model; what should a format cost", model=False)
-    p.add_argument("what", choices=["verify", "expect"])
-    p.add_argument("a", type=Path, nargs="?", metavar="A", help="the right one; expect: the model")
+    help = "base: write llama-perplexity's base logits; kl: a model against such a file"
+    p.add_argument("what", choices=["verify", "expect", "base", "kl"], help=help)
+    p.add_argument("a", type=Path, nargs="?", metavar="A", help="the right one, or the model")
     p.add_argument("b", type=Path, nargs="?", metavar="B", help="verify: the other")
     p.add_argument("--to", choices=quant.FORMATS, help="expect: the format")
+    p.add_argument("--base", type=Path, metavar="FILE", help="base, kl: llama-perplexity's file")
+    p.add_argument("--ctx", type=int, default=512, metavar="N", help="base: tokens of a chunk")
     p.add_argument("--experts-only", action="store_true", help="expect: of routed experts alone")
     p.add_argument(
         "--tokens", type=Path, metavar="FILE", help="expect: JSON; default: its own text"

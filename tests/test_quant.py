@@ -13,6 +13,7 @@ from refmoe.config import InputError
 from refmoe.model.experts import MlpWeights
 from refmoe.model.matrix import Int4, dequantize
 from refmoe.oracle import quant
+from refmoe.oracle.base_logits import read_base
 from refmoe.run.export import to_gguf, to_safetensors
 from refmoe.weights.random import write_random
 
@@ -156,3 +157,31 @@ def test_a_format_costs_what_its_steps_say(capsys):
     assert main(["quant", "expect", "--to", "q8_0", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert set(document) == {"tensors", "kl_mean", "kl_p99", "top1_agree"}
+
+
+def test_base_logits_are_a_file_of_llama_perplexitys(tmp_path, capsys):
+    """Its layout byte by byte, its precision, and the divergence of a model from itself."""
+    tokens, file = list(range(5, 53)), tmp_path / "base.bin"
+    ids = tmp_path / "ids.json"
+    ids.write_text(json.dumps(tokens))
+    command = ["quant", "base", "--tokens", str(ids), "--ctx", "16", "--base", str(file)]
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["chunks"] == 3
+    raw = file.read_bytes()
+    assert raw[:8] == b"_logits_"
+    assert np.frombuffer(raw, "<i4", 3, 8).tolist() == [16, 2304, 3]
+    assert np.frombuffer(raw, "<i4", 48, 20).tolist() == tokens
+    assert len(raw) == 20 + 48 * 4 + 3 * 7 * (8 + 2 * 2304)
+    base = read_base(file)
+    logits = refmoe.load(None, "float64").logits(tokens[16:32])[8:15]
+    exact = logits - logits.max(axis=-1, keepdims=True)
+    exact -= np.log(np.exp(exact).sum(axis=-1, keepdims=True))
+    told = exact > exact.max(axis=-1, keepdims=True) - 16
+    assert np.abs(base.rows[1] - exact)[told].max() <= 16 / 65535 / 2 + 1e-5
+    assert main(["quant", "kl", "--base", str(file), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert abs(document["kl_mean"]) <= 16 / 65535
+    assert document["top1_agree"] == 1
+    file.write_bytes(raw[:-1])
+    assert main(["quant", "kl", "--base", str(file)]) == 2
+    assert "3 chunks of 16 take" in capsys.readouterr().err
