@@ -361,3 +361,22 @@ def test_lint_compares_a_gguf_with_its_source(files, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)["findings"]
     (error,) = [f for f in found if f["level"] == "error"]
     assert error["tensor"] == "model.layers.2.self_attn.q_b_proj"
+
+
+def test_the_real_vocabulary_survives_a_gguf(kimi):
+    """Every token and merge of K2.6's, the published conversations, and 10,000 random strings."""
+    words = Tokenizer.load(kimi / "k2.6")
+    lists = export.vocabulary(words)
+    assert len(lists["merges"]) == 163_328
+    metadata = {f"tokenizer.ggml.{key}": values for key, values in lists.items()}
+    again = Tokenizer.from_gguf(metadata)
+    assert again.special == words.special
+    _, *conversations = json.loads((kimi / "chat_vectors.json").read_text("utf-8"))
+    texts = [text for c in conversations for text in c.values() if isinstance(text, str)]
+    rng = np.random.default_rng(0)
+    for _ in range(10_000):
+        low, high = [(32, 127), (0x20, 0x3000), (0x3000, 0xD7FF), (1, 0x110000)][rng.integers(4)]
+        points = rng.integers(low, high, rng.integers(1, 40))
+        texts.append("".join(chr(p) for p in points if not 0xD800 <= p < 0xE000))
+    for text in texts:
+        assert again.encode(text) == words.encode(text)

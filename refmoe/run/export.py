@@ -35,7 +35,7 @@ from refmoe.model.matrix import (
     widen_bf16,
 )
 from refmoe.run.model import Model
-from refmoe.text.tokenizer import byte_alphabet
+from refmoe.text.tokenizer import Tokenizer, byte_alphabet
 from refmoe.weights.checkpoint import Checkpoint, expected
 from refmoe.weights.gguf import GLOBAL, REST, SELF, Gguf, library
 from refmoe.weights.random import INT4_CONFIG, SINGLE, pack_int4
@@ -301,24 +301,29 @@ def _metadata(writer: Any, model: Model) -> None:
         writer.add_string("tokenizer.ggml.model", "no_vocab")
 
 
-def _words(writer: Any, model: Model) -> None:
-    words, letters = model.tokenizer, byte_alphabet()
-    names = {i: name for name, i in words.special.items()}
+def vocabulary(words: Tokenizer) -> dict[str, list[Any]]:
+    """A GGUF's tokens, their types (1 plain, 3 control) and merges, after `tokenizer.ggml.`."""
+    letters, names = byte_alphabet(), {i: name for name, i in words.special.items()}
     ranks = words.size - len(names)
     raw = [words.token_bytes(i) for i in range(ranks)]
-    tokens = ["".join(letters[b] for b in token) for token in raw]
     rank = {token: i for i, token in enumerate(raw)}
-    merges = []
-    for token in raw:
-        if len(token) > 1:
-            halves = _halves(token, rank)
-            merges.append(" ".join("".join(letters[b] for b in half) for half in halves))
+
+    def spelt(token: bytes) -> str:
+        return "".join(letters[b] for b in token)
+
+    return {
+        "tokens": [*map(spelt, raw), *(names[ranks + n] for n in range(len(names)))],
+        "token_type": [1] * ranks + [3] * len(names),
+        "merges": [" ".join(map(spelt, _halves(t, rank))) for t in raw if len(t) > 1],
+    }
+
+
+def _words(writer: Any, model: Model) -> None:
+    words = model.tokenizer
     writer.add_string("tokenizer.ggml.model", "gpt2")
     writer.add_string("tokenizer.ggml.pre", "kimi-k2")
-    named = [names[ranks + n] for n in range(len(names))]
-    writer.add_array("tokenizer.ggml.tokens", tokens + named)
-    writer.add_array("tokenizer.ggml.token_type", [1] * ranks + [3] * len(names))  # control
-    writer.add_array("tokenizer.ggml.merges", merges)
+    for key, values in vocabulary(words).items():
+        writer.add_array(f"tokenizer.ggml.{key}", values)
     ids = model.cfg.eos_token_id
     if ids:
         writer.add_uint32("tokenizer.ggml.eos_token_id", ids[0])
