@@ -14,8 +14,8 @@ import refmoe
 from refmoe.cli import main
 from refmoe.config import InputError
 from refmoe.fast.engine import engine
+from refmoe.fast.kquants import DECODERS, HALVES
 from refmoe.fast.linear import linear
-from refmoe.model import matrix
 from refmoe.model.matrix import Q4, Coded, Heads, Int4, dequantize
 from refmoe.run import export
 from refmoe.run.export import int4_of, q4_of, to_gguf, to_safetensors
@@ -199,8 +199,26 @@ def test_other_types_are_decoded_by_the_library(name, tmp_path):
     )
     assert isinstance(m, Coded)
     np.testing.assert_array_equal(dequantize(m), gguf.quants.dequantize(raw, kind))
-    x = rng.standard_normal((2, 2 * elements)).astype(np.float32)
-    np.testing.assert_allclose(linear(x, m), matrix.linear(x, m), rtol=0, atol=0)
+    for T in (1, 20):
+        x = rng.standard_normal((T, 2 * elements)).astype(np.float32)
+        assert (np.abs(linear(x, m) - exact(x, m)) <= bound(x, m)).all()
+
+
+@pytest.mark.parametrize("name", sorted(DECODERS))
+def test_k_quants_are_their_twins_bit_for_bit(name):
+    """Every code there is, halves of any size that is finite, read-only rows."""
+    kind = gguf.GGMLQuantizationType[name]
+    _, size = gguf.GGML_QUANT_SIZES[kind]
+    rng = np.random.default_rng(1)
+    raw = rng.integers(0, 256, (40, 3 * size), dtype=np.uint8)
+    for at in {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}.get(name, (0, 2)):
+        for n in range(3):
+            finite = rng.uniform(-9, 9, (40, 1)).astype(np.float16)
+            raw[:, n * size + at : n * size + at + 2] = finite.view(np.uint8)
+    raw.flags.writeable = False
+    out = np.empty((30, 3 * 256), np.float32)
+    DECODERS[name](raw, HALVES, out, 5, 35)
+    np.testing.assert_array_equal(out, gguf.quants.dequantize(raw[5:35], kind))
 
 
 def test_parts_are_one_model(files, tmp_path):

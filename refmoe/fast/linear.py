@@ -23,9 +23,10 @@ import numpy as np
 
 from refmoe.fast import kernels, threads
 from refmoe.fast.kernels import KERNELS, Form, Kernels
+from refmoe.fast.kquants import DECODERS, HALVES
 from refmoe.model import matrix
 from refmoe.model.experts import Experts, MlpWeights, routed_experts
-from refmoe.model.matrix import BF16, Q4, Q8, Fp8Block, Heads, Int4, Matrix
+from refmoe.model.matrix import BF16, Q4, Q8, Coded, Fp8Block, Heads, Int4, Matrix
 from refmoe.model.numerics import Numerics
 from refmoe.model.router import Routing, sigmoid
 
@@ -227,9 +228,27 @@ def linear(
             return y
     if isinstance(m, Heads):
         return matrix.linear(x, m, rounded)
+    if isinstance(m, Coded) and m.name in DECODERS and x.dtype == np.float32 and len(x):
+        return _coded(np.ascontiguousarray(x), m)
     y = np.empty((len(x), m.shape[0]), x.dtype)
     for block, tile in matrix.tiles(m, TILE):
         y[:, block] = matrix.linear(x, tile, rounded)
+    return y
+
+
+def _coded(x: np.ndarray, m: Coded) -> np.ndarray:
+    """Rows decoded while a tile is in cache, by plain kernels, then multiplied."""
+    O, I = m.shape
+    y = np.empty((O, len(x)), np.float32).T
+    step = max(1, TILE // 4 // I)
+
+    def tile(begin: int, end: int) -> None:
+        w = np.empty((end - begin, I), np.float32)
+        DECODERS[m.name](m.blocks, HALVES, w, begin, end)
+        np.matmul(w, x.T, out=y.T[begin:end])
+
+    with threads.one_blas_thread():
+        threads.pool().run([partial(tile, n, min(n + step, O)) for n in range(0, O, step)])
     return y
 
 

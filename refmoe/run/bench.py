@@ -44,7 +44,7 @@ from refmoe.model.matrix import (
     dequantize,
     quantize_q8,
 )
-from refmoe.run.export import to_gguf
+from refmoe.run.export import q4_of, to_gguf
 from refmoe.run.generate import prefill, step, working
 from refmoe.run.model import Model, load
 from refmoe.weights.checkpoint import Checkpoint, expected
@@ -53,7 +53,7 @@ from refmoe.weights.stream import Spec, write_stream
 
 READ = 1 << 29  # bytes: far beyond any cache
 ROUNDS = 15
-NAMES = ("bf16", "q8", "int4-fast", "int4-exact", "fp8", "f16", "f32")
+NAMES = ("bf16", "q8", "int4-fast", "int4-exact", "q4", "fp8", "f16", "f32")
 SHAPES = ((2048, 7168), (7168, 2048))  # K2's experts: gate and up, down
 EIGHT = 8  # matrices at once, as many as a token has experts
 
@@ -112,6 +112,10 @@ def _time(run: Callable[[], Any]) -> float:
 
 def draw(name: str, O: int, I: int, rng: np.random.Generator) -> Matrix:
     """A random matrix in this format."""
+    if name == "q4":
+        m = draw("int4", O, I, rng)
+        assert isinstance(m, Int4)
+        return q4_of(m)
     if name.startswith("int4"):
         packed = rng.integers(-(2**31), 2**31, (O, I // 8), np.int32)
         scale = rng.uniform(0.5, 1, (O, I // 32)).astype(np.float32).view(np.uint32) >> 16
