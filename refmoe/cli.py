@@ -505,7 +505,7 @@ def _own_text(model: Model) -> list[int]:
     return [*first, *made]
 
 
-FORMATS = ("bf16", "q8", "int4-fast", "int4-exact", "q4", "fp8", "f16", "f32")
+FORMATS = ("bf16", "q8", "int4-fast", "int4-exact", "q4-fast", "q4", "fp8", "f16", "f32")
 
 
 def _bench(args: argparse.Namespace) -> int:

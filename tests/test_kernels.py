@@ -31,6 +31,7 @@ from refmoe.model.experts import MlpWeights, routed_experts
 from refmoe.model.matrix import (
     BF16,
     E4M3,
+    Q4,
     Fp8Block,
     Int4,
     Matrix,
@@ -43,7 +44,7 @@ from refmoe.model.rope import softmax_scale
 from refmoe.model.router import Routing
 from refmoe.run.model import golden_folder
 
-FORMATS = ("bf16", "int4", "fp8", "q8", "f16", "f32")
+FORMATS = ("bf16", "int4", "fp8", "q8", "q4", "f16", "f32")
 
 
 def draw(kind: str, O: int, I: int, rng: np.random.Generator) -> Matrix:
@@ -62,6 +63,11 @@ def draw(kind: str, O: int, I: int, rng: np.random.Generator) -> Matrix:
             return Fp8Block(rng.choice(finite, (O, I)), scale, (128, 128))
         case "q8":
             return quantize_q8(w)
+        case "q4":
+            blocks = rng.integers(0, 256, (O, I // 32, 18), dtype=np.uint8)
+            scale = rng.standard_normal((O, I // 32, 1)).astype(np.float16)
+            blocks[..., :2] = scale.view(np.uint8)
+            return Q4(blocks)
         case "f16":
             return w.astype(np.float16)
         case _:
@@ -96,13 +102,14 @@ def test_a_kernel_is_its_twin(kind, data):
     assert (np.abs(y - exact(x, m)) <= bound(x, m)).all()
 
 
+@pytest.mark.parametrize("kind", ["int4", "q4"])
 @pytest.mark.parametrize("T", [1, 2, 3, FEW])
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), O=st.integers(1, 70), steps=st.integers(1, 20))
-def test_sixteen_bits_of_x_cost_no_more_than_they_must(T, seed, O, steps):
+def test_sixteen_bits_of_x_cost_no_more_than_they_must(kind, T, seed, O, steps):
     """Each x is off by half a unit, max/32767 of its group of 32."""
     rng = np.random.default_rng(seed)
-    m = draw("int4", O, 128 * steps, rng)
+    m = draw(kind, O, 128 * steps, rng)
     x = rng.standard_normal((T, 128 * steps)).astype(np.float32)
     y = linear(x, m, fast=True)
     most = np.abs(x).reshape(T, -1, 32).max(axis=-1, keepdims=True).astype(np.float64)
@@ -117,7 +124,7 @@ def test_sizes_of_the_real_model_are_exact_to_5e_7(kind):
     m, x = draw(kind, 64, 7168, rng), rng.standard_normal((2, 7168)).astype(np.float32)
     y, truth = linear(x, m), exact(x, m)
     assert np.sqrt(((y - truth) ** 2).mean() / (truth**2).mean()) <= 5e-7
-    if kind == "int4":
+    if kind in ("int4", "q4"):
         y = linear(x, m, fast=True)
         assert np.sqrt(((y - truth) ** 2).mean() / (truth**2).mean()) <= 5e-5
 
@@ -168,9 +175,9 @@ def test_what_a_mapped_file_holds_is_read_in_place(kind, tmp_path):
         file = tmp_path / f"{len(list(tmp_path.iterdir()))}.bin"
         wide = np.zeros((len(a), *a.shape[1:-1], a.shape[-1] + 2), a.dtype)
         wide[..., : a.shape[-1]] = a
-        file.write_bytes(b"x" + (a if kind == "q8" else wide).tobytes())
+        file.write_bytes(b"x" + (a if kind in ("q8", "q4") else wide).tobytes())
         flat = np.memmap(file, np.uint8, "r", 1)
-        full = flat.view(a.dtype).reshape(a.shape if kind == "q8" else wide.shape)
+        full = flat.view(a.dtype).reshape(a.shape if kind in ("q8", "q4") else wide.shape)
         return full[..., : a.shape[-1]]
 
     there = mapped(m) if isinstance(m, np.ndarray) else type(m)(*map(mapped, m))

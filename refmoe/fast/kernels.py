@@ -222,12 +222,30 @@ def _q4(b: ir.IRBuilder, row: Row, i: Value) -> tuple[list[Value], Value]:
     return [_looked_up(b, h) for h in halves], spread(b, b.fpext(load(b, here, HALF), FLOAT))
 
 
+def _q4_words(b: ir.IRBuilder, row: Row, i: Value) -> tuple[list[Value], Value]:
+    """Four blocks beside each other, for `vpdpwssd`: nibbles s of each 16 bits, s from 0 to 3."""
+    here = at(b, row.weights, i, 72)
+    quarter, half = ir.VectorType(I8, 16), list(range(32))
+    each = [load(b, offset(b, here, 18 * n + 2), quarter) for n in range(4)]
+    low, high = (shuffle(b, each[n], each[n + 1], half) for n in (0, 2))
+    pairs = b.bitcast(shuffle(b, low, high, list(range(64))), PAIRS)
+    codes = [b.lshr(pairs, constant(PAIRS, 4 * s)) if s else pairs for s in range(4)]
+    codes = [b.and_(c, constant(PAIRS, 15)) if s < 3 else c for s, c in enumerate(codes)]
+    scales = ir.Constant(ir.VectorType(HALF, 4), ir.Undefined)
+    for n in range(4):
+        scale = load(b, offset(b, here, 18 * n), HALF)
+        scales = b.insert_element(scales, scale, ir.Constant(I32, n))
+    wide = b.fpext(scales, ir.VectorType(FLOAT, 4))
+    return codes, shuffle(b, wide, wide, [j // 4 for j in range(LANES)])
+
+
 F32 = Form("f32", 32, 128, 0, 4, 4, (32, 1), _f32)
 F16 = Form("f16", 32, 64, 0, 4, 4, (32, 1), _f16)
 BF16 = Form("bf16", 32, 64, 0, 4, 8, (16, 2), _bf16)
 FP8 = Form("fp8", 128, 128, 0, 1, 8, (128, 1), _fp8)
 Q8 = Form("q8", 32, 34, 0, 4, 8, (32, 1), _q8)
 Q4 = Form("q4", 32, 18, 0, 4, 8, (32, 1), _q4)
+Q4_FAST = Form("q4-fast", 128, 72, 0, 1, 8, (128, 1), _q4_words, integer=True)
 INT4 = Form("int4-exact", 128, 64, 8, 1, 4, (16, 8), _int4)
 INT4_FAST = Form("int4-fast", 128, 64, 8, 1, 8, (16, 8), _int4_words, integer=True)
 
@@ -512,6 +530,7 @@ _dots_bf16 = dots(BF16)
 _dots_fp8 = dots(FP8)
 _dots_q8 = dots(Q8)
 _dots_q4 = dots(Q4)
+_dots_q4_fast = dots(Q4_FAST)
 _dots_int4 = dots(INT4)
 _dots_int4_fast = dots(INT4_FAST)
 _decoded_f32 = decoded(F32)
@@ -551,6 +570,11 @@ def q8(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end):  # 
 @kernel
 def q4(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end):  # type: ignore
     _dots_q4(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end)
+
+
+@kernel
+def q4_fast(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end):  # type: ignore
+    _dots_q4_fast(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end)
 
 
 @kernel
@@ -598,15 +622,22 @@ def int4_rows(w, w_row, s, s_row, share, out, out_row, steps, begin, end):  # ty
     _decoded_int4(w, w_row, s, s_row, share, out, out_row, steps, begin, end)
 
 
+# where each of 32 columns goes: the vector, and the place among the group's eight 16-bit lanes
+PLACES = {
+    "int4-fast": np.array([(k % 8 % 4, 2 * (k // 8) + k % 8 // 4) for k in range(32)]),
+    "q4-fast": np.array([(2 * (k % 2) + k // 16, k % 16 // 2) for k in range(32)]),
+}
+
+
 @kernel
-def halves(x, codes, sums, units):  # type: ignore
-    """x [T, I] float32 → what `int4_fast` multiplies with; steps of 128, a unit for 32.
+def halves(x, places, codes, sums, units):  # type: ignore
+    """x [T, I] float32 → what a fast form multiplies with; steps of 128, a unit for 32.
 
         unit = max|x| / 32767          codes = x / unit, to the nearest
 
-    codes [T, steps, 12, 32] int16   the first four: of vector v and word j, columns 8j + v, 8j+v+4
-    sums  [T, steps, 6, 16] int32    the same memory; the fifth: -8·Σ codes of each word
-    units [T, steps, 6, 16] float32  the same memory; the sixth: of each word
+    codes [T, steps, 12, 32] int16   the first four vectors: as `places` [32, 2] has it
+    sums  [T, steps, 6, 16] int32    the same memory; the fifth: -8·Σ codes of each pair of lanes
+    units [T, steps, 6, 16] float32  the same memory; the sixth: of each pair of lanes
     Where x is not finite the unit is NaN, and so is what comes of it.
     """
     for t in range(x.shape[0]):
@@ -623,16 +654,15 @@ def halves(x, codes, sums, units):  # type: ignore
                 per = np.float32(0) if unit == 0 or not finite else np.float32(1) / unit
                 if np.isinf(per):  # subnormal: nothing of a sum
                     per = np.float32(0)
-                for j in range(4):
-                    total = np.int32(0)
-                    word = 4 * g + j
-                    for k in range(8):
-                        value = x[t, first + 8 * j + k] * per if finite else np.float32(0)
-                        code = np.int32(np.rint(value))
-                        total += code
-                        codes[t, step, k % 4, 2 * word + k // 4] = code
-                    sums[t, step, 4, word] = -8 * total
+                for word in range(4 * g, 4 * g + 4):
+                    sums[t, step, 4, word] = 0
                     units[t, step, 5, word] = unit if finite else np.float32(np.nan)
+                for k in range(32):
+                    value = x[t, first + k] * per if finite else np.float32(0)
+                    code = np.int32(np.rint(value))
+                    lane = 8 * g + places[k, 1]
+                    codes[t, step, places[k, 0], lane] = code
+                    sums[t, step, 4, lane // 2] -= 8 * code
 
 
 _summed_f32 = summed(F32)
@@ -683,6 +713,7 @@ KERNELS = {
         Kernels(FP8, fp8, fp8_rows, fp8_sum),
         Kernels(Q8, q8, q8_rows, q8_sum),
         Kernels(Q4, q4, q4_rows, None),
+        Kernels(Q4_FAST, q4_fast, q4_rows, None),
         Kernels(INT4, int4, int4_rows, None),
         Kernels(INT4_FAST, int4_fast, int4_rows, None),
     )

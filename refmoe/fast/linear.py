@@ -10,7 +10,8 @@ kernel reads (float64, a product rounded as another engine does, sizes that are 
 dequantised in tiles of whole rows. Twins: `refmoe.model.matrix.linear` and
 `refmoe.model.experts.routed_experts`.
 
-`exact` INT4 multiplies float32 activations, `fast` ones of 16 bits a group of 32: 2e-5 of a result.
+`exact` INT4 and Q4_0 multiply float32 activations, `fast` ones of 16 bits a group of 32: 2e-5 of a
+result.
 """
 
 import threading
@@ -94,7 +95,8 @@ def stored_anew(m: Matrix, fast: bool = False) -> Stored | None:
         case Q8(blocks):
             name, weights = "q8", blocks.reshape(len(blocks), -1)
         case Q4(blocks):
-            name, weights = "q4", blocks.reshape(len(blocks), -1)
+            whole = not m.shape[1] % KERNELS["q4-fast"].form.columns
+            name, weights = "q4-fast" if fast and whole else "q4", blocks.reshape(len(blocks), -1)
         case Fp8Block(weights, scale, (share, 128)):
             name = "fp8"
         case np.ndarray(dtype=np.float16):
@@ -132,21 +134,21 @@ class Inputs:
 
     def few(self, form: Form) -> np.ndarray:
         """[T, ·] for the kernels of a few tokens."""
-        key = form.order, form.integer
+        key = form.name if form.integer else form.order
         if key not in self.made:
-            self.made[key] = self._halves() if form.integer else kernels.ordered(form, self.x)
+            self.made[key] = self._halves(form) if form.integer else kernels.ordered(form, self.x)
         return self.made[key]
 
     def many(self, form: Form) -> np.ndarray:
-        key = form.order, "many"
-        if key not in self.made:
-            self.made[key] = kernels.ordered(form, self.x)
-        return self.made[key]
+        if form.order not in self.made:
+            self.made[form.order] = kernels.ordered(form, self.x)
+        return self.made[form.order]
 
-    def _halves(self) -> np.ndarray:
+    def _halves(self, form: Form) -> np.ndarray:
         x = self.x
         out = np.empty((len(x), x.shape[1] // 128, kernels.HALVES, 16), np.int32)
-        kernels.halves(x, out.view(np.int16), out, out.view(np.float32))
+        places = kernels.PLACES[form.name]
+        kernels.halves(x, places, out.view(np.int16), out, out.view(np.float32))
         return out.reshape(len(x), -1)
 
 

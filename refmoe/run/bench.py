@@ -53,7 +53,7 @@ from refmoe.weights.stream import Spec, write_stream
 
 READ = 1 << 29  # bytes: far beyond any cache
 ROUNDS = 15
-NAMES = ("bf16", "q8", "int4-fast", "int4-exact", "q4", "fp8", "f16", "f32")
+NAMES = ("bf16", "q8", "int4-fast", "int4-exact", "q4-fast", "q4", "fp8", "f16", "f32")
 SHAPES = ((2048, 7168), (7168, 2048))  # K2's experts: gate and up, down
 EIGHT = 8  # matrices at once, as many as a token has experts
 
@@ -112,7 +112,7 @@ def _time(run: Callable[[], Any]) -> float:
 
 def draw(name: str, O: int, I: int, rng: np.random.Generator) -> Matrix:
     """A random matrix in this format."""
-    if name == "q4":
+    if name.startswith("q4"):
         m = draw("int4", O, I, rng)
         assert isinstance(m, Int4)
         return q4_of(m)
@@ -174,7 +174,7 @@ def _rates(
     name: str, each: Sequence[Matrix], x: np.ndarray, stream: Stream
 ) -> tuple[list[float], list[float]]:
     """GB/s of weights, and its ratios to reading."""
-    known = [stored(m, fast=name == "int4-fast") for m in each]
+    known = [stored(m, fast=name.endswith("-fast")) for m in each]
     here = [m for m in known if m is not None]
     nbytes = sum(m.nbytes for m in each)
     rates: list[float] = []
@@ -193,7 +193,7 @@ def _rates(
 def _relative_error(name: str, m: Matrix, x: np.ndarray) -> float:
     """RMS against float64 over 128 rows."""
     few = matrix.rows(m, slice(0, 128))
-    known = stored(few, fast=name == "int4-fast")
+    known = stored(few, fast=name.endswith("-fast"))
     assert known is not None
     (y,) = multiply([(Inputs(x), known)])
     truth = x.astype(np.float64) @ dequantize(few, np.float64).T
