@@ -762,7 +762,7 @@ def _parser() -> argparse.ArgumentParser:
     def quicker(p: argparse.ArgumentParser) -> None:
         help = "exact: as stored; q8: attention, shared experts, dense MLP and head in 8 bits"
         p.add_argument("--dense", choices=DENSE, default="exact", help=help)
-        help = "fast: 16-bit activations where weights are INT4; or exact"
+        help = "fast: 16-bit activations where weights are INT4 or Q4_0; or exact"
         p.add_argument("--int4", choices=["fast", "exact"], default="fast", help=help)
         p.add_argument("--cache", choices=["float32", "bf16"], default="float32", help="latents")
         p.add_argument("--threads", type=int, metavar="N", help="default: all processors")

@@ -398,3 +398,36 @@ def test_the_real_vocabulary_survives_a_gguf(kimi):
         texts.append("".join(chr(p) for p in points if not 0xD800 <= p < 0xE000))
     for text in texts:
         assert again.encode(text) == words.encode(text)
+
+
+def test_merged_experts_and_one_kv_b_are_the_same_network(files, tmp_path):
+    """`ffn_gate_up_exps`, and `attn_kv_b` with the older lengths."""
+    whole = gguf.GGUFReader(files["f32"])
+    tensors = {t.name: t for t in whole.tensors}
+    source = refmoe.load()
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "deepseek2")
+    older = {"key_length": 192, "value_length": 128, "head_count_kv": 4}
+    for f in whole.fields.values():
+        end = f.name.removeprefix("deepseek2.attention.")
+        if f.name.startswith("deepseek2.") and not end.endswith("_mla"):
+            writer.add_key_value(f.name, older.get(end, f.contents()), f.types[0])
+    for name, t in tensors.items():
+        layer = name.partition(".attn")[0].partition(".ffn")[0]
+        if name.endswith("ffn_gate_exps.weight"):
+            both = np.concatenate([t.data, tensors[f"{layer}.ffn_up_exps.weight"].data], axis=1)
+            writer.add_tensor(f"{layer}.ffn_gate_up_exps.weight", both, raw_dtype=t.tensor_type)
+        elif name.endswith("attn_k_b.weight"):
+            i = int(layer.removeprefix("blk."))
+            w = dequantize(source.decoder.layers[i].self_attn.kv_b_proj)
+            writer.add_tensor(f"{layer}.attn_kv_b.weight", w)
+        elif not name.endswith(("ffn_up_exps.weight", "attn_v_b.weight")):
+            writer.add_tensor(name, t.data, raw_dtype=t.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model = refmoe.load(tmp_path / "x.gguf", "float64", reference=True)
+    assert not model.checkpoint.missing
+    assert not model.checkpoint.unread
+    truth = refmoe.load(None, "float64", reference=True).logits(TOKENS)
+    np.testing.assert_array_equal(model.logits(TOKENS), truth)

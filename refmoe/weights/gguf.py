@@ -323,6 +323,9 @@ def config_of(metadata: dict[str, Any], file: Path) -> tuple[Config, list[str]]:
                 "K2-Instruct, 0905 and Thinking were trained with 1 and 1 "
                 "(ggml-org/llama.cpp#18013)"
             )
+        for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
+            if get(f"rope.scaling.{key}", 1.0) != 1.0:
+                notes.append(f"rope.scaling.{key} is not 1, which llama.cpp would multiply by")
         m = get("rope.scaling.yarn_log_multiplier", 0.0)
         if not isinstance(m, float) or m <= 0:
             raise InputError(f"{file}: rope.scaling.yarn_log_multiplier = {m!r}, expected 0.1")
