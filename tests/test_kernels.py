@@ -118,6 +118,43 @@ def test_sixteen_bits_of_x_cost_no_more_than_they_must(kind, T, seed, O, steps):
     assert (np.abs(y - exact(x, m)) <= rounding + 2 * bound(x, m)).all()
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    O=st.integers(1, 12),
+    G=st.integers(1, 40),
+    T=st.integers(FEW + 1, 40),
+)
+def test_many_tokens_of_sixteen_bits_are_within_their_half_units(seed, O, G, T):
+    """8-bit weights in lanes of sixteen rows; each x is off by half a unit of its 32."""
+    rng = np.random.default_rng(seed)
+    m, x = draw("q8", 16 * O, 32 * G, rng), rng.standard_normal((T, 32 * G)).astype(np.float32)
+    y = linear(x, m, fast=True)
+    most = np.abs(x).reshape(T, G, 32).max(axis=-1, keepdims=True).astype(np.float64)
+    half = np.broadcast_to(most / 32767 / 2 * (1 + 2.0**-20), (T, G, 32)).reshape(x.shape)
+    rounding = half @ np.abs(dequantize(m, np.float64)).T
+    assert (np.abs(y - exact(x, m)) <= rounding + 2 * bound(x, m)).all()
+
+
+def test_lanes_of_rows_depend_on_neither_threads_nor_neighbours(monkeypatch):
+    rng = np.random.default_rng(9)
+    m, x = draw("q8", 1600, 320, rng), rng.standard_normal((29, 320)).astype(np.float32)
+    x[3, 5], x[4, 6] = np.nan, np.inf
+    monkeypatch.setattr("refmoe.fast.linear.PIECE", 1 << 14)
+    y = linear(x, m, fast=True)
+    assert not np.isfinite(y[3:5]).any()
+    assert np.isfinite(np.delete(y, [3, 4], axis=0)).all()
+    before = threads.pool().threads
+    try:
+        for count in (1, 3):
+            threads.use(count)
+            np.testing.assert_array_equal(linear(x, m, fast=True), y)
+    finally:
+        threads.use(before)
+    np.testing.assert_array_equal(linear(x[10:], m, fast=True), y[10:])
+    np.testing.assert_array_equal(linear(x, matrix.rows(m, slice(32, 48)), fast=True), y[:, 32:48])
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_sizes_of_the_real_model_are_exact_to_5e_7(kind):
     rng = np.random.default_rng(3)
@@ -221,7 +258,7 @@ out = {}
 for kind in FORMATS:
     for fast in (False, True):
         rng = np.random.default_rng(7)
-        m, x = draw(kind, 50, 512, rng), rng.standard_normal((20, 512)).astype(np.float32)
+        m, x = draw(kind, 64, 512, rng), rng.standard_normal((20, 512)).astype(np.float32)
         for T in (1, 2, 5, 20):
             out[f"{kind} {fast} {T}"] = linear(x[:T], m, fast=fast)
 np.savez(sys.argv[2], **out)
@@ -241,7 +278,7 @@ def test_machines_without_avx512_get_the_same_bits(processor, tmp_path):
     for kind in FORMATS:
         for fast in (False, True):
             rng = np.random.default_rng(7)
-            m, x = draw(kind, 50, 512, rng), rng.standard_normal((20, 512)).astype(np.float32)
+            m, x = draw(kind, 64, 512, rng), rng.standard_normal((20, 512)).astype(np.float32)
             for T in (1, 2, 5):
                 name = f"{kind} {fast} {T}"
                 np.testing.assert_array_equal(theirs[name], linear(x[:T], m, fast=fast), name)

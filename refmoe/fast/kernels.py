@@ -425,6 +425,96 @@ def decoded(form: Form) -> Any:
     return rows
 
 
+WIDE = 16  # rows beside each other, one to a lane
+INTERLEAVED = 16 * 64 + 64  # bytes of a step of 32 columns of so many rows, and their scales
+
+
+def multiplied() -> Any:
+    """Q8 rows times many tokens in 16 bits. Arguments, all int64:
+
+        w, w_row    rows of Q8_0 blocks
+        scratch     `INTERLEAVED` bytes a step, of this thread
+        x, x_row    int16 [T, I], and u, u_row float32 [T, I/32]: `sixteen`
+        y, y_row    float32 [T, O]
+        steps, T, begin, end    end - begin whole times `WIDE`
+
+    Sixteen rows are turned so that a lane is a row: a step is then 16 sums of products of pairs, of
+    8-bit weights and 16-bit x, in 32 bits; their scales come once a step, not once a row.
+    """
+
+    @intrinsic
+    def rows(typing, w, w_row, scratch, x, x_row, u, u_row, y, y_row, steps, T, begin, end):  # type: ignore
+        def generate(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+            w, w_row, scratch, *_, steps, T, begin, end = arguments
+            wide = ir.Constant(I64, WIDE)
+            with cgutils.for_range(b, b.sdiv(b.sub(end, begin), wide)) as block:
+                row = b.add(begin, b.mul(block.index, wide))
+                with cgutils.for_range(b, steps) as step:
+                    _interleave(b, b.add(w, b.mul(w_row, row)), w_row, scratch, step.index)
+                done = ir.Constant(I64, 0)
+                for tokens in (8, 1):
+                    count = b.sdiv(b.sub(T, done), ir.Constant(I64, tokens))
+                    with cgutils.for_range(b, count) as turn:
+                        first = b.add(done, b.mul(turn.index, ir.Constant(I64, tokens)))
+                        _interleaved(b, tokens, first, row, arguments)
+                    done = b.add(done, b.mul(count, ir.Constant(I64, tokens)))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 13), generate
+
+    return rows
+
+
+def _interleave(b: Any, w: Value, w_row: Value, scratch: Value, i: Value) -> None:
+    """One step of sixteen rows: pairs of columns with a lane for each row, then the scales."""
+    words, scales = [], constant(FLOATS, 0.0)
+    for r in range(WIDE):
+        here = at(b, b.add(w, b.mul(w_row, ir.Constant(I64, r))), i, 34)
+        codes = b.sext(load(b, offset(b, here, 2), ir.VectorType(I8, 32)), PAIRS)
+        words.append(b.bitcast(codes, WORDS))
+        scale = b.fpext(load(b, here, HALF), FLOAT)
+        scales = b.insert_element(scales, scale, ir.Constant(I32, r))
+    for k in (1, 2, 4, 8):  # rows and columns of a 16 × 16 matrix change places, bit by bit
+        first = [j - k + LANES if j & k else j for j in range(LANES)]
+        second = [j + LANES if j & k else j + k for j in range(LANES)]
+        for r in (r for r in range(WIDE) if not r & k):
+            pair = words[r], words[r + k]
+            words[r], words[r + k] = (shuffle(b, *pair, lanes) for lanes in (first, second))
+    to = at(b, scratch, i, INTERLEAVED)
+    for n, value in enumerate([*words, scales]):
+        address = b.inttoptr(offset(b, to, 64 * n), value.type.as_pointer())
+        b.store(value, address, align=4)
+
+
+def _interleaved(b: Any, tokens: int, first: Value, row: Value, arguments: Any) -> None:
+    """The sixteen rows in scratch times so many tokens from one on."""
+    _, _, scratch, x, x_row, u, u_row, y, y_row, steps, *_ = arguments
+    each = [b.add(first, ir.Constant(I64, t)) for t in range(tokens)]
+    sums = [_slot(b) for _ in each]
+    for one in sums:
+        b.store(constant(FLOATS, 0.0), one)
+    with cgutils.for_range(b, steps) as step:
+        here = at(b, scratch, step.index, INTERLEAVED)
+        parts = [constant(WORDS, 0)] * tokens
+        for p in range(16):
+            weights = b.bitcast(load(b, offset(b, here, 64 * p), WORDS), PAIRS)
+            for n, t in enumerate(each):
+                place = offset(b, at(b, b.add(x, b.mul(x_row, t)), step.index, 64), 4 * p)
+                one = b.insert_element(
+                    ir.Constant(WORDS, ir.Undefined), load(b, place, I32), ir.Constant(I32, 0)
+                )
+                spread_ = b.bitcast(shuffle(b, one, one, [0] * LANES), PAIRS)
+                parts[n] = _pairs(b, parts[n], weights, spread_)
+        scale = load(b, offset(b, here, 1024), FLOATS)
+        for n, t in enumerate(each):
+            unit = spread(b, load(b, at(b, b.add(u, b.mul(u_row, t)), step.index, 4), FLOAT))
+            value = fma(b, b.sitofp(parts[n], FLOATS), b.fmul(scale, unit), b.load(sums[n]))
+            b.store(value, sums[n])
+    for n, t in enumerate(each):
+        to = b.add(b.add(y, b.mul(y_row, t)), b.mul(row, ir.Constant(I64, 4)))
+        b.store(b.load(sums[n]), b.inttoptr(to, FLOATS.as_pointer()), align=4)
+
+
 def summed(form: Form) -> Any:
     """Rows added up: y[h] = Σ_n x[h, n]·W[h·every + n], columns in the form's order.
 
@@ -697,14 +787,44 @@ def q8_sum(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, count, every, b
     _summed_q8(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, count, every, begin, end)
 
 
+_multiplied_q8 = multiplied()
+
+
+@kernel
+def q8_many(w, w_row, scratch, x, x_row, u, u_row, y, y_row, steps, T, begin, end):  # type: ignore
+    _multiplied_q8(w, w_row, scratch, x, x_row, u, u_row, y, y_row, steps, T, begin, end)
+
+
+@kernel
+def sixteen(x, codes, units):  # type: ignore
+    """x [T, I] → codes [T, I] int16 and units [T, I/32] float32, as `halves` makes them."""
+    for t in range(x.shape[0]):
+        for g in range(units.shape[1]):
+            most = np.float32(0)
+            finite = True
+            for i in range(32 * g, 32 * g + 32):
+                size = abs(x[t, i])
+                finite = finite and size <= np.float32(3.4028235e38)
+                most = max(most, size)
+            unit = most / np.float32(32767)
+            per = np.float32(0) if unit == 0 or not finite else np.float32(1) / unit
+            if np.isinf(per):
+                per = np.float32(0)
+            units[t, g] = unit if finite else np.float32(np.nan)
+            for i in range(32 * g, 32 * g + 32):
+                codes[t, i] = np.int32(np.rint(x[t, i] * per)) if finite else 0
+
+
 class Kernels(NamedTuple):
     form: Form
     few: Callable[..., None]  # rows times tokens
     decode: Callable[..., None]  # rows, in float32
     sum: Callable[..., None] | None  # rows added up; attention's, and there is none of INT4
+    many: Callable[..., None] | None = None  # rows times many tokens of 16 bits
 
 
-KERNELS = {
+KERNELS = {"q8-fast": Kernels(Q8, q8, q8_rows, q8_sum, q8_many)}
+KERNELS |= {
     k.form.name: k
     for k in (
         Kernels(F32, f32, f32_rows, f32_sum),

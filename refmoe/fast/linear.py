@@ -10,8 +10,8 @@ kernel reads (float64, a product rounded as another engine does, sizes that are 
 dequantised in tiles of whole rows. Twins: `refmoe.model.matrix.linear` and
 `refmoe.model.experts.routed_experts`.
 
-`exact` INT4 and Q4_0 multiply float32 activations, `fast` ones of 16 bits a group of 32: 2e-5 of a
-result.
+`exact` products multiply float32 activations; `fast` ones of INT4 and Q4_0, and of Q8 with many
+tokens, multiply 16-bit ones, a unit for 32: 2e-5 of a result.
 """
 
 import threading
@@ -93,7 +93,7 @@ def stored_anew(m: Matrix, fast: bool = False) -> Stored | None:
         case Int4(weights, scale):
             name = "int4-fast" if fast else "int4-exact"
         case Q8(blocks):
-            name, weights = "q8", blocks.reshape(len(blocks), -1)
+            name, weights = "q8-fast" if fast else "q8", blocks.reshape(len(blocks), -1)
         case Q4(blocks):
             whole = not m.shape[1] % KERNELS["q4-fast"].form.columns
             name, weights = "q4-fast" if fast and whole else "q4", blocks.reshape(len(blocks), -1)
@@ -144,6 +144,15 @@ class Inputs:
             self.made[form.order] = kernels.ordered(form, self.x)
         return self.made[form.order]
 
+    def sixteen(self) -> tuple[np.ndarray, np.ndarray]:
+        """Codes and units in the order of the columns."""
+        if "sixteen" not in self.made:
+            T, I = self.x.shape
+            codes, units = np.empty((T, I), np.int16), np.empty((T, I // 32), np.float32)
+            kernels.sixteen(self.x, codes, units)
+            self.made["sixteen"], self.made["units"] = codes, units
+        return self.made["sixteen"], self.made["units"]
+
     def _halves(self, form: Form) -> np.ndarray:
         x = self.x
         out = np.empty((len(x), x.shape[1] // 128, kernels.HALVES, 16), np.int32)
@@ -163,6 +172,9 @@ def multiply(products: Sequence[tuple[Inputs, Stored]]) -> list[np.ndarray]:
             x = inputs.few(m.form)
             y = np.empty((T, m.shape[0]), np.float32)
             pieces += _few(x, m, y)
+        elif m.how.many is not None and not m.shape[0] % kernels.WIDE:
+            y = np.empty((T, m.shape[0]), np.float32)
+            pieces += _wide(inputs.sixteen(), m, y)
         else:
             y = np.empty((m.shape[0], T), np.float32).T  # BLAS is quicker with weights on the left
             pieces += _many(inputs.many(m.form), m, y)
@@ -202,7 +214,26 @@ def _many(x: np.ndarray, m: Stored, y: np.ndarray) -> Iterator[threads.Piece]:
         yield partial(_tile, x, m, y, begin, min(begin + step, O))
 
 
+def _wide(x: tuple[np.ndarray, np.ndarray], m: Stored, y: np.ndarray) -> Iterator[threads.Piece]:
+    O = m.shape[0]
+    step = kernels.WIDE * max(1, PIECE // m.w_row // kernels.WIDE)
+    for begin in range(0, O, step):
+        yield partial(_sixteen, *x, m, y, begin, min(begin + step, O))
+
+
 _scratch = threading.local()
+
+
+def _sixteen(
+    codes: np.ndarray, units: np.ndarray, m: Stored, y: np.ndarray, begin: int, end: int
+) -> None:
+    size = m.steps * kernels.INTERLEAVED // 4
+    if getattr(_scratch, "rows", np.empty(0)).size < size:
+        _scratch.rows = np.empty(size, np.float32)
+    assert m.how.many is not None
+    x = address(codes), codes.strides[0], address(units), units.strides[0]
+    to = address(y), y.strides[0], m.steps, len(codes), begin, end
+    m.how.many(m.w, m.w_row, address(_scratch.rows), *x, *to)
 
 
 def _tile(x: np.ndarray, m: Stored, y: np.ndarray, begin: int, end: int) -> None:
