@@ -431,3 +431,13 @@ def test_merged_experts_and_one_kv_b_are_the_same_network(files, tmp_path):
     assert not model.checkpoint.unread
     truth = refmoe.load(None, "float64", reference=True).logits(TOKENS)
     np.testing.assert_array_equal(model.logits(TOKENS), truth)
+
+
+def test_metadata_that_call_for_a_million_tensors_are_refused(files, tmp_path):
+    raw = bytearray(files["f32"].read_bytes())
+    key = b"deepseek2.block_count"
+    place = raw.index(key) + len(key) + 4
+    raw[place : place + 4] = (2**31 - 1).to_bytes(4, "little")
+    (tmp_path / "x.gguf").write_bytes(raw)
+    with pytest.raises(InputError, match="more than 1000000 tensors"):
+        opened(tmp_path / "x.gguf")

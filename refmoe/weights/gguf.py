@@ -36,7 +36,7 @@ import numpy as np
 
 from refmoe.config import Config, InputError
 from refmoe.model.matrix import BF16, Q4, Q8, Coded, Heads, Matrix
-from refmoe.weights.checkpoint import Checkpoint, Stored, expected
+from refmoe.weights.checkpoint import MISSING_LIMIT, Checkpoint, Stored, expected
 
 PLAIN = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 28: ("F64", 1, 8)}
 BLOCKS = {2: ("Q4_0", 32, 18), 8: ("Q8_0", 32, 34)}
@@ -417,6 +417,11 @@ class Gguf(Checkpoint):
                 stored = self.tensors.get(one)
                 if stored is None:
                     self.missing.append(one)
+                    if len(self.missing) > MISSING_LIMIT:
+                        raise InputError(
+                            f"{self.path}: the metadata call for more than {MISSING_LIMIT} tensors "
+                            f"that are not there, first {self.missing[0]}; damaged"
+                        )
                     continue
                 del unread[one]
                 if stored.shape != size:
