@@ -622,7 +622,9 @@ def _mutate(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(document)
     else:
-        shares = (f"{key} {document[key]:.1%}" for key in ("detected", "placed", "named"))
+        # downwards: 100.0% is all of them
+        cut = {key: int(1000 * document[key]) / 10 for key in ("detected", "placed", "named")}
+        shares = (f"{key} {share:.1f}%" for key, share in cut.items())
         print(
             f"{document['runs']} mutants of {len(document['faults'])} faults: {', '.join(shares)}"
         )
@@ -762,7 +764,7 @@ def _parser() -> argparse.ArgumentParser:
     def quicker(p: argparse.ArgumentParser) -> None:
         help = "exact: as stored; q8: attention, shared experts, dense MLP and head in 8 bits"
         p.add_argument("--dense", choices=DENSE, default="exact", help=help)
-        help = "fast: 16-bit activations where weights are INT4 or Q4_0; or exact"
+        help = "fast: 16-bit activations for INT4, Q4_0 and, in prompts, 8-bit weights; or exact"
         p.add_argument("--int4", choices=["fast", "exact"], default="fast", help=help)
         p.add_argument("--cache", choices=["float32", "bf16"], default="float32", help="latents")
         p.add_argument("--threads", type=int, metavar="N", help="default: all processors")
@@ -841,7 +843,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = verb("mutate", _mutate, "plant every known fault and see it found", model=False)
     p.add_argument("faults", nargs="*", metavar="ID", help="default: all")
-    p.add_argument("--quick", action="store_true", help="three checkpoints, one layer, one prompt")
+    p.add_argument("--quick", action="store_true", help="four checkpoints, one layer, one prompt")
     p.add_argument("--seeds", type=int, default=1, metavar="N", help="prompts of each")
     p.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes")
     p.add_argument("--verbose", action="store_true", help="what was missed, and how")

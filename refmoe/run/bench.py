@@ -66,7 +66,7 @@ def machine() -> str:
     except (OSError, StopIteration):
         pass
     form = "AVX-512 VNNI" if VNNI else "plain vectors"
-    return f"{model}, {threads.available()} threads, {form}, Numba {numba.__version__}"
+    return f"{model}, {threads.pool().threads} threads, {form}, Numba {numba.__version__}"
 
 
 @kernel
@@ -216,7 +216,7 @@ class Clock:
         ("lm_head", "head"),
         ("", "other"),  # norms, residuals, the embedding
     )
-    INSIDE = ("#q_latent", "#scores", "#probs", "#context_latent", "#rows")
+    INSIDE = ("kv_b_proj", "#q_latent", "#scores", "#probs", "#context_latent", "#rows")
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

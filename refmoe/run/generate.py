@@ -111,7 +111,8 @@ def generate(
 def working(model: Model, int4: str = "fast", cache: str = "float32") -> Decoder:
     """The decoder as generation uses it: the form of attention that costs less at each step.
 
-    int4   fast: 16-bit activations in the products with INT4 weights, 2e-5 of a result; exact
+    int4   fast: 16-bit activations in products with INT4 and Q4_0 weights and, of a prompt, with
+           8-bit ones, 2e-5 of a result; exact
     cache  float32, or bf16: half the memory of the context, latents rounded to 2⁻⁹ of themselves
     """
     nx = replace(model.nx, attention="auto", cache="bf16" if cache == "bf16" else None)
