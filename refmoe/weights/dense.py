@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from refmoe.config import InputError
 from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import MlpWeights, MoeWeights
 from refmoe.model.matrix import Q4, Q8, Int4, Matrix, dequantize, quantize_q8, tiles
@@ -122,7 +123,7 @@ def _kept(checkpoint: Checkpoint, matrices: dict[str, Matrix], size: int) -> dic
             name: Q8(np.asarray(np.memmap(file, np.uint8, "r", t.start, t.shape)))
             for name, t in read_header(file).items()
         }
-    except OSError:
+    except (OSError, InputError):  # no place for it, or a header that is damaged
         return None
 
 
