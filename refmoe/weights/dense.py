@@ -119,9 +119,13 @@ def _kept(checkpoint: Checkpoint, matrices: dict[str, Matrix], size: int) -> dic
             if shutil.disk_usage(folder()).free < 2 * size:
                 return None  # not worth the last of somebody's disk
             _write(file, matrices)
+        there = read_header(file)
+        sizes_there = {name: t.nbytes for name, t in there.items()}
+        if sizes_there != {name: size_of(m) for name, m in matrices.items()}:
+            return None
         return {
             name: Q8(np.asarray(np.memmap(file, np.uint8, "r", t.start, t.shape)))
-            for name, t in read_header(file).items()
+            for name, t in there.items()
         }
     except (OSError, InputError):  # no place for it, or a header that is damaged
         return None
