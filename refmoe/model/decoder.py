@@ -42,11 +42,22 @@ def layer(
     nx: Numerics,
 ) -> np.ndarray:
     """One layer over the rows of every prompt: x [T, D] → [T, D]. `nx.scope` names the layer."""
-    eps = cfg.rms_norm_eps
-    h = nx.point("input_layernorm", rms_norm(x, w.input_layernorm, eps))
+    return mix(attend(x, w, segments, cfg, nx), w, experts, cfg, nx)
+
+
+def attend(
+    x: np.ndarray, w: LayerWeights, segments: Sequence[Segment], cfg: Config, nx: Numerics
+) -> np.ndarray:
+    """The first half of a layer, the only one that looks across rows: x [T, D] → h [T, D]."""
+    h = nx.point("input_layernorm", rms_norm(x, w.input_layernorm, cfg.rms_norm_eps))
     h = attention(h, w.self_attn, segments, cfg, nx.within("self_attn."))
-    x = nx.point("#attn_residual", x + nx.point("self_attn", h))
-    h = nx.point("post_attention_layernorm", rms_norm(x, w.post_attention_layernorm, eps))
+    return nx.point("#attn_residual", x + nx.point("self_attn", h))
+
+
+def mix(x: np.ndarray, w: LayerWeights, experts: Experts, cfg: Config, nx: Numerics) -> np.ndarray:
+    """The second half, row by row: h [T, D] → x' [T, D]."""
+    h = rms_norm(x, w.post_attention_layernorm, cfg.rms_norm_eps)
+    h = nx.point("post_attention_layernorm", h)
     inside = nx.within("mlp.")
     if isinstance(w.mlp, MoeWeights):
         h = moe(h, w.mlp, experts, cfg, inside)
@@ -83,6 +94,11 @@ class Decoder:
         """The same weights under other numerics."""
         return replace(self, nx=nx)
 
+    def experts_of(self, i: int) -> Experts:
+        """A layer's own; a `Lender` where `experts` makes one."""
+        lender = getattr(self.experts, "of_layer", None)
+        return partial(self.experts, i) if lender is None else lender(i)
+
     def caches(self) -> list[LatentCache]:
         """The empty memory of one prompt."""
         return caches(self.cfg, self.nx)
@@ -106,7 +122,7 @@ class Decoder:
                         Segment(s, layers[i]) for s, layers in zip(spans, memory, strict=True)
                     ]
                     nx = self.nx.within(f"model.layers.{i}.")
-                    x = layer(x, w, partial(self.experts, i), segments, self.cfg, nx)
+                    x = layer(x, w, self.experts_of(i), segments, self.cfg, nx)
         except BaseException:  # also Ctrl-C: a half-done step leaves no rows behind
             for layers, lengths in zip(memory, before, strict=True):
                 for cache, length in zip(layers, lengths, strict=True):

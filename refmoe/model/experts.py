@@ -9,8 +9,8 @@ as one matrix of that many times the width), and `mlp.{gate,up,down}_proj` in th
 `first_k_dense_replace` layers, which are dense. K2: 384 routed experts of width 2048, INT4.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -31,7 +31,21 @@ class MoeWeights(NamedTuple):
     shared_experts: MlpWeights | None
 
 
-Experts = Callable[[int], MlpWeights]  # expert index → its matrices
+Experts = Callable[[int], MlpWeights]  # expert index → its matrices, until the next is asked for
+
+
+@runtime_checkable
+class Lender(Protocol):
+    """Experts that are lent, not kept: what streams them from a disk into a few places."""
+
+    def __call__(self, e: int) -> MlpWeights: ...
+
+    def loans(self, chosen: Sequence[int], x: np.ndarray) -> Iterator[dict[int, MlpWeights]]:
+        """All of `chosen` in this order, some at a time; a loan ends when the next is asked for.
+
+        x [T, D] is what chose them, from which the next layer's choice can be guessed.
+        """
+        ...
 
 
 def swiglu(x: np.ndarray, w: MlpWeights, nx: Numerics) -> np.ndarray:
@@ -50,13 +64,24 @@ def routed_experts(x: np.ndarray, routing: Routing, expert: Experts, nx: Numeric
     """
     xp = array_module(x)
     y = xp.zeros_like(x)
-    for e in xp.unique(routing.experts).tolist():
+    for e, w in _in_order(expert, xp.unique(routing.experts).tolist(), x):
         rows, slot = xp.nonzero(routing.experts == e)  # [n], [n]
         nx.tap(f"experts.{e}#rows", rows)
-        out = swiglu(x[rows], expert(e), nx.within(f"experts.{e}."))  # [n, D]
+        out = swiglu(x[rows], w, nx.within(f"experts.{e}."))  # [n, D]
         weight = routing.weights[rows, slot].astype(x.dtype, copy=False)
         xp.add.at(y, rows, weight[:, None] * out)
     return y
+
+
+def _in_order(
+    expert: Experts, chosen: Sequence[int], x: np.ndarray
+) -> Iterator[tuple[int, MlpWeights]]:
+    if isinstance(expert, Lender):
+        for loan in expert.loans(chosen, x):
+            yield from loan.items()
+    else:
+        for e in chosen:
+            yield e, expert(e)
 
 
 def moe(x: np.ndarray, w: MoeWeights, expert: Experts, cfg: Config, nx: Numerics) -> np.ndarray:
