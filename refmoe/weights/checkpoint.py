@@ -18,12 +18,13 @@ later wrap the text model and write `language_model.model.layers.0…`; transfor
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -141,8 +142,12 @@ class Checkpoint:
     missing: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
     stray: list[str] = field(default_factory=list)
+    source: Callable[[Stored], np.ndarray] = field(init=False, repr=False)
     _maps: dict[Path, np.ndarray] = field(default_factory=dict, repr=False)
     _experts: dict[tuple[int, int], MlpWeights] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.source = self.mapped
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
@@ -217,13 +222,22 @@ class Checkpoint:
         ]
 
     def array(self, name: str) -> np.ndarray:
-        """The tensor as a read-only view of the mapped file; bf16 as its bits."""
+        """The tensor as a read-only view of its bytes; bf16 as its bits."""
         stored = self.tensors[name]
+        return self.source(stored).view(DTYPES[stored.dtype]).reshape(stored.shape)
+
+    def mapped(self, stored: Stored) -> np.ndarray:
+        """Its bytes in the mapped file."""
         file = self._maps.get(stored.file)
         if file is None:
             file = self._maps[stored.file] = np.memmap(stored.file, np.uint8, "r")
-        raw = file[stored.start : stored.start + stored.nbytes]
-        return np.asarray(raw).view(DTYPES[stored.dtype]).reshape(stored.shape)
+        return np.asarray(file[stored.start : stored.start + stored.nbytes])
+
+    def reading(self, source: Callable[[Stored], np.ndarray]) -> Self:
+        """The same checkpoint with bytes from elsewhere: Stored → uint8 [nbytes]."""
+        other = copy(self)
+        other.source, other._experts = source, {}
+        return other
 
     def matrix(self, module: str) -> Matrix:
         """The weight of a module, as stored."""

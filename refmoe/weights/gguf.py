@@ -436,15 +436,9 @@ class Gguf(Checkpoint):
             if not (m := re.match(r"model\.layers\.(\d+)\.", name)) or int(m[1]) in layers
         ]
 
-    def _raw(self, t: Stored) -> np.ndarray:
-        file = self._maps.get(t.file)
-        if file is None:
-            file = self._maps[t.file] = np.memmap(t.file, np.uint8, "r")
-        return np.asarray(file[t.start : t.start + t.nbytes])
-
     def array(self, name: str) -> np.ndarray:
         t = self.tensors[name]
-        raw = self._raw(t)
+        raw = self.source(t)
         if t.dtype in NUMPY:
             return raw.view(NUMPY[t.dtype]).reshape(t.shape)
         return raw.reshape(t.shape[0], -1)
