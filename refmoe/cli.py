@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 import refmoe
-from refmoe.config import CONVENTIONS, InputError, read_json
+from refmoe.config import CONVENTIONS, InputError, as_bytes, read_json
 from refmoe.fast.threads import use as use_threads
 from refmoe.model.numerics import POLICIES, NonFinite
 from refmoe.oracle import bench, golden, lint, mutate, quant, repro
@@ -695,7 +695,8 @@ def _open(args: argparse.Namespace) -> Model:
     if getattr(args, "threads", None) is not None:
         use_threads(args.threads)
     dense = getattr(args, "dense", "exact")
-    model = load(args.model, args.numerics, args.reference, args.conventions, dense)
+    ram = getattr(args, "ram", None)
+    model = load(args.model, args.numerics, args.reference, args.conventions, dense, ram)
     for line in model.checkpoint.warnings:
         print(f"refmoe: warning: {line}", file=sys.stderr)
     if not args.reference:
@@ -727,6 +728,13 @@ def _process_age() -> float | None:
         return time.clock_gettime(time.CLOCK_BOOTTIME) - int(started) / ticks
     except (OSError, AttributeError, ValueError):
         return None
+
+
+def _bytes(text: str) -> int:
+    try:
+        return as_bytes(text)
+    except InputError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
 
 
 def _print_json(document: dict[str, Any]) -> None:
@@ -768,6 +776,8 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("--int4", choices=["fast", "exact"], default="fast", help=help)
         p.add_argument("--cache", choices=["float32", "bf16"], default="float32", help="latents")
         p.add_argument("--threads", type=int, metavar="N", help="default: all processors")
+        help = "bytes that weights may take, like 8GB; what is beyond is read from the disk"
+        p.add_argument("--ram", type=_bytes, metavar="BYTES", help=help)
 
     p = verb("generate", _generate, "continue a prompt")
     p.add_argument("prompt", nargs="?", help="text; without it, standard input")

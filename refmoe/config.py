@@ -215,6 +215,22 @@ def read_object(file: Path) -> dict[str, Any]:
     return value
 
 
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def as_bytes(text: str) -> int:
+    """ "4GB", "512 MiB", "1e9": GB is 10^9, GiB 2^30."""
+    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]i?)?b?\s*", text.lower())
+    try:
+        number = float(found[1]) if found else -1.0
+    except ValueError:
+        number = -1.0
+    if found is None or not 0 <= number < 1e18:
+        raise InputError(f"{text!r} is no size; expected one like 4GB (10^9) or 512MiB (2^20)")
+    return int(number * UNITS[found[2] or ""])
+
+
 def as_ids(value: Any) -> tuple[int, ...]:
     """`eos_token_id` is written as nothing, one id or several."""
     ids = [] if value is None else value if isinstance(value, list) else [value]

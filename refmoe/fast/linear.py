@@ -27,7 +27,7 @@ from refmoe.fast.kernels import KERNELS, Form, Kernels
 from refmoe.fast.kquants import DECODERS, HALVES
 from refmoe.model import matrix
 from refmoe.model.experts import Experts, Lender, MlpWeights, routed_experts
-from refmoe.model.matrix import BF16, Q4, Q8, Coded, Fp8Block, Heads, Int4, Matrix
+from refmoe.model.matrix import BF16, Q4, Q8, Coded, Fp8Block, Heads, Int4, Matrix, Tiled
 from refmoe.model.numerics import Numerics
 from refmoe.model.router import Routing, sigmoid
 
@@ -259,6 +259,11 @@ def linear(
                 return alone(Inputs(x), known)
             (y,) = multiply([(Inputs(x), known)])
             return y
+    if isinstance(m, Tiled):
+        y = np.empty((len(x), m.shape[0]), x.dtype)
+        for block, tile in m.tiles():
+            y[:, block] = linear(x, tile, rounded, fast)
+        return y
     if isinstance(m, Heads):
         return matrix.linear(x, m, rounded)
     if isinstance(m, Coded) and m.name in DECODERS and x.dtype == np.float32 and len(x):

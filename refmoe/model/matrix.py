@@ -10,6 +10,7 @@
     Q8        W[o, i] = code[o, i] · scale[o, i // 32]                   blocks [O, I/32, 34] uint8
     Q4        W[o, i] = (nibble[o, i] - 8) · scale[o, i // 32]           blocks [O, I/32, 18] uint8
     Coded     what a function decodes                                    blocks [O, ·]      uint8
+    Tiled     any of these, a few rows at a time
     Heads     kv_b_proj in two halves, the keys' transposed by head
     array     float16, float32, float64: itself                                 [O, I]
 
@@ -126,7 +127,15 @@ class Heads(NamedTuple):
         return self.k_b.nbytes + self.v_b.nbytes
 
 
-Matrix: TypeAlias = np.ndarray | BF16 | Int4 | Fp8Block | Q8 | Q4 | Coded | Heads
+class Tiled(NamedTuple):
+    """A matrix that comes in tiles of whole rows, each valid until the next."""
+
+    shape: tuple[int, ...]
+    nbytes: int  # of all tiles
+    tiles: Callable[[], Iterator[tuple[slice, Any]]]  # rows, Matrix
+
+
+Matrix: TypeAlias = np.ndarray | BF16 | Int4 | Fp8Block | Q8 | Q4 | Coded | Heads | Tiled
 
 
 def _e4m3() -> np.ndarray:
@@ -193,6 +202,10 @@ def dequantize(m: Matrix, dtype: Any = np.float32, rounded: tuple[str, ...] = ()
             w = (q * scales).reshape(m.shape)  # [O, I]
         case Coded(blocks, _, decode):
             w = decode(np.ascontiguousarray(blocks))
+        case Tiled(shape, _, each):
+            w = np.empty(shape, dtype)
+            for block, tile in each():
+                w[block] = dequantize(tile, dtype, rounded)
         case Heads(k_b, v_b, H):
             keys, values = (dequantize(half, dtype, rounded) for half in (k_b, v_b))
             keys = keys.reshape(H, -1, keys.shape[1]).transpose(0, 2, 1)  # [H, N, C]
@@ -236,7 +249,7 @@ def rows(m: Matrix, index: np.ndarray | slice) -> Matrix:
             return Q4(m.blocks[index])
         case Coded():
             return m._replace(blocks=m.blocks[index])
-        case Heads():
+        case Heads() | Tiled():
             return dequantize(m)[index]
         case Fp8Block(bits, scale, block):
             if not isinstance(index, slice) or index.start % block[0]:
@@ -249,6 +262,9 @@ def rows(m: Matrix, index: np.ndarray | slice) -> Matrix:
 
 def tiles(m: Matrix, elements: int) -> Iterator[tuple[slice, Matrix]]:
     """The matrix in tiles of whole rows, or blocks of rows, of about so many elements, in order."""
+    if isinstance(m, Tiled):
+        yield from m.tiles()
+        return
     m = dequantize(m) if isinstance(m, Heads) else m  # its rows are columns
     unit = m.block[0] if isinstance(m, Fp8Block) else 1
     step = max(1, elements // (m.shape[1] * unit)) * unit

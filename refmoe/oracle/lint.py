@@ -53,6 +53,7 @@ from refmoe.model.matrix import (
     Heads,
     Int4,
     Matrix,
+    Tiled,
     dequantize,
     round_bf16,
     rows,
@@ -1215,6 +1216,8 @@ def _arrays(m: Matrix) -> list[np.ndarray]:
             return [blocks]
         case Heads(k_b, v_b):
             return [*_arrays(k_b), *_arrays(v_b)]
+        case Tiled():  # of a store; what is checked is mapped
+            return [dequantize(m)]
         case _:
             return [m]
 
@@ -1249,7 +1252,7 @@ PRECISION = {"float16": (11, -14), "float32": (24, -126), "float64": (53, -1022)
 
 def _fine(m: Matrix, w: np.ndarray, other: Matrix) -> np.ndarray | float:
     """Half a step of the plain type; where both are quantised alike, of their scales."""
-    if isinstance(m, Int4 | Fp8Block | Q8 | Q4 | Coded | Heads):
+    if isinstance(m, Int4 | Fp8Block | Q8 | Q4 | Coded | Heads | Tiled):
         unit = {Int4: 2.0**-8, Fp8Block: 2.0**-24}.get(type(m), 2.0**-11)
         return unit * np.abs(w) if type(m) is type(other) else 0.0
     digits, least = (8, -126) if isinstance(m, BF16) else PRECISION[m.dtype.name]

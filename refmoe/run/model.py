@@ -14,6 +14,7 @@ from refmoe.text.tokenizer import Tokenizer
 from refmoe.weights.checkpoint import Checkpoint
 from refmoe.weights.dense import dense_q8
 from refmoe.weights.gguf import Gguf, opened
+from refmoe.weights.store import Store, store
 
 if TYPE_CHECKING:
     from refmoe.text.chat import ChatTemplate
@@ -35,6 +36,7 @@ class Model:
     checkpoint: Checkpoint
     decoder: Decoder
     reference: bool = False  # the definition in model/ alone
+    store: Store | None = None  # where weights are read under a budget
 
     @property
     def cfg(self) -> Config:
@@ -82,6 +84,7 @@ def load(
     reference: bool = False,
     conventions: Conventions | str = "refmoe",
     dense: str = "exact",
+    ram: int | None = None,
 ) -> Model:
     """Open a checkpoint's folder or a GGUF; without a path the embedded tiny-k2.
 
@@ -90,6 +93,7 @@ def load(
     conventions  whose sides to take where engines differ: refmoe, moonshot, transformers, vllm,
                  sglang, llama.cpp, mlx
     dense        exact: as stored; q8: attention, shared experts, dense MLP and head in 8 bits
+    ram          bytes that weights may take; None: all mapped, the system keeps what it likes
 
     Raises `InputError` for whatever does not fit: config, names, shapes, dtypes, missing tensors.
     """
@@ -100,8 +104,11 @@ def load(
 
         nx = engine(numerics, conventions)
     checkpoint = opened(golden_folder() / "tiny-k2" if path is None else path)
-    decoder = checkpoint.decoder(nx)
     if dense not in DENSE:
         raise InputError(f"dense {dense!r}; supported: {', '.join(DENSE)}")
+    streamed = store(checkpoint, ram)
+    if streamed is not None:
+        return Model(checkpoint, streamed.decoder(nx), reference, streamed)
+    decoder = checkpoint.decoder(nx)
     decoder = dense_q8(checkpoint, decoder) if dense == "q8" else decoder
     return Model(checkpoint, decoder, reference)

@@ -1,0 +1,298 @@
+"""Bytes of files into given places, by a few threads: large reads, the urgent ones first.
+
+    ticket = reader.read(pieces, URGENT)     returns at once
+    ticket.wait()                            seconds stalled; `InputError` where a file is not whole
+
+A read goes past the page cache (O_DIRECT, F_NOCACHE on macOS) or through it, whichever is quicker
+for this file on this machine: measured (`choose`), for neither always is. What the cache would keep
+is kept in the arena anyway, so that going past it saves a copy; but not every file system lets one.
+"""
+
+import errno
+import heapq
+import mmap
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from refmoe.config import InputError
+
+PAGE = 4096  # bytes: direct reads begin, end and land at whole ones
+PIECE = 4 << 20  # bytes of one read
+THREADS = 4
+URGENT, SOON, MAYBE = range(3)  # needed now; needed next; guessed
+SAMPLE = 48 << 20  # bytes that are read to choose a way
+WAYS = ("direct", "cached")
+
+
+class Extent(NamedTuple):
+    """Bytes of a file, `needed` of them; whole pages, of which the last may lie beyond its end."""
+
+    file: Path
+    start: int
+    nbytes: int
+    needed: int
+
+
+class Ticket:
+    """Reads under way. `done` says that their bytes are there."""
+
+    def __init__(self, pieces: int):
+        self.left = pieces
+        self.error: BaseException | None = None
+        self.cancelled = False
+        self.started = False
+        self.event = threading.Event()
+        if not pieces:
+            self.event.set()
+
+    @property
+    def done(self) -> bool:
+        return self.event.is_set()
+
+    def wait(self) -> float:
+        """Until all is there → seconds that took. Raises what went wrong."""
+        began = time.perf_counter()
+        self.event.wait()
+        if self.error is not None:
+            raise self.error
+        return time.perf_counter() - began
+
+
+class Reader:
+    """Threads that read. Close it, or leave it to the end of the process."""
+
+    def __init__(self, way: str = "cached", threads: int = THREADS):
+        if way not in WAYS:
+            raise ValueError(f"way {way!r}; known: {', '.join(WAYS)}")
+        self.way, self.bytes_read = way, 0
+        self._queue: list[tuple[int, int, Ticket, Extent, np.ndarray]] = []
+        self._count = 0
+        self._files: dict[Path, int] = {}
+        self._lock = threading.Lock()
+        self._wanted = threading.Condition(self._lock)
+        self._open = True
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def read(self, what: Sequence[tuple[Extent, np.ndarray]], urgency: int = URGENT) -> Ticket:
+        """Each extent into its place, uint8 [nbytes]."""
+        pieces = [
+            (Extent(e.file, e.start + at, len(to), max(0, min(len(to), e.needed - at))), to)
+            for e, whole in what
+            for at in range(0, e.nbytes, PIECE)
+            for to in (whole[at : at + PIECE],)
+        ]
+        ticket = Ticket(len(pieces))
+        with self._lock:
+            for extent, to in pieces:
+                self._count += 1
+                heapq.heappush(self._queue, (urgency, self._count, ticket, extent, to))
+            self._wanted.notify_all()
+        return ticket
+
+    def hurry(self, ticket: Ticket) -> None:
+        """What was guessed, or for later, is needed now."""
+        with self._lock:
+            if not ticket.done:
+                self._queue = [(URGENT if q[2] is ticket else q[0], *q[1:]) for q in self._queue]
+                heapq.heapify(self._queue)
+
+    def cancel(self, ticket: Ticket) -> bool:
+        """Forget reads none of which has begun; False where one has."""
+        with self._lock:
+            if ticket.started or ticket.done:
+                return False
+            ticket.cancelled = True
+            self._queue = [q for q in self._queue if q[2] is not ticket]
+            heapq.heapify(self._queue)
+            return True
+
+    def close(self) -> None:
+        with self._lock:
+            self._open = False
+            self._queue.clear()
+            self._wanted.notify_all()
+        for thread in self._threads:
+            thread.join()
+        for fd in self._files.values():
+            os.close(fd)
+        self._files.clear()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                while self._open and not self._queue:
+                    self._wanted.wait()
+                if not self._open:
+                    return
+                _, _, ticket, extent, to = heapq.heappop(self._queue)
+                ticket.started = True
+                failed = ticket.error is not None
+            error: BaseException | None = None
+            if not failed:
+                try:
+                    self._fill(extent, to)
+                except BaseException as e:  # whoever waits for it raises it
+                    error = e
+            with self._lock:
+                ticket.left -= 1
+                ticket.error = ticket.error or error
+                self.bytes_read += 0 if failed or error else extent.needed
+                if not ticket.left:
+                    ticket.event.set()
+
+    def _fill(self, extent: Extent, to: np.ndarray) -> None:
+        if not extent.needed:
+            return
+        try:
+            fd = self._file(extent.file)
+            got = 0
+            while got < extent.needed:
+                count = _read_at(fd, to[got:], extent.start + got)
+                if not count:
+                    size = os.fstat(fd).st_size
+                    raise InputError(
+                        f"{extent.file}: ends at {size} bytes, {extent.start + extent.needed} were "
+                        "there when it was opened; is it being copied or replaced?"
+                    )
+                got += count
+        except OSError as e:
+            raise InputError(
+                f"{extent.file}: cannot be read at {extent.start} ({e.strerror or e}); it was "
+                "there when the checkpoint was opened. Nothing is lost: put it back and go on"
+            ) from None
+
+    def _file(self, file: Path) -> int:
+        with self._lock:
+            fd = self._files.get(file)
+            if fd is None:
+                fd = self._files[file] = opened(file, self.way)
+            return fd
+
+
+def opened(file: Path, way: str) -> int:
+    """A descriptor for reading this way."""
+    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    if way == "cached":
+        return os.open(file, flags)
+    if sys.platform == "darwin":
+        import fcntl  # not on every system
+
+        fd = os.open(file, flags)
+        fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
+        return fd
+    direct = getattr(os, "O_DIRECT", None)
+    if direct is None:
+        raise OSError(errno.EINVAL, "no direct reads on this system")
+    return os.open(file, flags | direct)
+
+
+def _read_at(fd: int, to: np.ndarray, at: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [to.data], at)
+    with _one:  # a system with one place per descriptor
+        os.lseek(fd, at, os.SEEK_SET)
+        raw = os.read(fd, len(to))
+    to[: len(raw)] = np.frombuffer(raw, np.uint8)
+    return len(raw)
+
+
+_one = threading.Lock()
+
+
+def arena(nbytes: int) -> np.ndarray:
+    """Memory that begins at a page and takes none until it is written: uint8 [nbytes]."""
+    size = max(PAGE, -(-nbytes // PAGE) * PAGE)
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8, nbytes)
+
+
+def in_memory(file: Path) -> bool:
+    """Whether the file lies in memory already: tmpfs, or a DAX mount of persistent memory."""
+    best, found = -1, False
+    try:
+        where = file.resolve().as_posix()
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            mount, _, rest = line.partition(" - ")
+            place = mount.split()[4]
+            kind, _, options = rest.split(" ", 2)
+            inside = where == place or where.startswith(place.rstrip("/") + "/")
+            if inside and len(place) >= best:
+                wide = f"{mount.split()[5]},{options.rpartition(' ')[2]}".split(",")
+                dax = any(o in ("dax", "dax=always") for o in wide)
+                best, found = len(place), kind in ("tmpfs", "ramfs") or dax
+    except (OSError, ValueError, IndexError):
+        return False
+    return found
+
+
+def forget(file: Path, start: int = 0, nbytes: int = 0) -> None:
+    """Ask the system to drop these bytes of a file from its cache, where it can be asked."""
+    if hasattr(os, "posix_fadvise"):
+        fd = os.open(file, os.O_RDONLY)
+        try:
+            os.posix_fadvise(fd, start, nbytes, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+
+
+def rate(file: Path, way: str, start: int, nbytes: int, threads: int = THREADS) -> float:
+    """Bytes a second at which this much of a file, not cached, is read this way."""
+    forget(file, start, nbytes)
+    reader = Reader(way, threads)
+    try:
+        places: list[tuple[Extent, np.ndarray]] = []
+        memory = arena(min(nbytes, SAMPLE))
+        for at in range(0, nbytes, PIECE):
+            count = min(PIECE, nbytes - at)
+            place = at % len(memory)
+            if place + count > len(memory):
+                place = 0
+            extent = Extent(file, start + at, count, count)
+            places.append((extent, memory[place : place + count]))
+        memory[:] = 0  # its pages are there
+        return nbytes / max(reader.read(places).wait(), 1e-9)
+    finally:
+        reader.close()
+
+
+def choose(file: Path) -> tuple[str, dict[str, float]]:
+    """The quicker way for this file, and bytes a second of each that works."""
+    size = file.stat().st_size // PAGE * PAGE
+    each = min(SAMPLE, size // 2 // PAGE * PAGE)
+    rates: dict[str, float] = {}
+    for n, way in enumerate(WAYS):
+        try:
+            start = (size // 2 // PAGE * PAGE) * n
+            rates[way] = rate(file, way, start, each) if each else 0.0
+        except (OSError, InputError):  # O_DIRECT is refused by some file systems
+            continue
+    if not rates:
+        return "cached", rates
+    return max(rates, key=lambda way: rates[way]), rates
+
+
+def high_water() -> int:
+    """Bytes: the most memory that this process ever had resident."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource  # a process's own rusage begins at its parent's size on Linux
+
+    most: Any = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(most) * (1 if sys.platform == "darwin" else 1024)
