@@ -43,6 +43,10 @@ from refmoe.weights.checkpoint import Checkpoint, summary, tensor_class
 from refmoe.weights.dense import sizes as dense_sizes
 from refmoe.weights.gguf import Gguf, opened
 from refmoe.weights.k2_slice import k2_slice
+from refmoe.weights.store import facts as store_facts
+from refmoe.weights.store import line as store_line
+
+BENCHES = ("oracle", "kernels", "decode", "prefill", "peers", "store")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,6 +113,7 @@ def _generate(args: argparse.Namespace) -> int:
                 "seconds": end - began,
                 "tok_s": rate,
                 "first_token_s": first[1] if first else None,
+                "store": store_facts(model.store) if model.store else None,
             }
         )
     else:
@@ -120,6 +125,10 @@ def _generate(args: argparse.Namespace) -> int:
             + (", interrupted]" if interrupted else "]"),
             file=sys.stderr,
         )
+        if model.store:
+            print(store_line(model.store), file=sys.stderr)
+    if model.store:
+        model.store.close()
     return 130 if interrupted else 0
 
 
@@ -522,6 +531,14 @@ def _bench(args: argparse.Namespace) -> int:
     elif args.what == "peers":
         folder = args.model if args.shape is None else _slice(args)
         document = speed.peers(folder, args.folder)
+    elif args.what == "store":
+        from refmoe.run.bench_store import bench_store, store_table
+
+        folder = args.model if args.shape is None else _slice(args)
+        document = bench_store(folder, args.ram, args.tokens or 12, int4=args.int4)
+        if not args.json:
+            print("\n".join(store_table(document)))
+            return 0
     else:
         document = _bench_model(args)
     if args.json:
@@ -546,7 +563,7 @@ def _bench_model(args: argparse.Namespace) -> dict[str, Any]:
 def _slice(args: argparse.Namespace) -> Path:
     if args.folder is None:
         raise InputError("--folder DIR: where the random checkpoint of K2's dimensions may lie")
-    return k2_slice(args.folder, args.experts, args.vocab)
+    return k2_slice(args.folder, args.experts, args.vocab, args.layers)
 
 
 def _bench_oracle(args: argparse.Namespace) -> int:
@@ -858,9 +875,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes")
     p.add_argument("--verbose", action="store_true", help="what was missed, and how")
 
-    what = "oracle: engines judged; kernels, decode, prefill: speed; peers: beside transformers"
+    what = (
+        "oracle: engines judged; kernels, decode, prefill: speed; peers: beside transformers; "
+        "store: under a budget"
+    )
     p = verb("bench", _bench, "measure: the oracle's power, and speed", model=False)
-    p.add_argument("what", choices=["oracle", "kernels", "decode", "prefill", "peers"], help=what)
+    p.add_argument("what", choices=BENCHES, help=what)
     p.add_argument("--quick", action="store_true", help="oracle: fewer engines and runs")
     p.add_argument("--runs", type=int, metavar="N", help="oracle: for false alarms; 200")
     p.add_argument("--model", type=Path, metavar="DIR", help="decode, prefill: default tiny-k2")
@@ -868,7 +888,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--folder", type=Path, metavar="DIR", help="where it is, or will be, written")
     p.add_argument("--experts", type=int, default=384, metavar="N", help="of the slice")
     p.add_argument("--vocab", type=int, default=163840, metavar="N", help="of the slice")
+    p.add_argument("--layers", type=int, default=2, metavar="N", help="of the slice")
     p.add_argument("--prompt", type=int, metavar="N", help="tokens before, or of the prefill; 128")
+    p.add_argument("--tokens", type=int, metavar="N", help="store: to decode; 12")
     p.add_argument("--formats", nargs="+", choices=FORMATS, help="kernels: default all")
     quicker(p)
 

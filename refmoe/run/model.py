@@ -12,7 +12,7 @@ from refmoe.model.decoder import Decoder, policy
 from refmoe.model.numerics import Numerics
 from refmoe.text.tokenizer import Tokenizer
 from refmoe.weights.checkpoint import Checkpoint
-from refmoe.weights.dense import dense_q8
+from refmoe.weights.dense import checkpoint_q8, dense_q8
 from refmoe.weights.gguf import Gguf, opened
 from refmoe.weights.store import Store, store
 
@@ -106,9 +106,11 @@ def load(
     checkpoint = opened(golden_folder() / "tiny-k2" if path is None else path)
     if dense not in DENSE:
         raise InputError(f"dense {dense!r}; supported: {', '.join(DENSE)}")
+    if ram is not None and dense == "q8":
+        checkpoint = checkpoint_q8(checkpoint, nx)
     streamed = store(checkpoint, ram)
     if streamed is not None:
         return Model(checkpoint, streamed.decoder(nx), reference, streamed)
     decoder = checkpoint.decoder(nx)
-    decoder = dense_q8(checkpoint, decoder) if dense == "q8" else decoder
+    decoder = dense_q8(checkpoint, decoder) if dense == "q8" and ram is None else decoder
     return Model(checkpoint, decoder, reference)

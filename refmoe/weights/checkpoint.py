@@ -17,6 +17,7 @@ later wrap the text model and write `language_model.model.layers.0…`; transfor
 
 import hashlib
 import json
+import mmap
 import re
 from collections.abc import Callable, Iterator
 from copy import copy
@@ -39,7 +40,7 @@ from refmoe.config import (
 )
 from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import MlpWeights, MoeWeights
-from refmoe.model.matrix import BF16, Fp8Block, Int4, Matrix
+from refmoe.model.matrix import BF16, Q8, Fp8Block, Int4, Matrix
 from refmoe.model.mla import AttentionWeights
 from refmoe.model.numerics import Numerics
 from refmoe.model.router import GateWeights
@@ -233,6 +234,11 @@ class Checkpoint:
             file = self._maps[stored.file] = np.memmap(stored.file, np.uint8, "r")
         return np.asarray(file[stored.start : stored.start + stored.nbytes])
 
+    def let_go(self) -> None:
+        """What was read of mapped files need not stay in memory."""
+        for file in self._maps.values():
+            advise(file, "MADV_DONTNEED")
+
     def reading(self, source: Callable[[Stored], np.ndarray]) -> Self:
         """The same checkpoint with bytes from elsewhere: Stored → uint8 [nbytes]."""
         other = copy(self)
@@ -257,8 +263,11 @@ class Checkpoint:
         return weight
 
     def _plain(self, name: str) -> Matrix:
+        stored = self.tensors[name]
+        if stored.dtype == "Q8_0":  # of `dense.checkpoint_q8`
+            return Q8(self.source(stored).reshape(stored.shape[0], -1, 34))
         values = self.array(name)
-        return BF16(values) if self.tensors[name].dtype == "BF16" else values
+        return BF16(values) if stored.dtype == "BF16" else values
 
     def mlp(self, prefix: str) -> MlpWeights:
         return MlpWeights(*(self.matrix(f"{prefix}{part}_proj") for part in ("gate", "up", "down")))
@@ -315,6 +324,13 @@ class Checkpoint:
             self.matrix("model.norm"),
             self.matrix("lm_head"),
         )
+
+
+def advise(file: Any, how: str) -> None:
+    """Tell the system how a memory map is used, where it can be told."""
+    advice = getattr(mmap, how, None)
+    if advice is not None:
+        file._mmap.madvise(advice)
 
 
 def canonical(name: str) -> str:

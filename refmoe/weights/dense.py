@@ -24,6 +24,7 @@ from refmoe.config import InputError
 from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import MlpWeights, MoeWeights
 from refmoe.model.matrix import Q4, Q8, Int4, Matrix, dequantize, quantize_q8, tiles
+from refmoe.model.numerics import Numerics
 from refmoe.weights.checkpoint import Checkpoint, read_header, tensor_class
 from refmoe.weights.stream import Spec, write_stream
 
@@ -46,6 +47,36 @@ def dense_q8(checkpoint: Checkpoint, decoder: Decoder, keep: bool | None = None)
     if made is None:
         made = {name: quantized(m) for name, m in matrices.items()}
     return replaced(decoder, lambda name, _: made[name])
+
+
+def checkpoint_q8(checkpoint: Checkpoint, nx: Numerics) -> Checkpoint:
+    """The checkpoint with these matrices in the kept file, for what reads without mapping.
+
+    Raises `InputError` where there is no place for the file.
+    """
+    matrices: dict[str, Matrix] = {}
+
+    def note(name: str, m: Matrix) -> Matrix:
+        matrices[name] = m
+        return m
+
+    replaced(checkpoint.decoder(nx), note)
+    if not matrices:
+        return checkpoint
+    size = sum(size_of(m) for m in matrices.values())
+    file = _file(checkpoint, matrices, size)
+    if file is None:
+        raise InputError(
+            f"{folder()}: no place for {size / 1e9:.1f} GB of 8-bit weights (twice that must be "
+            "free); set XDG_CACHE_HOME to another disk, or leave --dense q8 away"
+        )
+    out = checkpoint.reading(checkpoint.source)
+    out.tensors = dict(checkpoint.tensors)
+    for name, t in read_header(file).items():
+        out.tensors.pop(f"{name}.weight_scale_inv", None)
+        shape = tuple(matrices[name].shape)
+        out.tensors[f"{name}.weight"] = t._replace(dtype="Q8_0", shape=shape)
+    return out
 
 
 def sizes(checkpoint: Checkpoint) -> tuple[int, int]:
@@ -110,7 +141,18 @@ def folder() -> Path:
 
 
 def _kept(checkpoint: Checkpoint, matrices: dict[str, Matrix], size: int) -> dict[str, Q8] | None:
-    """From the file, which is made if it is not there or not whole; None if it cannot be."""
+    """From the file; None if it cannot be made."""
+    file = _file(checkpoint, matrices, size)
+    if file is None:
+        return None
+    return {
+        name: Q8(np.asarray(np.memmap(file, np.uint8, "r", t.start, t.shape)))
+        for name, t in read_header(file).items()
+    }
+
+
+def _file(checkpoint: Checkpoint, matrices: dict[str, Matrix], size: int) -> Path | None:
+    """The file, which is made if it is not there or not whole; None if it cannot be."""
     key = hashlib.sha256(f"{checkpoint.identity} {sorted(matrices)}".encode()).hexdigest()
     file = folder() / f"{key}.safetensors"
     try:
@@ -118,28 +160,29 @@ def _kept(checkpoint: Checkpoint, matrices: dict[str, Matrix], size: int) -> dic
             folder().mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(folder()).free < 2 * size:
                 return None  # not worth the last of somebody's disk
-            _write(file, matrices)
+            _write(file, matrices, checkpoint)
         there = read_header(file)
         sizes_there = {name: t.nbytes for name, t in there.items()}
         if sizes_there != {name: size_of(m) for name, m in matrices.items()}:
             return None
-        return {
-            name: Q8(np.asarray(np.memmap(file, np.uint8, "r", t.start, t.shape)))
-            for name, t in there.items()
-        }
+        return file
     except (OSError, InputError):  # no place for it, or a header that is damaged
         return None
 
 
-def _write(file: Path, matrices: dict[str, Matrix]) -> None:
-    """One matrix in memory at a time; the hash beside it."""
+def _write(file: Path, matrices: dict[str, Matrix], checkpoint: Checkpoint) -> None:
+    """One tile in memory at a time; the hash beside it."""
     digest = hashlib.sha256()
 
     def blocks() -> Iterator[np.ndarray]:
         for m in matrices.values():
-            q8 = quantized(m).blocks
-            digest.update(q8.data)
-            yield q8
+            for n, (_, tile) in enumerate(tiles(m, TILE)):
+                q8 = quantize_q8(dequantize(tile, np.float32)).blocks
+                digest.update(q8.data)
+                yield q8
+                if n % 32 == 31:
+                    checkpoint.let_go()
+            checkpoint.let_go()
 
     specs = [Spec(n, "U8", (m.shape[0], m.shape[1] // 32, 34)) for n, m in matrices.items()]
     write_stream(file, specs, blocks(), "dense weights in 8 bits")

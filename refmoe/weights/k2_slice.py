@@ -1,4 +1,4 @@
-"""A random INT4 checkpoint of K2's dimensions with one dense and one MoE layer, for benchmarks.
+"""A random INT4 checkpoint of K2's dimensions with one dense layer and one or more MoE layers.
 
 What a token costs in it is a known part of what it costs in K2, and it fits into memory: 15.5 GB
 with K2's 384 experts and 163,840 words, 3 GB with 32 and 32,768. Written as a stream, one matrix in
@@ -55,16 +55,21 @@ YARN = {
 DRAWN = 1 << 24  # numbers that repeat
 
 
-def k2_slice(folder: Path, experts: int = 384, vocab: int = 163840) -> Path:
+def k2_slice(folder: Path, experts: int = 384, vocab: int = 163840, layers: int = 2) -> Path:
     """The checkpoint's folder inside `folder`, written if it is not there.
 
     Raises `InputError` where there is not enough space.
     """
-    path = folder / f"k2-slice-{experts}-{vocab}"
+    path = folder / f"k2-slice-{experts}-{vocab}{f'-{layers}' if layers != 2 else ''}"
     if (path / SINGLE).is_file():
         return path
     raw = {**FIXED, **SHAPE, "rope_scaling": YARN, "n_routed_experts": experts}
-    raw |= {"vocab_size": vocab, "torch_dtype": "bfloat16", "quantization_config": INT4_CONFIG}
+    raw |= {
+        "vocab_size": vocab,
+        "num_hidden_layers": layers,
+        "torch_dtype": "bfloat16",
+        "quantization_config": INT4_CONFIG,
+    }
     raw |= {k: v % vocab for k, v in raw.items() if k.endswith("_token_id")}
     cfg = Config.from_dict(raw)
     specs = [

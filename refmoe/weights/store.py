@@ -24,7 +24,6 @@ Bits are those of the mapped checkpoint: the same kernels get the same bytes. On
 of a prompt's many rows is an exception: BLAS adds differently for other numbers of rows.
 """
 
-import mmap
 import os
 import time
 from collections import OrderedDict
@@ -43,7 +42,7 @@ from refmoe.model.matrix import Matrix, Tiled, dequantize
 from refmoe.model.numerics import Numerics
 from refmoe.model.router import route
 from refmoe.weights import reader
-from refmoe.weights.checkpoint import Checkpoint, Stored
+from refmoe.weights.checkpoint import Checkpoint, Stored, advise
 from refmoe.weights.reader import MAYBE, PAGE, SOON, URGENT, Extent, Reader, Ticket
 
 GAP = 2 * PAGE  # bytes between two tensors that are read along with them
@@ -164,13 +163,10 @@ class Store:
         cfg = checkpoint.cfg
         moe = [i for i in range(cfg.num_hidden_layers) if cfg.is_moe(i)]
         self.slot = max((_slot(expert_tensors(checkpoint, i, 0)) for i in moe), default=0)
-        self.budget = divide(
-            [item.nbytes for item in items],
-            self.slot,
-            len(moe) * cfg.n_routed_experts,
-            cfg.num_experts_per_tok,
-            ram,
-        )
+        sizes = [item.nbytes for item in items]
+        chosen = cfg.num_experts_per_tok
+        self.least = least(sizes, self.slot, chosen)
+        self.budget = divide(sizes, self.slot, len(moe) * cfg.n_routed_experts, chosen, ram)
         largest = max({t.file for t in checkpoint.tensors.values()}, key=_size)
         self.rates: dict[str, float] = {}
         if way is None:
@@ -202,8 +198,8 @@ class Store:
 
         def source(t: Stored) -> np.ndarray:
             file = np.memmap(t.file, np.uint8, "r")
-            self.maps.append(_mapping(file))
-            _advise(self.maps[-1], "MADV_RANDOM")
+            self.maps.append(file)
+            advise(file, "MADV_RANDOM")
             return np.asarray(file[t.start : t.start + t.nbytes])
 
         return self.checkpoint.reading(source).matrix("model.embed_tokens")
@@ -225,8 +221,12 @@ class Store:
 
     def let_go(self) -> None:
         """Rows of the embedding that were touched need not stay."""
-        for mapping in getattr(self, "maps", []):
-            _advise(mapping, "MADV_DONTNEED")
+        for file in getattr(self, "maps", []):
+            advise(file, "MADV_DONTNEED")
+
+    def read_rate(self, nbytes: int) -> float:
+        """Bytes a second at which experts are read, drawn at random, with nothing else going on."""
+        return self.arena.read_rate(nbytes)
 
     def reset(self) -> None:
         """Count anew."""
@@ -236,6 +236,34 @@ class Store:
         """Keep the statistics, and let the threads go. Its weights can no longer be used."""
         self.arena.save()
         self.reader.close()
+
+
+def facts(store: Store) -> dict[str, Any]:
+    """For programs: what was read, how much of it was there, and how long computing waited."""
+    c = store.counters
+    return {
+        "budget": store.ram,
+        "asked": c.asked,
+        "hit_rate": c.hit_rate,
+        "guess_rate": c.guess_rate,
+        "expert_bytes": c.expert_bytes,
+        "dense_bytes": c.dense_bytes,
+        "stalled_s": c.stalled,
+        "max_rss": reader.high_water(),
+    }
+
+
+def line(store: Store) -> str:
+    """The same for people."""
+    c = store.counters
+    parts = [f"{c.bytes_read / 1e9:.2f} GB read ({c.dense_bytes / 1e9:.2f} always-active)"]
+    if c.hit_rate is not None:
+        parts.append(f"{c.hit_rate:.1%} of {c.asked} experts there when asked for")
+    if c.guess_rate is not None:
+        parts.append(f"{c.guess_rate:.1%} of guesses right")
+    parts.append(f"waited {c.stalled:.2f} s")
+    parts.append(f"at most {reader.high_water() / 1e9:.2f} GB resident")
+    return f"[{', '.join(parts)}]"
 
 
 def store(checkpoint: Checkpoint, ram: int | None) -> Store | None:
@@ -299,16 +327,6 @@ def _copied(t: Stored) -> np.ndarray:
     with t.file.open("rb") as f:
         f.seek(t.start)
         return np.frombuffer(f.read(t.nbytes), np.uint8)
-
-
-def _mapping(file: Any) -> Any:
-    return file._mmap
-
-
-def _advise(mapping: Any, what: str) -> None:
-    advice = getattr(mmap, what, None)
-    if advice is not None and mapping is not None:
-        mapping.madvise(advice)
 
 
 class _Stage:
@@ -435,7 +453,7 @@ class _Arena:
     """Places for experts, and who has which."""
 
     def __init__(self, store: Store, moe: Sequence[int]):
-        self.store = store
+        self.store, self.moe = store, list(moe)
         self.memory = reader.arena(store.budget.slots * store.slot)
         self.free = list(range(store.budget.slots))
         self.slots: dict[Key, int] = {}
@@ -516,6 +534,31 @@ class _Arena:
         for e in experts:
             if (layer, e) not in self.slots and not self._read((layer, e), MAYBE):
                 return
+
+    def read_rate(self, nbytes: int) -> float:
+        rng, done, seconds = np.random.default_rng(0), 0, 0.0
+        together = max(1, self.store.budget.slots // 2)
+        before = replace(self.store.counters)
+        while done < nbytes:
+            layers, experts = (
+                rng.choice(self.moe, together),
+                rng.integers(0, self.use.shape[1], together),
+            )
+            keys = dict.fromkeys(zip(layers.tolist(), experts.tolist(), strict=True))
+            new = [key for key in keys if key not in self.slots]
+            for key in new:
+                for extent, _ in layout(expert_tensors(self.store.checkpoint, *key)).extents:
+                    reader.forget(extent.file, extent.start, extent.nbytes)
+            began = time.perf_counter()
+            for key in new:
+                self.ask(key)
+            for key in new:
+                self.wait(key)
+            seconds += time.perf_counter() - began
+            done += sum(e.needed for key in new for e, _ in self.layouts[key].extents)
+            self.release(new)
+        self.store.counters = before
+        return done / seconds
 
     def matrices(self, key: Key) -> MlpWeights:
         layer, e = key
