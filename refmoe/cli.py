@@ -793,6 +793,9 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("--int4", choices=["fast", "exact"], default="fast", help=help)
         p.add_argument("--cache", choices=["float32", "bf16"], default="float32", help="latents")
         p.add_argument("--threads", type=int, metavar="N", help="default: all processors")
+        budget(p)
+
+    def budget(p: argparse.ArgumentParser) -> None:
         help = "bytes that weights may take, like 8GB; what is beyond is read from the disk"
         p.add_argument("--ram", type=_bytes, metavar="BYTES", help=help)
 
@@ -838,6 +841,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--sketch", action="store_true", help="65 numbers a row instead of each tensor")
     p.add_argument("--out", type=Path, required=True, metavar="FILE")
     p.add_argument("--verbose", action="store_true", help="list the points")
+    budget(p)
 
     p = verb("check", _check, "where does another engine's dump first go wrong?", model=False)
     p.add_argument("dump", type=Path, help="tensors by module path: .safetensors, .npz or .pt")
