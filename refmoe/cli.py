@@ -1,4 +1,4 @@
-"""The verbs: generate, chat, tok, inspect, trace, check, lint, mutate, bench, golden, tiny.
+"""The verbs: generate, chat, tok, inspect, trace, check, lint, mutate, bench, plan, golden, tiny.
 
 Without --model they use the embedded tiny-k2. With --json they print one JSON document. Exit
 codes: 0 fine, 1 differs or fails, 2 could not tell or bad use.
@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 import refmoe
-from refmoe.config import CONVENTIONS, InputError, as_bytes, read_json
+from refmoe.config import CONVENTIONS, InputError, as_bytes, read_json, read_text
 from refmoe.fast.threads import use as use_threads
 from refmoe.model.numerics import POLICIES, NonFinite
 from refmoe.oracle import bench, golden, lint, mutate, quant, repro
@@ -30,7 +30,7 @@ from refmoe.oracle.report import write as write_html
 from refmoe.oracle.trace import trace, write
 from refmoe.oracle.truth import check_truth, read_truth
 from refmoe.oracle.truth import make as make_truth
-from refmoe.run import export
+from refmoe.run import export, plan
 from refmoe.run.dialogue import Dialogue, interact, printable
 from refmoe.run.generate import generate_tokens, working
 from refmoe.run.model import DENSE, Model, golden_folder, load
@@ -43,6 +43,7 @@ from refmoe.weights.checkpoint import Checkpoint, summary, tensor_class
 from refmoe.weights.dense import sizes as dense_sizes
 from refmoe.weights.gguf import Gguf, opened
 from refmoe.weights.k2_slice import k2_slice
+from refmoe.weights.placement import Parts, parts_of
 from refmoe.weights.store import facts as store_facts
 from refmoe.weights.store import line as store_line
 
@@ -608,6 +609,56 @@ def _bench_row(kind: str, row: dict[str, Any]) -> str:
     return f"planted  {mark}     {name:<72} {row['point']}"
 
 
+def _plan(args: argparse.Namespace) -> int:
+    if args.validate:
+        document = plan.validate()
+        print_ = _print_json if args.json else lambda d: print("\n".join(plan.table(d)))
+        print_(document)
+        return 0 if document["inside"] >= 0.8 * document["total"] else 1
+    hardware = _hardware(args)
+    dense, cache = args.dense or hardware.dense, args.cache or hardware.cache
+    if args.model:
+        checkpoint = opened(args.model)
+        parts, eighths = parts_of(checkpoint, dense), parts_of(checkpoint, "q8")
+    else:
+        cfg = plan.model_config(args.config, args.member)
+        parts, eighths = Parts.of(cfg, dense), Parts.of(cfg, "q8")
+    context = plan.count(args.ctx, "--ctx") if args.ctx else None
+    number = plan.NUMBER[cache]
+    case = plan.Case.of(parts, hardware, context, number, args.hit_rate, args.card_experts)
+    prompt, sweep = plan.count(args.prompt, "--prompt"), plan.count(args.sweep, "--sweep")
+    named = args.model or args.config or args.member or "k2-thinking"
+    document = {
+        "model": f"{named}, dense {dense}, cache {cache}",
+        **plan.plan(case, eighths, prompt, sweep),
+    }
+    if args.json:
+        _print_json(document)
+    else:
+        print("\n".join(plan.lines(document)))
+    return 0 if document["fits"] else 1
+
+
+def _hardware(args: argparse.Namespace) -> plan.Hardware:
+    """A preset, a description or, unless flags say how much memory, this machine; then flags."""
+    size, rate = plan.size, plan.rate
+    kinds = {"ram": size, "vram": size, "pmem": size, "disk": rate}
+    kinds |= {f"{kind}_bandwidth": rate for kind in ("ram", "vram", "pmem")}
+    given = {
+        name: read(text, f"--{name.replace('_', '-')}")
+        for name, read in kinds.items()
+        if (text := getattr(args, name)) is not None
+    }
+    cores = plan.count(args.cores, "--cores") if args.cores else None
+    flags = plan.Flags(**given, cores=cores)
+    base = None
+    if args.hardware:
+        base = plan.read_hardware(read_text(args.hardware), str(args.hardware))
+    elif args.preset or flags.ram is None:
+        base = plan.preset(args.preset or "this", args.model)
+    return plan.with_flags(base, flags)
+
+
 def _lint(args: argparse.Namespace) -> int:
     folder = args.folder or golden_folder() / "tiny-k2"
     found = lint.lint_against(folder, args.against) if args.against else lint.lint(folder)
@@ -758,6 +809,12 @@ def _print_json(document: dict[str, Any]) -> None:
     print(json.dumps(document, ensure_ascii=False, allow_nan=False))
 
 
+def _share(text: str) -> float:
+    if not 0 <= (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number from 0 to 1")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("refmoe", description=refmoe.__doc__.splitlines()[0])
     parser.add_argument("--version", action="version", version=f"refmoe {refmoe.__version__}")
@@ -897,6 +954,32 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--tokens", type=int, metavar="N", help="store: to decode; 12")
     p.add_argument("--formats", nargs="+", choices=FORMATS, help="kernels: default all")
     quicker(p)
+
+    p = verb("plan", _plan, "what lives where, does it fit, how fast will it be", model=False)
+    which = p.add_mutually_exclusive_group()
+    which.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint, or a GGUF")
+    which.add_argument("--config", type=Path, metavar="FILE", help="a config.json alone")
+    help = "as published; default: k2-thinking"
+    which.add_argument("--member", choices=tuple(members.MEMBERS), help=help)
+    where = p.add_mutually_exclusive_group()
+    where.add_argument("--preset", choices=plan.PRESETS, help="default, without flags: this")
+    where.add_argument("--hardware", type=Path, metavar="FILE", help="a description in TOML")
+    for kind in ("ram", "vram", "pmem"):
+        p.add_argument(f"--{kind}", metavar="SIZE", help="64GB is 10⁹, 64GiB 2³⁰")
+        p.add_argument(f"--{kind}-bandwidth", metavar="RATE", help="50GB/s")
+    p.add_argument("--disk", metavar="RATE", help="7GB/s: what is nowhere else is read from there")
+    p.add_argument("--cores", metavar="N")
+    p.add_argument("--ctx", metavar="N", help="tokens in the cache; default: 8k, or the preset's")
+    p.add_argument("--prompt", default="512", metavar="N", help="tokens of a prompt; 512")
+    p.add_argument("--sweep", default="10000", metavar="N", help="tokens of a sweep; 10000")
+    p.add_argument("--dense", choices=DENSE, help="default: exact, or the preset's")
+    p.add_argument("--cache", choices=tuple(plan.NUMBER), help="default: float32, or the preset's")
+    p.add_argument(
+        "--hit-rate", type=_share, metavar="H", help="experts not read from disk, 0 to 1"
+    )
+    help = "the most routed experts a card takes; default: as many as fit"
+    p.add_argument("--card-experts", type=int, metavar="N", help=help)
+    p.add_argument("--validate", action="store_true", help="public reports against predictions")
 
     p = verb("export", _export, "safetensors to GGUF and back, INT4 to bf16 and back", model=False)
     p.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint's folder, or a GGUF")

@@ -129,6 +129,12 @@ def write_member(folder: str | Path, like: str, seed: int = 0) -> None:
         write_vocabulary(folder, cfg.vocab_size - RESERVED)
 
 
+def published(name: str) -> dict[str, Any]:
+    """A member's config.json, of full size."""
+    member = MEMBERS[name]
+    return member.edit(json.loads((HERE / f"{member.config}.json").read_text("utf-8")))
+
+
 def reduced(member: Member) -> dict[str, Any]:
     """The published config.json with reduced sizes, special ids moved with the vocabulary."""
     raw = member.edit(json.loads((HERE / f"{member.config}.json").read_text("utf-8")))
