@@ -42,6 +42,9 @@ from refmoe.weights import members, random
 from refmoe.weights.checkpoint import Checkpoint, summary, tensor_class
 from refmoe.weights.dense import sizes as dense_sizes
 from refmoe.weights.gguf import Gguf, opened
+from refmoe.weights.k2_full import NAME as FULL
+from refmoe.weights.k2_full import SAID as FULL_SAID
+from refmoe.weights.k2_full import k2_full
 from refmoe.weights.k2_slice import k2_slice
 from refmoe.weights.placement import Parts, parts_of
 from refmoe.weights.store import facts as store_facts
@@ -703,13 +706,16 @@ def _mutate(args: argparse.Namespace) -> int:
 
 
 def _tiny(args: argparse.Namespace) -> int:
+    full = FULL in args.shape
     shape: dict[str, Any] = {}
-    for item in args.shape:
+    for item in (item for item in args.shape if item != FULL):
         key, _, value = item.partition("=")
         try:
             shape[key] = json.loads(value)
         except json.JSONDecodeError:
             raise InputError(f"--shape {item}: expected FIELD=VALUE, as in config.json") from None
+    if full:
+        return _full(args, shape)
     if args.like:
         if args.format or args.shards != 1 or shape:
             raise InputError("--like decides format, shape and shards; give only --seed with it")
@@ -729,6 +735,23 @@ def _tiny(args: argparse.Namespace) -> int:
         size = sum(t.nbytes for t in checkpoint.tensors.values())
         made = args.like or args.format or "bf16"
         print(f"{args.folder}: {len(checkpoint.tensors)} tensors, {size:,} bytes, {made}")
+    return 0
+
+
+def _full(args: argparse.Namespace, shape: dict[str, Any]) -> int:
+    if args.like or args.format or args.shards != 1:
+        raise InputError(f"--shape {FULL} decides layout, format and shards; give only --seed")
+    made = k2_full(args.folder, shape, args.seed)
+    checkpoint = Checkpoint.open(args.folder)
+    if args.json:
+        facts = {"tensors": len(checkpoint.tensors), **made._asdict()}
+        _print_json({"folder": str(args.folder), **facts})
+        return 0
+    print(
+        f"{args.folder}: {len(checkpoint.tensors):,} tensors in {made.shards} shards, "
+        f"{made.apparent:,} bytes, of which {made.disk:,} on disk"
+    )
+    print(FULL_SAID)
     return 0
 
 
@@ -1013,7 +1036,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--format", choices=random.FORMATS, help="default: bf16")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--shards", type=int, default=1)
-    p.add_argument("--shape", nargs="*", default=[], metavar="FIELD=VALUE")
+    p.add_argument(
+        "--shape",
+        nargs="*",
+        default=[],
+        metavar="FIELD=VALUE",
+        help=f"of config.json; with {FULL}: K2-Thinking's size, 594 GB of mostly holes",
+    )
     return parser
 
 

@@ -92,26 +92,40 @@ def k2_slice(folder: Path, experts: int = 384, vocab: int = 163840, layers: int 
 
 def _chunks(specs: list[Spec]) -> Iterator[np.ndarray]:
     """Every tensor's bytes in order, at most `DRAWN` numbers at a time."""
-    rng = np.random.Generator(np.random.SFC64(0))
-    normal = rng.standard_normal(DRAWN, np.float32)
-    words = rng.integers(-(2**31), 2**31, DRAWN, np.int32)
+    numbers = Numbers(0)
+    words = numbers.rng.integers(-(2**31), 2**31, DRAWN, np.int32)
     shapes = {spec.name: spec.shape for spec in specs}
     for name, dtype, shape in specs:
         if dtype == "I32" and name.endswith("_shape"):
-            O, W = shapes[name.replace("_shape", "_packed")]
-            yield np.array([O, 8 * W], np.int32)
+            yield weight_shape(shapes[name.replace("_shape", "_packed")])
             continue
-        plain = words if dtype == "I32" else _scaled(name, shape, normal)
+        plain = words if dtype == "I32" else scaled(name, shape, numbers.normal)
         plain = bf16_bits(plain) if dtype == "BF16" else plain
-        left = prod(shape)
+        yield from numbers.repeated(plain, prod(shape))
+
+
+def weight_shape(packed: tuple[int, ...]) -> np.ndarray:
+    """What `weight_shape` says of a `weight_packed` [O, I/8]."""
+    return np.array([packed[0], 8 * packed[1]], np.int32)
+
+
+class Numbers:
+    """`DRAWN` normal numbers, and how they are used again: from random places."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.Generator(np.random.SFC64(seed))
+        self.normal = self.rng.standard_normal(DRAWN, np.float32)
+
+    def repeated(self, plain: np.ndarray, left: int) -> Iterator[np.ndarray]:
+        """Pieces of `plain`, `left` numbers together."""
         while left:
-            at = int(rng.integers(0, max(1, len(plain) - min(left, DRAWN // 2) + 1)))
+            at = int(self.rng.integers(0, max(1, len(plain) - min(left, DRAWN // 2) + 1)))
             piece = plain[at : at + left]
             yield piece
             left -= len(piece)
 
 
-def _scaled(name: str, shape: tuple[int, ...], normal: np.ndarray) -> np.ndarray:
+def scaled(name: str, shape: tuple[int, ...], normal: np.ndarray) -> np.ndarray:
     """Sizes that keep every activation near 1."""
     few = normal[: max(1, min(DRAWN, 2 * prod(shape)))]
     if name.endswith("_scale"):  # of codes of variance 21
