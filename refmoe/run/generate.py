@@ -17,18 +17,24 @@ from refmoe.config import InputError
 from refmoe.fast import threads
 from refmoe.model.cache import LatentCache
 from refmoe.model.decoder import Decoder, check_tokens
-from refmoe.model.experts import routed_experts
+from refmoe.model.experts import Lender, routed_experts
 from refmoe.run.model import Model
 from refmoe.run.sampler import Sampling, sample
 
 CHUNK = 512  # rows of a prompt at a time
+STREAMED = 2048  # where each chunk reads the experts anew; some 1 GB of scratch at K2's widths
 
 
 def prefill(
-    decoder: Decoder, tokens: Sequence[int], memory: Sequence[LatentCache], chunk: int = CHUNK
+    decoder: Decoder,
+    tokens: Sequence[int],
+    memory: Sequence[LatentCache],
+    chunk: int | None = None,
 ) -> np.ndarray:
     """Put the tokens into `memory`, chunk by chunk → the logits [Z] after the last one."""
     check_tokens(tokens, memory[0].length, decoder.cfg)
+    if chunk is None:
+        chunk = STREAMED if isinstance(decoder.experts_of(0), Lender) else CHUNK
     with _alone(decoder):
         for start in range(0, len(tokens), chunk):
             x = decoder.hidden([tokens[start : start + chunk]], [memory])
@@ -56,7 +62,7 @@ def generate_tokens(
     seed: int = 0,
     stop: Collection[int] = (),
     memory: Sequence[LatentCache] | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Iterator[int]:
     """New tokens, the stop id not among them. `memory` may hold what came before the prompt."""
     memory = decoder.caches() if memory is None else memory
