@@ -47,6 +47,7 @@ from refmoe.weights.k2_full import SAID as FULL_SAID
 from refmoe.weights.k2_full import k2_full
 from refmoe.weights.k2_slice import k2_slice
 from refmoe.weights.placement import Parts, parts_of
+from refmoe.weights.reader import WAYS
 from refmoe.weights.store import facts as store_facts
 from refmoe.weights.store import line as store_line
 
@@ -539,7 +540,8 @@ def _bench(args: argparse.Namespace) -> int:
         from refmoe.run.bench_store import bench_store, store_table
 
         folder = args.model if args.shape is None else _slice(args)
-        document = bench_store(folder, args.ram, args.tokens or 12, int4=args.int4)
+        how = {"int4": args.int4, "dense": args.dense, "reads": args.reads}
+        document = bench_store(folder, args.ram, args.tokens or 12, **how)
         if not args.json:
             print("\n".join(store_table(document)))
             return 0
@@ -786,8 +788,8 @@ def _open(args: argparse.Namespace) -> Model:
     if getattr(args, "threads", None) is not None:
         use_threads(args.threads)
     dense = getattr(args, "dense", "exact")
-    ram = getattr(args, "ram", None)
-    model = load(args.model, args.numerics, args.reference, args.conventions, dense, ram)
+    how = dense, getattr(args, "ram", None), getattr(args, "reads", None)
+    model = load(args.model, args.numerics, args.reference, args.conventions, *how)
     for line in model.checkpoint.warnings:
         print(f"refmoe: warning: {line}", file=sys.stderr)
     if not args.reference:
@@ -878,6 +880,8 @@ def _parser() -> argparse.ArgumentParser:
     def budget(p: argparse.ArgumentParser) -> None:
         help = "bytes that weights may take, like 8GB; what is beyond is read from the disk"
         p.add_argument("--ram", type=_bytes, metavar="BYTES", help=help)
+        help = "with --ram: past the system's cache, or through it; default: the quicker"
+        p.add_argument("--reads", choices=WAYS, help=help)
 
     p = verb("generate", _generate, "continue a prompt")
     p.add_argument("prompt", nargs="?", help="text; without it, standard input")

@@ -22,12 +22,18 @@ WARM = 2  # tokens before counting begins
 
 
 def bench_store(
-    path: str | Path | None, ram: int | None, steps: int = 12, prompt: int = 1, int4: str = "fast"
+    path: str | Path | None,
+    ram: int | None,
+    steps: int = 12,
+    prompt: int = 1,
+    int4: str = "fast",
+    dense: str = "exact",
+    reads: str | None = None,
 ) -> dict[str, Any]:
     """Decode under a budget. Raises `InputError` without one, or where all fits into it."""
     if ram is None:
         raise InputError("--ram BYTES: the budget, like 4GB")
-    model = load(path, ram=ram)
+    model = load(path, dense=dense, ram=ram, reads=reads)
     store = model.store
     if store is None:
         raise InputError(f"{ram / 1e9:.1f} GB: all fits, or lies in memory; nothing is streamed")

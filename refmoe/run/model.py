@@ -85,6 +85,7 @@ def load(
     conventions: Conventions | str = "refmoe",
     dense: str = "exact",
     ram: int | None = None,
+    reads: str | None = None,
 ) -> Model:
     """Open a checkpoint's folder or a GGUF; without a path the embedded tiny-k2.
 
@@ -94,6 +95,7 @@ def load(
                  sglang, llama.cpp, mlx
     dense        exact: as stored; q8: attention, shared experts, dense MLP and head in 8 bits
     ram          bytes that weights may take; None: all mapped, the system keeps what it likes
+    reads        under a budget: direct or cached (by the system); None: whichever is quicker
 
     Raises `InputError` for whatever does not fit: config, names, shapes, dtypes, missing tensors.
     """
@@ -108,7 +110,7 @@ def load(
         raise InputError(f"dense {dense!r}; supported: {', '.join(DENSE)}")
     if ram is not None and dense == "q8":
         checkpoint = checkpoint_q8(checkpoint, nx)
-    streamed = store(checkpoint, ram)
+    streamed = store(checkpoint, ram, reads)
     if streamed is not None:
         return Model(checkpoint, streamed.decoder(nx), reference, streamed)
     decoder = checkpoint.decoder(nx)

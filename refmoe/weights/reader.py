@@ -30,6 +30,7 @@ THREADS = 4
 URGENT, SOON, MAYBE = range(3)  # needed now; needed next; guessed
 SAMPLE = 48 << 20  # bytes that are read to choose a way
 WAYS = ("direct", "cached")
+TRIES = 2
 
 
 class Extent(NamedTuple):
@@ -71,7 +72,7 @@ class Reader:
 
     def __init__(self, way: str = "cached", threads: int = THREADS):
         if way not in WAYS:
-            raise ValueError(f"way {way!r}; known: {', '.join(WAYS)}")
+            raise InputError(f"reads {way!r}; known: {', '.join(WAYS)}")
         self.way, self.bytes_read = way, 0
         self._queue: list[tuple[int, int, Ticket, Extent, np.ndarray]] = []
         self._count = 0
@@ -269,19 +270,24 @@ def rate(file: Path, way: str, start: int, nbytes: int, threads: int = THREADS) 
 
 
 def choose(file: Path) -> tuple[str, dict[str, float]]:
-    """The quicker way for this file, and bytes a second of each that works."""
-    size = file.stat().st_size // PAGE * PAGE
-    each = min(SAMPLE, size // 2 // PAGE * PAGE)
-    rates: dict[str, float] = {}
-    for n, way in enumerate(WAYS):
+    """The quicker way for this file, and bytes a second of each that works: the best of `TRIES`.
+
+    Direct reads count as quicker up to a quarter below the others: they spare the processor a copy.
+    """
+    pages = file.stat().st_size // PAGE
+    part = pages // (len(WAYS) * TRIES)  # each trial has its own, none of them read before
+    each = min(SAMPLE // PAGE, part)
+    rates = dict.fromkeys(WAYS, 0.0)
+    for n in range(TRIES * len(WAYS)):
+        way = WAYS[n % len(WAYS)]
         try:
-            start = (size // 2 // PAGE * PAGE) * n
-            rates[way] = rate(file, way, start, each) if each else 0.0
-        except (OSError, InputError):  # O_DIRECT is refused by some file systems
-            continue
-    if not rates:
-        return "cached", rates
-    return max(rates, key=lambda way: rates[way]), rates
+            found = rate(file, way, n * part * PAGE, each * PAGE) if each else 0.0
+            if way in rates:
+                rates[way] = max(rates[way], found)
+        except (OSError, InputError):  # direct reads are refused by some file systems
+            rates.pop(way, None)
+    direct, cached = rates.get("direct", 0.0), rates.get("cached", 0.0)
+    return "direct" if direct and direct >= 0.75 * cached else "cached", rates
 
 
 def high_water() -> int:

@@ -249,6 +249,7 @@ def facts(store: Store) -> dict[str, Any]:
         "expert_bytes": c.expert_bytes,
         "dense_bytes": c.dense_bytes,
         "stalled_s": c.stalled,
+        "reads": store.reader.way,
         "max_rss": reader.high_water(),
     }
 
@@ -266,15 +267,18 @@ def line(store: Store) -> str:
     return f"[{', '.join(parts)}]"
 
 
-def store(checkpoint: Checkpoint, ram: int | None) -> Store | None:
-    """A `Store` where one is needed: None without a budget, where all fits, or lies in memory."""
+def store(checkpoint: Checkpoint, ram: int | None, way: str | None = None) -> Store | None:
+    """A `Store` where one is needed: None without a budget, where all fits, or lies in memory.
+
+    way: of reading, direct or cached; None: the quicker one.
+    """
     if ram is None:
         return None
     if sum(t.nbytes for t in checkpoint.tensors.values()) <= ram:
         return None
     if all(reader.in_memory(f) for f in {t.file for t in checkpoint.tensors.values()}):
         return None
-    return Store(checkpoint, ram)
+    return Store(checkpoint, ram, way)
 
 
 def expert_tensors(checkpoint: Checkpoint, layer: int, e: int) -> list[Stored]:
