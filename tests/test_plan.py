@@ -16,7 +16,16 @@ from refmoe.weights.checkpoint import Checkpoint, tensor_class
 from refmoe.weights.dense import sizes
 from refmoe.weights.gguf import opened
 from refmoe.weights.members import MEMBERS, write_member
-from refmoe.weights.placement import CARD_RESERVE, TILE, Parts, Tier, parts_of, place, smallest
+from refmoe.weights.placement import (
+    CARD_RESERVE,
+    TILE,
+    Parts,
+    Tier,
+    on_card,
+    parts_of,
+    place,
+    smallest,
+)
 
 K2 = Parts.of(plan.model_config())
 Q8 = Parts.of(plan.model_config(), "q8")
@@ -178,16 +187,12 @@ def test_everything_has_exactly_one_place_and_no_tier_is_overfull(
 def test_a_card_of_12_gb_holds_what_every_token_uses_in_8_bits():
     """The preset, and a card given by hand, agree: everything but embedding and experts."""
     preset = plan.preset("rtx3060-optane768")
-    case = plan.Case.of(Q8, preset)
-    by_hand = place(
-        Q8, [Tier("x", "vram", 12e9, 1, CARD_RESERVE), Tier("y", "ram", 1e12, 1)], 4096, 2
-    )
-    for found in (case.placement.on("vram"), by_hand.on("vram")):
-        assert found is not None
-        assert {p.name for p in found.parts} == {p.name for p in Q8.always if p.kind != "embedding"}
-        assert found.caches == tuple(range(61))
-        assert found.nbytes <= 12e9 - CARD_RESERVE
-    assert case.placement.on("vram").experts == by_hand.on("vram").experts
+    there = plan.Case.of(Q8, preset).placement.on("vram")
+    by_hand = on_card(Q8, 12e9, preset.context, plan.NUMBER[preset.cache])
+    assert there == replace(by_hand, tier=there.tier)
+    assert {p.name for p in there.parts} == {p.name for p in Q8.always if p.kind != "embedding"}
+    assert there.caches == tuple(range(61))
+    assert there.nbytes <= 12e9 - CARD_RESERVE
     exact = plan.Case.of(K2, preset).placement.on("vram")
     assert 0 < len(exact.layers("attention")) < 61  # 21 GB do not fit
 
@@ -227,11 +232,11 @@ def test_a_token_takes_its_bytes_over_the_bandwidth():
 
 def test_misses_are_read_from_disk():
     """A hit rate divides the choice; without one it is the share of experts in memory."""
-    tiers = hardware(ram(64e9), disk(5e9))
-    for told, expected in ((None, None), (0.35, 0.35), (1.0, 1.0)):
-        case = plan.Case.of(K2, tiers, 2048, hit_rate=told)
-        hits = case.placement.on("ram").experts / K2.all_experts if expected is None else expected
-        missed = case.work().seconds["disk"] * 5e9
+    row = next(p.read for p in K2.always if p.kind == "embedding")  # never in memory here
+    for told in (None, 0.35, 1.0):
+        case = plan.Case.of(K2, hardware(ram(64e9), disk(5e9)), 2048, hit_rate=told)
+        hits = case.placement.on("ram").experts / K2.all_experts if told is None else told
+        missed = case.work().seconds["disk"] * 5e9 - row
         assert missed == pytest.approx((1 - hits) * K2.routed_bytes, rel=1e-9, abs=1)
     with pytest.raises(InputError, match="disk"):
         plan.Case.of(K2, hardware(ram()), hit_rate=0.5)
