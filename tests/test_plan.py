@@ -115,10 +115,19 @@ def test_an_unknown_quantisation_is_refused():
 
 
 def test_the_smallest_budget_is_its_sum():
-    """Eight experts, twice the dense first layer, a tile of the head."""
-    first = sum(p.nbytes for p in K2.always if p.layer == 0)
-    assert first == max(sum(p.nbytes for p in K2.always if p.layer == i) for i in range(K2.layers))
-    assert smallest(K2) == 8 * K2.expert + 2 * first + TILE
+    """K2: eight experts, the dense first layer, which stays, and two of the other layers."""
+    first, *others = (sum(p.nbytes for p in K2.always if p.layer == i) for i in range(K2.layers))
+    assert len(set(others)) == 1
+    assert 2 * first > first + 2 * others[0] > first + 2 * TILE
+    assert smallest(K2) == 8 * K2.expert + first + 2 * others[0]
+
+
+def test_where_the_head_is_largest_two_tiles_of_it_pass():
+    wide = replace(plan.model_config(), hidden_size=64, intermediate_size=64, q_lora_rank=32)
+    parts = Parts.of(replace(wide, vocab_size=4 << 20, moe_intermediate_size=32))
+    layer = max(sum(p.nbytes for p in parts.always if p.layer == i) for i in range(61))
+    assert layer < TILE
+    assert smallest(parts) == 8 * parts.expert + 2 * TILE
 
 
 @pytest.mark.parametrize(

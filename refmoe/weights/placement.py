@@ -215,14 +215,20 @@ def _in_8_bits(name: str, shape: tuple[int, ...], dtype: str, nbytes: int) -> in
 def smallest(parts: Parts) -> int:
     """Bytes of memory with which one token can be computed, the cache apart.
 
-    A layer's choice of experts, the dense weights of two layers (one at work, one on its way), and
-    a tile of the head.
+    A layer's choice of experts; and of what streams by, each layer's dense weights and each tile of
+    the head, room for two of the largest, one in use and one on its way, beside those that are so
+    much larger that it is cheaper to let them stay.
     """
     layers: dict[int, int] = {}
+    items = []
     for p in parts.always:
         if p.layer is not None:
             layers[p.layer] = layers.get(p.layer, 0) + p.nbytes
-    return parts.chosen * parts.expert + 2 * max(layers.values()) + TILE
+        elif p.kind == "head":
+            items += [TILE] * (p.nbytes // TILE) + [p.nbytes % TILE]
+    items = sorted([*items, *layers.values(), 0, 0], reverse=True)
+    dense = min(sum(items[:stay]) + 2 * items[stay] for stay in range(len(items)))
+    return parts.chosen * parts.expert + dense
 
 
 class Tier(NamedTuple):
