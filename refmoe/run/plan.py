@@ -851,7 +851,10 @@ def best_change(case: Case, c: Constants, eighths: Parts | None = None) -> tuple
         return "nothing that was tried helps", 1.0
     factor, what = max(options)
     lo, hi = c.range(now * factor)
-    return f"{what}: {lo:.3g} to {hi:.3g} tok/s, {factor:.2g} times as fast", factor
+    return (
+        f"{what}: {lo:.3g} to {hi:.3g} tok/s, {factor:,.{1 if factor < 10 else 0}f} times as fast",
+        factor,
+    )
 
 
 def _changes(case: Case, eighths: Parts | None) -> Iterator[tuple[str, Case]]:
