@@ -63,7 +63,7 @@ from refmoe.weights.placement import (
     traffic,
 )
 
-MEASURED = 0.8  # of a data sheet's bandwidth, what reading reaches on a good day
+MEASURED = 0.8  # of a data sheet's bandwidth, what reading reaches at best
 WIDEST = math.log(2) / 2
 NARROWEST = math.log(1.25)
 CORE_GFLOPS = 96.0  # two fused multiply-adds of 8 lanes at 3 GHz
@@ -397,10 +397,14 @@ def this(model: Path | None = None) -> Hardware:
         tiers.append(Memory("disk", "disk", 1e15, disk, measured=True))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = cores or 1
-    notes.append("a card is not looked for: --vram SIZE --vram-bandwidth RATE")
     a = np.ones((1024, 1024), np.float32)
-    best = max(2 * 1024**3 / _seconds(lambda: a @ a) for _ in range(5))
-    machine = Machine(tuple(tiers), cores, core_gflops=best / 1e9 / cores)
+    best = max(2 * 1024**3 / _seconds(lambda: a @ a) for _ in range(20)) / 1e9
+    notes.insert(0, f"memory: {ram / 1e9:.1f} GB/s; products: {best:.0f} GFLOP/s")
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > cores / 2:
+        notes.append(f"others are at work here (load {load:.1f}): rates alone would be higher")
+    notes.append("a card is not looked for: --vram SIZE --vram-bandwidth RATE")
+    machine = Machine(tuple(tiers), cores, core_gflops=best / cores / MEASURED)
     return Hardware(f"this ({platform.node() or 'here'})", (machine,), notes=tuple(notes))
 
 
@@ -411,11 +415,14 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 
 def _memory() -> float:
-    """Bytes that this process may have: the machine's, or its group's limit."""
+    """Bytes that this process may have: what is free or can be freed, within its group's limit."""
     try:
         total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     except (AttributeError, ValueError, OSError):
         raise InputError("this system does not say how much memory it has; give --ram") from None
+    if Path("/proc/meminfo").is_file():
+        free = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        total = min(total, 1024.0 * int(free[1])) if free else total
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             total = min(total, float(Path(file).read_text()))
@@ -814,7 +821,9 @@ def holdings(s: Share, parts: Parts) -> list[str]:
     out = []
     for kind in ("attention", "shared experts", "dense mlp", "router"):
         here, whole = len(s.layers(kind)), sum(p.kind == kind for p in parts.always)
-        if here:
+        if here == whole == 1:
+            out.append(f"{kind} of layer {s.layers(kind)[0]}")
+        elif here:
             out.append(f"{kind} of {'all' if here == whole else f'{here} of'} {whole} layers")
     out += [p.kind for p in s.parts if p.layer is None]
     if s.caches:
@@ -842,7 +851,10 @@ def best_change(case: Case, c: Constants, eighths: Parts | None = None) -> tuple
         return "nothing that was tried helps", 1.0
     factor, what = max(options)
     lo, hi = c.range(now * factor)
-    return f"{what}: {lo:.3g} to {hi:.3g} tok/s, {factor:.2g} times as fast", factor
+    return (
+        f"{what}: {lo:.3g} to {hi:.3g} tok/s, {factor:,.{1 if factor < 10 else 0}f} times as fast",
+        factor,
+    )
 
 
 def _changes(case: Case, eighths: Parts | None) -> Iterator[tuple[str, Case]]:
@@ -882,7 +894,7 @@ def lines(document: dict[str, Any]) -> list[str]:
     """For people."""
     d = document
     fits = "yes" if d["fits"] else f"no, {_gb(d['missing_bytes'])} are missing"
-    if d["fits"] and any(t["kind"] == "disk" and t["bytes"] for t in d["tiers"]):
+    if d["fits"] and any(t["kind"] == "disk" and t["holds"] != ["embedding"] for t in d["tiers"]):
         fits += ", streaming from disk"
     out = [f"{d['model']} on {d['hardware']}", f"fits: {fits}", ""]
     for t in d["tiers"]:

@@ -11,9 +11,10 @@ worth the same there, so what is filled first is a matter of what belongs togeth
 
     card        the attention of a layer with its cache, layer by layer; the head; the shared
                 experts or dense MLP, layer by layer; routers; then routed experts
-    memory      the caches of the other layers; the embedding; what is left, in the same order;
-                then as many routed experts as there is room for
-    disk        holds the checkpoint: whatever is nowhere else is read from there
+    memory      the caches of the other layers; what is left, in the same order; then as many
+                routed experts as there is room for
+    disk        holds the checkpoint: whatever is nowhere else is read from there, and the
+                embedding, of which a token reads one row; without a disk that is in memory
 
 A tier keeps its `reserve` free. The result is plain data: `run/plan.py` predicts from it, and what
 computes on a card obeys it.
@@ -125,7 +126,12 @@ class Parts:
 
 
 def parts_of(checkpoint: Checkpoint, dense: str = "exact") -> Parts:
-    """From the tensors that are there, in a folder or a GGUF."""
+    """From the tensors of a folder or a GGUF; `InputError` if some are missing."""
+    if checkpoint.missing:
+        raise InputError(
+            f"{checkpoint.path}: {len(checkpoint.missing)} tensors are missing, first "
+            f"{checkpoint.missing[0]}; to plan without them: --config"
+        )
     build = _Build(checkpoint.cfg, dense)
     for name, t in checkpoint.tensors.items():
         build.add(name, t.shape, t.dtype, t.nbytes)
@@ -209,14 +215,20 @@ def _in_8_bits(name: str, shape: tuple[int, ...], dtype: str, nbytes: int) -> in
 def smallest(parts: Parts) -> int:
     """Bytes of memory with which one token can be computed, the cache apart.
 
-    A layer's choice of experts, the dense weights of two layers (one at work, one on its way), and
-    a tile of the head.
+    A layer's choice of experts; and of what streams by, each layer's dense weights and each tile of
+    the head, room for two of the largest, one in use and one on its way, beside those that are so
+    much larger that it is cheaper to let them stay.
     """
     layers: dict[int, int] = {}
+    items = []
     for p in parts.always:
         if p.layer is not None:
             layers[p.layer] = layers.get(p.layer, 0) + p.nbytes
-    return parts.chosen * parts.expert + 2 * max(layers.values()) + TILE
+        elif p.kind == "head":
+            items += [TILE] * (p.nbytes // TILE) + [p.nbytes % TILE]
+    items = sorted([*items, *layers.values(), 0, 0], reverse=True)
+    dense = min(sum(items[:stay]) + 2 * items[stay] for stay in range(len(items)))
+    return parts.chosen * parts.expert + dense
 
 
 class Tier(NamedTuple):
@@ -303,7 +315,7 @@ def place(
             for p in list(weights):
                 with_cache = p.kind == "attention"
                 size = p.nbytes + (cache if with_cache else 0)
-                if size > room or (p.kind == "embedding" and memory):
+                if size > room or (p.kind == "embedding" and (memory or streamed)):
                     continue
                 room -= size
                 mine.append(p)
@@ -317,12 +329,13 @@ def place(
             fitting = min(len(caches), _fitting(room, cache))
             held, caches = caches[:fitting], caches[fitting:]
             room -= fitting * cache
-            last = tier is memory[-1]
-            if streamed and last and _whole(weights, parts) > room:  # dense weights stream, too
+            stay = [p for p in weights if not streamed or p.kind != "embedding"]
+            least = sum(p.nbytes for p in stay) + parts.chosen * parts.expert
+            if streamed and tier is memory[-1] and least > room:  # dense weights stream, too
                 needed = max(0, smallest(parts) - room)
                 room -= smallest(parts)
                 count = min(experts, parts.chosen)
-            for p in list(weights):
+            for p in stay:
                 if p.nbytes <= room:
                     room -= p.nbytes
                     mine.append(p)
@@ -339,15 +352,21 @@ def place(
     return Placement(tuple(shares), homeless, needed)
 
 
-_ORDER = ("embedding", "attention", "head", "shared experts", "dense mlp", "router")
+def on_card(
+    parts: Parts, vram: float, context: int, number: int = 4, card_experts: int | None = None
+) -> Share:
+    """What a card of so many bytes holds, as `place` decides, with memory enough behind it."""
+    tiers = Tier("card", "vram", vram, 1, CARD_RESERVE), Tier("memory", "ram", 1e18, 1)
+    share = place(parts, tiers, context, number, card_experts).on("vram")
+    assert share is not None
+    return share
+
+
+_ORDER = ("attention", "head", "shared experts", "dense mlp", "router", "embedding")
 
 
 def _fitting(room: int, size: int) -> int:
     return max(0, room) // size if size else 1 << 62
-
-
-def _whole(weights: list[Part], parts: Parts) -> int:
-    return sum(p.nbytes for p in weights) + parts.chosen * parts.expert
 
 
 def traffic(
