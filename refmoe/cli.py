@@ -646,7 +646,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _hardware(args: argparse.Namespace) -> plan.Hardware:
     """A preset, a description or, unless flags say how much memory, this machine; then flags."""
-    size, rate = plan.size, plan.rate
+    size, rate = as_bytes, plan.rate
     kinds = {"ram": size, "vram": size, "pmem": size, "disk": rate}
     kinds |= {f"{kind}_bandwidth": rate for kind in ("ram", "vram", "pmem")}
     given = {

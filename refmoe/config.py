@@ -215,20 +215,13 @@ def read_object(file: Path) -> dict[str, Any]:
     return value
 
 
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-
-
-def as_bytes(text: str) -> int:
-    """ "4GB", "512 MiB", "1e9": GB is 10^9, GiB 2^30."""
-    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]i?)?b?\s*", text.lower())
-    try:
-        number = float(found[1]) if found else -1.0
-    except ValueError:
-        number = -1.0
-    if found is None or not 0 <= number < 1e18:
-        raise InputError(f"{text!r} is no size; expected one like 4GB (10^9) or 512MiB (2^20)")
-    return int(number * UNITS[found[2] or ""])
+def as_bytes(text: str, what: str = "a size") -> int:
+    """64GB is 64·10⁹, 64GiB 64·2³⁰, 1.5e9 itself. Raises `InputError`."""
+    m = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]{1,2})?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    if m is None or (m[3] and not m[2]) or float(m[1]) <= 0:
+        raise InputError(f"{what} = {text!r}, expected bytes like 64GB (10⁹) or 64GiB (2³⁰)")
+    power = "kmgt".index(m[2]) + 1 if m[2] else 0
+    return int(float(m[1]) * (1024 if m[3] else 1000) ** power)
 
 
 def as_ids(value: Any) -> tuple[int, ...]:

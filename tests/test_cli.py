@@ -43,6 +43,7 @@ def test_generate_json_has_the_promised_fields(capsys):
         "seconds",
         "tok_s",
         "first_token_s",
+        "store",
     }
     assert document["new_tokens"] == len(document["tokens"]) == 4
     assert document["text"] == refmoe.load().tokenizer.decode(document["tokens"])

@@ -49,7 +49,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refmoe.config import Config, InputError
+from refmoe.config import Config, InputError, as_bytes
 from refmoe.weights.members import MEMBERS, published
 from refmoe.weights.placement import (
     CARD_RESERVE,
@@ -76,19 +76,10 @@ RAM, DISK, VRAM = 50e9, 3.5e9, 360e9  # bytes a second where flags give none
 # --- sizes and rates
 
 
-def size(text: str, what: str = "a size") -> float:
-    """Bytes: 64GB is 64·10⁹, 64GiB 64·2³⁰. Raises `InputError`."""
-    m = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kKMGT]?)(i?)[Bb]?\s*", text)
-    if m is None or (m[3] and not m[2]) or float(m[1]) <= 0:
-        raise InputError(f"{what} = {text!r}, expected bytes like 64GB (10⁹) or 64GiB (2³⁰)")
-    power = "kMGT".index(m[2].replace("K", "k")) + 1 if m[2] else 0
-    return float(m[1]) * (1024.0 if m[3] else 1000.0) ** power
-
-
 def rate(text: str, what: str = "a bandwidth") -> float:
     """Bytes a second: 50GB/s. Raises `InputError`."""
     try:
-        return size(re.sub(r"/s\s*$", "", text), what)
+        return as_bytes(re.sub(r"/s\s*$", "", text), what)
     except InputError:
         raise InputError(f"{what} = {text!r}, expected bytes a second like 50GB/s") from None
 
@@ -284,12 +275,12 @@ def _machine(m: _Table) -> Machine:
             Memory(
                 t.text("name", kind),
                 kind,
-                size(t.text("capacity"), f"{t.where}: capacity"),
+                as_bytes(t.text("capacity"), f"{t.where}: capacity"),
                 rate(t.text("bandwidth"), f"{t.where}: bandwidth"),
                 t.flag("measured", False),
                 t.whole("count", 1),
                 t.flag("together", True),
-                size(reserve, f"{t.where}: reserve") if reserve != "0.0B" else 0.0,
+                as_bytes(reserve, f"{t.where}: reserve") if reserve != "0.0B" else 0.0,
                 t.number("tflops", 0) or None,
             )
         )

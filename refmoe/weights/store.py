@@ -11,8 +11,9 @@ the files lie in memory already (tmpfs, DAX), nothing of this is needed and `sto
 
 Experts of a layer are asked for all at once and lent in order (`model/experts.py`, `Lender`): a
 place is never given away while it is lent or waited for. Which to drop: the one not used for the
-longest time, but of the hottest experts, by use in this and earlier runs, as many as fill
-three quarters of the arena are only dropped for each other. Earlier runs' use is kept in
+longest time; but of the hottest experts, by use in this and earlier runs, as many as fill three
+quarters of the arena, and leave room for three layers' choices, are only dropped for each other.
+Earlier runs' use is kept in
 
     $XDG_CACHE_HOME/refmoe/usage/KEY.npy             KEY: of config.json, names, sizes and times
 
@@ -512,7 +513,8 @@ class _Arena:
                 self._forget((layer, e))
 
     def _find_hot(self) -> None:
-        count = int(HOT * self.store.budget.slots)
+        slots = self.store.budget.slots
+        count = min(int(HOT * slots), slots - 3 * self.store.checkpoint.cfg.num_experts_per_tok)
         if 0 < count < self.use.size:
             order = np.argpartition(self.use, -count, axis=None)[-count:]
             layers, experts = np.unravel_index(order, self.use.shape)
