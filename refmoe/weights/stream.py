@@ -5,10 +5,10 @@ The library's writer (safetensors.serialize_file) wants all of them at once.
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -29,11 +29,16 @@ class Spec(NamedTuple):
 
 
 def write_stream(
-    file: Path, specs: Sequence[Spec], chunks: Iterable[np.ndarray], said: str | None = None
+    file: Path,
+    specs: Sequence[Spec],
+    chunks: Iterable[np.ndarray],
+    said: str | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """The file, under its name only once it is whole. `chunks`: the tensors' bytes in order, in
-    pieces of any size. `said`: a name for the progress bar."""
-    header, start = {}, 0
+    """The file, under its name only once it is whole and on the disk. `chunks`: the tensors' bytes
+    in order, in pieces of any size. `said`: a name for the progress bar."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    start = 0
     for spec in specs:
         end = start + spec.nbytes
         header[spec.name] = {
@@ -54,6 +59,8 @@ def write_stream(
                 out.write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
                 written += chunk.nbytes
                 bar.update(chunk.nbytes)
+            out.flush()
+            os.fsync(out.fileno())
         if written != start:
             raise ValueError(f"{file}: {written} bytes came for tensors of {start}")
         part.replace(file)
