@@ -469,7 +469,6 @@ class Points:
     def __init__(self, folder: Path, wanted: frozenset[str], experts: int):
         self.folder, self.wanted = folder, wanted
         self.ids = np.int16 if experts <= 1 << 15 else np.int32
-        self.files: dict[str, Any] = {}
         self.kept: dict[str, list[Any]] = {}  # name → dtype, shape of a row
         self.left_out: tuple[str, ...] = ()  # ends of names that are shown for a second time
         self.rows: np.ndarray | None = None  # those of an expert's batch among all
@@ -490,19 +489,18 @@ class Points:
         return x
 
     def append(self, name: str, x: np.ndarray) -> None:
-        if name not in self.files:
-            self.folder.mkdir(exist_ok=True)
-            self.files[name] = (self.folder / name).open("wb")
-            self.kept[name] = [x.dtype.name, list(x.shape[1:])]
-        self.files[name].write(np.ascontiguousarray(x).data)
+        mode = "ab" if name in self.kept else "wb"
+        self.folder.mkdir(exist_ok=True)
+        with (self.folder / name).open(mode) as file:  # they may be thousands: none stays open
+            file.write(np.ascontiguousarray(x).data)
+        self.kept[name] = [x.dtype.name, list(x.shape[1:])]
 
-    def close(self) -> dict[str, list[Any]]:
+    def finish(self) -> dict[str, list[Any]]:
         """All to the disk → what they are."""
-        for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-        kept, self.files, self.kept = self.kept, {}, {}
+        for name in self.kept:
+            with (self.folder / name).open("rb+") as file:
+                os.fsync(file.fileno())
+        kept, self.kept = self.kept, {}
         return kept
 
 
@@ -609,7 +607,7 @@ class Run:
 
     def finish(self, done: int) -> None:
         """So far it counts; what was before may be overwritten."""
-        self.state["points"] |= self.points.close()
+        self.state["points"] |= self.points.finish()
         self.state["done"] = done
         _replaced(self.folder / "state.json", self.state)
 
@@ -816,21 +814,34 @@ def _loans(experts: Experts, chosen: list[int], x: np.ndarray) -> Iterator[dict[
 def _pairs(
     chosen: Rows, experts: Sequence[int], most: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Experts, rows and slots [n], n ≤ `most`: in order of the experts, then of the rows."""
+    """Experts, rows and slots [n], n ≤ `most`: in order of the experts, then of the rows.
+
+    Where the rows of an expert are cut does not depend on what experts are together, and so no bit.
+    """
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     count = 0
     for e in experts:
-        for begin in range(0, len(chosen), BLOCK):
-            rows, slots = np.nonzero(chosen[begin : begin + BLOCK] == e)
-            while len(rows):
-                n = min(len(rows), most - count)
-                parts.append((np.full(n, e), rows[:n] + begin, slots[:n]))
-                rows, slots, count = rows[n:], slots[n:], count + n
-                if count == most:
-                    yield _joined(parts)
-                    parts, count = [], 0
+        for rows, slots in _of_expert(chosen, e, most):
+            if parts and count + len(rows) > most:
+                yield _joined(parts)
+                parts, count = [], 0
+            parts.append((np.full(len(rows), e), rows, slots))
+            count += len(rows)
     if parts:
         yield _joined(parts)
+
+
+def _of_expert(chosen: Rows, e: int, most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Its rows and slots, `most` at a time until the last."""
+    rows, slots = np.zeros(0, np.intp), np.zeros(0, np.intp)
+    for begin in range(0, len(chosen), BLOCK):
+        more, where = np.nonzero(chosen[begin : begin + BLOCK] == e)
+        rows, slots = np.concatenate((rows, more + begin)), np.concatenate((slots, where))
+        while len(rows) >= most:
+            yield rows[:most], slots[:most]
+            rows, slots = rows[most:], slots[most:]
+    if len(rows):
+        yield rows, slots
 
 
 def _joined(
