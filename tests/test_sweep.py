@@ -256,23 +256,22 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bits(tmp_path):
     length = time.monotonic() - began
     out, part = tmp_path / "killed", tmp_path / "killed.part"
     kills = 0
-    while kills < 4:  # of a machine that is busy now and then, not all need come in time
+    while kills < 3:  # of a machine that is busy now and then, not all need come in time
         states = [-1]
         while not out.exists():
             child = subprocess.Popen([*SWEEP, *how, "--out", out], env=ENVIRONMENT)
-            while child.poll() is None and not part.exists():
-                time.sleep(0.002)
             try:
-                child.wait(timeout=rng.uniform(0, 0.4) * length)
+                child.wait(timeout=rng.uniform(0.3, 1.1) * length if len(states) < 8 else None)
             except subprocess.TimeoutExpired:
                 child.send_signal(signal.SIGKILL)
             if child.wait() == 0:
                 break
             assert child.returncode == -signal.SIGKILL
             kills += 1
-            if (part / "state.json").exists():
-                states.append(json.loads((part / "state.json").read_text())["done"])
-        assert states == sorted(states)
+            if not out.exists():
+                state = part / "state.json"
+                states.append(json.loads(state.read_text())["done"] if state.exists() else -1)
+        assert states == sorted(states)  # what is done stays done
         assert out.read_bytes() == (tmp_path / "whole").read_bytes()
         if part.exists():  # killed while it tidied up
             shutil.rmtree(part)

@@ -62,13 +62,18 @@ def mix(x: np.ndarray, w: LayerWeights, experts: Experts, cfg: Config, nx: Numer
         h = moe(h, w.mlp, experts, cfg, inside)
     else:
         h = swiglu(h, w.mlp, inside)
-    return nx.point("", x + nx.point("mlp", h))
+    return add_mlp(x, h, nx)
 
 
 def mlp_input(x: np.ndarray, w: LayerWeights, cfg: Config, nx: Numerics) -> np.ndarray:
     """What router and experts see of h: [T, D] → [T, D]."""
     h = rms_norm(x, w.post_attention_layernorm, cfg.rms_norm_eps)
     return nx.point("post_attention_layernorm", h)
+
+
+def add_mlp(x: np.ndarray, h: np.ndarray, nx: Numerics) -> np.ndarray:
+    """The layer's output, of its first half and its mlp: [T, D] → [T, D]."""
+    return nx.point("", x + nx.point("mlp", h))
 
 
 def embed(tokens: np.ndarray, embed_tokens: Matrix, nx: Numerics) -> np.ndarray:

@@ -57,6 +57,7 @@ from refmoe.model.cache import LatentCache
 from refmoe.model.decoder import (
     Decoder,
     LayerWeights,
+    add_mlp,
     attend,
     check_tokens,
     embed,
@@ -65,7 +66,7 @@ from refmoe.model.decoder import (
     mlp_input,
     vocabulary,
 )
-from refmoe.model.experts import Experts, Lender, MlpWeights, MoeWeights
+from refmoe.model.experts import Experts, Lender, Lent, MlpWeights, MoeWeights, with_shared
 from refmoe.model.mla import Segment
 from refmoe.model.numerics import NonFinite, Numerics
 from refmoe.model.router import Routing, route
@@ -308,7 +309,6 @@ def _chunks(starts: Sequence[int], chunk: int) -> Iterator[list[Piece]]:
 
 
 WHOLE = ("#scores", "#probs", ".kv_b_proj")  # of a prompt, not of a row
-ROUTED = (".mlp.gate", ".mlp.gate#experts", ".mlp.gate#weights")
 
 
 def point_sizes(cfg: Config) -> dict[str, float]:
@@ -400,7 +400,7 @@ def _needed(work: Work) -> int:
     lengths = np.diff(work.starts)
     sizes = point_sizes(cfg) if len(work.wanted) > 2 * moe else {}
     for name in work.wanted & sizes.keys():
-        if name.endswith(ROUTED[1:]):
+        if name.endswith(("gate#experts", "gate#weights")):
             continue
         pairs = name.endswith(("#scores", "#probs"))
         kept += int(b * sizes[name] * ((lengths**2).sum() if pairs else T))
@@ -470,12 +470,10 @@ class Points:
         self.folder, self.wanted = folder, wanted
         self.ids = np.int16 if experts <= 1 << 15 else np.int32
         self.kept: dict[str, list[Any]] = {}  # name → dtype, shape of a row
-        self.left_out: tuple[str, ...] = ()  # ends of names that are shown for a second time
         self.rows: np.ndarray | None = None  # those of an expert's batch among all
 
     def wants(self, path: str) -> bool:
-        name = path.partition("@")[0]
-        return name in self.wanted and not name.endswith(self.left_out)
+        return path.partition("@")[0] in self.wanted
 
     def __call__(self, path: str, x: np.ndarray) -> np.ndarray:
         if self.wants(path):
@@ -712,20 +710,16 @@ def _layer(run: Run, i: int) -> None:
     old, new = run.x[i % 2], run.x[(i + 1) % 2]
     w, experts = decoder.layers[i], decoder.experts_of(i)
     run.read(_size(w), _size(w))
-    run.points.left_out = ()
     for pieces in work.chunks:
         with _at(pieces[0].begin):
             _first_half(run, i, pieces, old, w, nx)
     if isinstance(w.mlp, MoeWeights):
         with _at(0):
             _experts(run, new, w, experts, nx)
-        run.points.left_out = (".post_attention_layernorm", *ROUTED)
     for pieces in work.chunks:
         rows = slice(pieces[0].begin, pieces[-1].end)
-        routed = new[rows] if isinstance(w.mlp, MoeWeights) else None
-        added = replace(nx, experts=lambda *_, y=routed: y) if routed is not None else nx
         with _at(rows.start):
-            new[rows] = mix(run.h[rows], w, experts, cfg, added)
+            new[rows] = _second_half(run.h[rows], new[rows], w, experts, cfg, nx)
     new.flush()
     run.finish(i + 1)
 
@@ -764,6 +758,16 @@ def _first_half(
             run.points.append(f"{at}#group_margin", routing.group_margin)
 
 
+def _second_half(
+    h: np.ndarray, y: np.ndarray, w: LayerWeights, experts: Experts, cfg: Config, nx: Numerics
+) -> np.ndarray:
+    """h → x' of a chunk; y is its routed sum, where there is one."""
+    if not isinstance(w.mlp, MoeWeights):
+        return mix(h, w, experts, cfg, nx)
+    x = mlp_input(h, w, cfg, nx.watching(None))  # shown already
+    return add_mlp(h, with_shared(x, y, w.mlp, nx.within("mlp.")), nx)
+
+
 def _experts(run: Run, y: Rows, w: LayerWeights, experts: Experts, nx: Numerics) -> None:
     """y = the routed sum: expert by expert, the seam `nx.experts` being asked for one of each."""
     cfg, silent, inside = run.work.cfg, nx.watching(None), nx.within("mlp.")
@@ -789,18 +793,6 @@ def _experts(run: Run, y: Rows, w: LayerWeights, experts: Experts, nx: Numerics)
                 own = which == e
                 y[rows[own]] = y[rows[own]] + part[own]
     run.bar.total -= guessed
-
-
-class Lent(NamedTuple):
-    """A loan as experts that are lent: what is computed from it must not be remembered."""
-
-    matrices: dict[int, MlpWeights]
-
-    def __call__(self, e: int) -> MlpWeights:
-        return self.matrices[e]
-
-    def loans(self, chosen: Sequence[int], x: np.ndarray) -> Iterator[dict[int, MlpWeights]]:
-        yield {e: self.matrices[e] for e in chosen}
 
 
 def _loans(experts: Experts, chosen: list[int], x: np.ndarray) -> Iterator[dict[int, MlpWeights]]:
@@ -860,7 +852,6 @@ def _head(run: Run) -> None:
     _unchanged(run)
     run.bar.set_description("sweep head", refresh=False)
     nx = decoder.nx.watching(run.points)
-    run.points.left_out = ()
     x = run.x[cfg.num_hidden_layers % 2]
     for begin in range(0, work.T, work.chunk):
         rows = slice(begin, min(begin + work.chunk, work.T))
