@@ -1,4 +1,4 @@
-"""The verbs: generate, chat, tok, inspect, trace, check, lint, mutate, bench, plan, golden, tiny.
+"""The verbs: generate, chat, tok, inspect, trace, sweep, check, lint, mutate, bench, plan, …
 
 Without --model they use the embedded tiny-k2. With --json they print one JSON document. Exit
 codes: 0 fine, 1 differs or fails, 2 could not tell or bad use.
@@ -7,6 +7,7 @@ codes: 0 fine, 1 differs or fails, 2 could not tell or bad use.
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -32,9 +33,10 @@ from refmoe.oracle.truth import check_truth, read_truth
 from refmoe.oracle.truth import make as make_truth
 from refmoe.run import export, plan
 from refmoe.run.dialogue import Dialogue, interact, printable
-from refmoe.run.generate import generate_tokens, working
+from refmoe.run.generate import CHUNK, generate_tokens, working
 from refmoe.run.model import DENSE, Model, golden_folder, load
 from refmoe.run.sampler import Sampling
+from refmoe.run.sweep import sweep
 from refmoe.text.chat import ChatTemplate, read_tools
 from refmoe.text.explain import explain
 from refmoe.text.tokenizer import Tokenizer
@@ -267,6 +269,53 @@ def _trace(args: argparse.Namespace) -> int:
             for name, shape in shapes.items():
                 print(f"  {name:<56} {arrays[name].dtype!s:<8} {shape}")
     return 0
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    model = _open(args)
+    try:
+        done = sweep(
+            model,
+            read_tokens(args.tokens),
+            args.out,
+            logits=args.logits,
+            positions=read_positions(args.positions) if args.positions else None,
+            points=args.points or (),
+            chunk=args.chunk,
+            restart=args.restart,
+            how={"dense": args.dense},
+        )
+    except KeyboardInterrupt:
+        print("\nrefmoe: interrupted; the same command goes on from there", file=sys.stderr)
+        return 130
+    if args.json:
+        document = {"out": str(done.out), "rows": done.rows, "begun_at_layer": done.begun_at}
+        document |= {"bytes_read": done.bytes_read, "seconds": done.seconds}
+        tensors = {name: {"dtype": d, "shape": list(s)} for name, (d, s) in done.tensors.items()}
+        _print_json({**document, "tensors": tensors})
+    else:
+        after = f", on from layer {done.begun_at}" if done.begun_at else ""
+        print(
+            f"{done.out}: {len(done.tensors)} tensors of {done.rows} tokens, "
+            f"{done.out.stat().st_size:,} bytes; {done.bytes_read / 1e9:.3f} GB of weights in "
+            f"{done.seconds:.1f} s{after}"
+        )
+    return 0
+
+
+def read_positions(text: str) -> Any:
+    """all, last, integers with commas between, or a JSON file of a list or a list of lists."""
+    if text in ("all", "last"):
+        return text
+    if re.fullmatch(r"[-+\d, ]+", text):
+        try:
+            return [int(p) for p in text.split(",")]
+        except ValueError:
+            raise InputError(f"{text}: expected integers with commas between") from None
+    value = read_json(Path(text))
+    if not isinstance(value, list):
+        raise InputError(f"{text}: expected a list of positions, or a list for each prompt")
+    return value
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -925,6 +974,24 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--sketch", action="store_true", help="65 numbers a row instead of each tensor")
     p.add_argument("--out", type=Path, required=True, metavar="FILE")
     p.add_argument("--verbose", action="store_true", help="list the points")
+    budget(p)
+
+    p = verb("sweep", _sweep, "many prompts, layer by layer, each weight read once; resumable")
+    p.add_argument(
+        "--tokens", type=Path, required=True, metavar="FILE", help="JSON: a list of ids, or several"
+    )
+    p.add_argument("--out", type=Path, required=True, metavar="FILE")
+    help = "all, none, or top:K, the likeliest; default: top:64"
+    p.add_argument("--logits", default="top:64", metavar="WHICH", help=help)
+    help = "logits of all, last, a list such as 0,7,-1, or a JSON file; default: all"
+    p.add_argument("--positions", metavar="WHICH", help=help)
+    help = "names or patterns; hidden states of the last layer and routing are always written"
+    p.add_argument("--points", nargs="+", metavar="PATTERN", help=help)
+    p.add_argument("--chunk", type=int, default=CHUNK, metavar="ROWS", help=f"default: {CHUNK}")
+    p.add_argument("--restart", action="store_true", help="forget what an earlier run left")
+    help = "exact: as stored; q8: attention, shared experts, dense MLP and head in 8 bits"
+    p.add_argument("--dense", choices=DENSE, default="exact", help=help)
+    p.add_argument("--threads", type=int, metavar="N", help="default: all processors")
     budget(p)
 
     p = verb("check", _check, "where does another engine's dump first go wrong?", model=False)

@@ -56,13 +56,23 @@ def attend(
 
 def mix(x: np.ndarray, w: LayerWeights, experts: Experts, cfg: Config, nx: Numerics) -> np.ndarray:
     """The second half, row by row: h [T, D] → x' [T, D]."""
-    h = rms_norm(x, w.post_attention_layernorm, cfg.rms_norm_eps)
-    h = nx.point("post_attention_layernorm", h)
+    h = mlp_input(x, w, cfg, nx)
     inside = nx.within("mlp.")
     if isinstance(w.mlp, MoeWeights):
         h = moe(h, w.mlp, experts, cfg, inside)
     else:
         h = swiglu(h, w.mlp, inside)
+    return add_mlp(x, h, nx)
+
+
+def mlp_input(x: np.ndarray, w: LayerWeights, cfg: Config, nx: Numerics) -> np.ndarray:
+    """What router and experts see of h: [T, D] → [T, D]."""
+    h = rms_norm(x, w.post_attention_layernorm, cfg.rms_norm_eps)
+    return nx.point("post_attention_layernorm", h)
+
+
+def add_mlp(x: np.ndarray, h: np.ndarray, nx: Numerics) -> np.ndarray:
+    """The layer's output, of its first half and its mlp: [T, D] → [T, D]."""
     return nx.point("", x + nx.point("mlp", h))
 
 
@@ -74,7 +84,16 @@ def embed(tokens: np.ndarray, embed_tokens: Matrix, nx: Numerics) -> np.ndarray:
 
 def head(x: np.ndarray, norm: Matrix, lm_head: Matrix, cfg: Config, nx: Numerics) -> np.ndarray:
     """x [T, D] → logits [T, Z]."""
-    x = nx.point("model.norm", rms_norm(x, norm, cfg.rms_norm_eps))
+    return vocabulary(final_norm(x, norm, cfg, nx), lm_head, nx)
+
+
+def final_norm(x: np.ndarray, norm: Matrix, cfg: Config, nx: Numerics) -> np.ndarray:
+    """What the head multiplies: x [T, D] → [T, D]."""
+    return nx.point("model.norm", rms_norm(x, norm, cfg.rms_norm_eps))
+
+
+def vocabulary(x: np.ndarray, lm_head: Matrix, nx: Numerics) -> np.ndarray:
+    """Logits of all tokens, or of those whose rows of the head these are: [T, D] → [T, Z]."""
     return nx.point("lm_head", nx.linear(x, lm_head))
 
 

@@ -48,6 +48,18 @@ class Lender(Protocol):
         ...
 
 
+class Lent(NamedTuple):
+    """Some of a lender's, passed on: whoever gets them knows that they are not to be kept."""
+
+    matrices: dict[int, MlpWeights]
+
+    def __call__(self, e: int) -> MlpWeights:
+        return self.matrices[e]
+
+    def loans(self, chosen: Sequence[int], x: np.ndarray) -> Iterator[dict[int, MlpWeights]]:
+        yield {e: self.matrices[e] for e in chosen}
+
+
 def swiglu(x: np.ndarray, w: MlpWeights, nx: Numerics) -> np.ndarray:
     """x [T, D] → [T, D]."""
     gate = nx.point("gate_proj", nx.linear(x, w.gate_proj))  # [T, F]
@@ -64,7 +76,7 @@ def routed_experts(x: np.ndarray, routing: Routing, expert: Experts, nx: Numeric
     """
     xp = array_module(x)
     y = xp.zeros_like(x)
-    for e, w in _in_order(expert, xp.unique(routing.experts).tolist(), x):
+    for e, w in in_order(expert, xp.unique(routing.experts).tolist(), x):
         rows, slot = xp.nonzero(routing.experts == e)  # [n], [n]
         nx.tap(f"experts.{e}#rows", rows)
         out = swiglu(x[rows], w, nx.within(f"experts.{e}."))  # [n, D]
@@ -73,9 +85,10 @@ def routed_experts(x: np.ndarray, routing: Routing, expert: Experts, nx: Numeric
     return y
 
 
-def _in_order(
+def in_order(
     expert: Experts, chosen: Sequence[int], x: np.ndarray
 ) -> Iterator[tuple[int, MlpWeights]]:
+    """Each of `chosen` with its matrices, whether they are lent or kept."""
     if isinstance(expert, Lender):
         for loan in expert.loans(chosen, x):
             yield from loan.items()
@@ -86,7 +99,12 @@ def _in_order(
 
 def moe(x: np.ndarray, w: MoeWeights, expert: Experts, cfg: Config, nx: Numerics) -> np.ndarray:
     """x [T, D] → [T, D]."""
-    y = nx.point("experts", nx.experts(x, route(x, w.gate, cfg, nx), expert, nx))
+    return with_shared(x, nx.experts(x, route(x, w.gate, cfg, nx), expert, nx), w, nx)
+
+
+def with_shared(x: np.ndarray, y: np.ndarray, w: MoeWeights, nx: Numerics) -> np.ndarray:
+    """The routed sum y and the shared expert of x: [T, D] → [T, D]."""
+    y = nx.point("experts", y)
     if w.shared_experts is None:
         return y
     shared = swiglu(x, w.shared_experts, nx.within("shared_experts."))

@@ -56,11 +56,22 @@ import numpy as np
 
 import refmoe
 from refmoe.config import CONVENTIONS, Config, Conventions, Fp8Scheme, InputError, Int4Scheme
-from refmoe.model.decoder import Decoder, check_tokens, policy
-from refmoe.model.experts import MoeWeights
+from refmoe.model.cache import LatentCache
+from refmoe.model.decoder import (
+    Decoder,
+    add_mlp,
+    attend,
+    check_tokens,
+    embed,
+    mix,
+    mlp_input,
+    policy,
+)
+from refmoe.model.experts import Lent, MoeWeights, in_order, with_shared
 from refmoe.model.matrix import dequantize
+from refmoe.model.mla import Segment
 from refmoe.model.numerics import POLICIES
-from refmoe.model.router import limit_groups, sigmoid
+from refmoe.model.router import GateWeights, Routing, limit_groups, route, sigmoid
 from refmoe.oracle.adapters import adapt
 from refmoe.oracle.compare import ALPHA, LEAST_SPREAD, RUNS, SLACK, WIDE, Point, Report
 from refmoe.oracle.graph import kind
@@ -163,20 +174,24 @@ ENDS = (".self_attn", ".mlp", ".mlp.gate", ".gate#experts", ".gate#weights")
 class Seen:
     """A watcher that keeps of each point what a truth keeps of it.
 
-    With `truth`, the values of an exact pass, scores and log-probabilities are of its experts and
-    tokens, and the rows may be those of several runs.
+    With `truth`, an exact pass that is ahead by a layer, scores and log-probabilities are of its
+    experts and tokens, and the rows may be those of several runs.
     """
 
     def __init__(
-        self, decoder: Decoder, top: int, tick: Callable[[], None], truth: Values | None = None
+        self, decoder: Decoder, top: int, tick: Callable[[], None], truth: "Seen | None" = None
     ):
         self.decoder, self.cfg, self.top = decoder, decoder.cfg, top
         self.tick, self.truth = tick, truth
+        self.gate: GateWeights | None = None  # of the layer at work
         self.rows = 0  # of the head so far
         self.parts: dict[str, list[np.ndarray]] = {}
 
+    def value(self, name: str) -> np.ndarray:
+        return np.concatenate(self.parts[name])
+
     def values(self) -> Values:
-        return {name: np.concatenate(parts) for name, parts in self.parts.items()}
+        return {name: self.value(name) for name in self.parts}
 
     def wants(self, path: str) -> bool:
         if not path.startswith("model.layers."):
@@ -202,12 +217,11 @@ class Seen:
             yield path, x.copy()
 
     def scores(self, path: str, x: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        mlp = self.decoder.layers[int(path.split(".")[2])].mlp
-        assert isinstance(mlp, MoeWeights)
-        score = sigmoid(x) + dequantize(mlp.gate.e_score_correction_bias, x.dtype)
+        assert self.gate is not None
+        score = sigmoid(x) + dequantize(self.gate.e_score_correction_bias, x.dtype)
         score, groups = limit_groups(score, self.cfg, self.decoder.nx)
         if self.truth is not None:
-            ids = self.truth[path + "#experts"]
+            ids = self.truth.value(path + "#experts")
             ids = np.tile(ids, (len(x) // len(ids), 1))
         else:
             seen = min(self.cfg.num_experts_per_tok + REFUSED, score.shape[1])
@@ -218,7 +232,7 @@ class Seen:
 
     def logits(self, x: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         if self.truth is not None:
-            known = self.truth["lm_head#ids"]
+            known = self.truth.value("lm_head#ids")
             ids = known[np.arange(self.rows, self.rows + len(x)) % len(known)]
             self.rows += len(x)
         else:
@@ -242,12 +256,73 @@ def logsumexp(x: np.ndarray) -> np.ndarray:
     return out
 
 
-def forward(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> None:
-    """One pass for what its watcher sees; the logits in blocks of rows."""
-    x = decoder.hidden(prompts, [decoder.caches() for _ in prompts])
-    step = max(1, BLOCK // decoder.cfg.vocab_size)
-    for start in range(0, len(x), step):
-        decoder.head(x[start : start + step])
+class Pass(NamedTuple):
+    """A forward pass: how it computes, of what, and what is kept of it."""
+
+    decoder: Decoder
+    prompts: Sequence[Sequence[int]]
+    seen: Seen
+
+
+def forward(passes: Sequence[Pass]) -> None:
+    """All of them at once, layer by layer; the logits in blocks of rows.
+
+    Every weight is asked for once for all passes, and of a layer's experts those that some pass
+    chose. Each pass does what it would alone, in that order, whatever the others do.
+    """
+    first = passes[0].decoder
+    with np.errstate(over="ignore", invalid="ignore"):  # points name what is not finite
+        rows = [_embedded(p) for p in passes]
+        for i in range(first.cfg.num_hidden_layers):
+            rows = _layer(i, passes, rows)
+        step = max(1, BLOCK // first.cfg.vocab_size)
+        for p, x in zip(passes, rows, strict=True):
+            for start in range(0, len(x), step):
+                p.decoder.head(x[start : start + step])
+
+
+def _embedded(p: Pass) -> np.ndarray:
+    ids = np.concatenate([np.asarray(tokens, np.intp) for tokens in p.prompts])
+    return embed(ids, p.decoder.embed_tokens, p.decoder.nx)
+
+
+def _layer(i: int, passes: Sequence[Pass], rows: list[np.ndarray]) -> list[np.ndarray]:
+    """Layer i of all passes: x [T, D] of each → x' [T, D]."""
+    first = passes[0].decoder
+    cfg, w, experts = first.cfg, first.layers[i], first.experts_of(i)
+    scopes = [p.decoder.nx.within(f"model.layers.{i}.") for p in passes]
+    h, inputs, choices = [], [], []
+    for p, x, nx in zip(passes, rows, scopes, strict=True):
+        h.append(attend(x, w, list(_segments(p)), cfg, nx))
+        if isinstance(w.mlp, MoeWeights):
+            p.seen.gate = w.mlp.gate
+            inputs.append(mlp_input(h[-1], w, cfg, nx))
+            choices.append(route(inputs[-1], w.mlp.gate, cfg, nx.within("mlp.")))
+    if not isinstance(w.mlp, MoeWeights):
+        return [mix(x, w, experts, cfg, nx) for x, nx in zip(h, scopes, strict=True)]
+    sums = [np.zeros_like(x) for x in inputs]
+    chosen = np.unique(np.concatenate([c.experts.reshape(-1) for c in choices])).tolist()
+    nothing = np.zeros((0, cfg.hidden_size), inputs[0].dtype)  # to guess other layers' by
+    for e, matrices in in_order(experts, chosen, nothing):
+        for x, choice, y, nx in zip(inputs, choices, sums, scopes, strict=True):
+            own, slots = np.nonzero(choice.experts == e)
+            if len(own):
+                weights = choice.weights[own, slots][:, None]
+                one = Routing(np.full_like(weights, e, np.intp), weights, *choice[2:])
+                y[own] += nx.experts(x[own], one, Lent({e: matrices}), nx.within("mlp."))
+    out = []
+    for x, inside, y, nx in zip(h, inputs, sums, scopes, strict=True):
+        out.append(add_mlp(x, with_shared(inside, y, w.mlp, nx.within("mlp.")), nx))
+    return out
+
+
+def _segments(p: Pass) -> Iterator[Segment]:
+    """The prompts' rows, and a memory that is this layer's alone."""
+    start, nx = 0, p.decoder.nx
+    for tokens in p.prompts:
+        rows = slice(start, start + len(tokens))
+        yield Segment(rows, LatentCache(p.decoder.cfg, nx.dtype, nx.cache == "bf16"))
+        start = rows.stop
 
 
 # --- errors, and what flips have reached --------------------------------------------------------
@@ -331,18 +406,16 @@ def differences(ours: Values, theirs: Values) -> dict[int, np.ndarray]:
 # --- envelopes ----------------------------------------------------------------------------------
 
 
-def emulate(
+def emulation(
     decoder: Decoder,
     profile: Profile,
     tokens: Sequence[int],
-    truth: Values,
+    truth: Seen,
     runs: int,
-    tick: Callable[[], None],
-) -> list[Values]:
-    """What is kept of each emulated run; all are one batch, so that weights are read once."""
-    T = len(tokens)
-    seen = Seen(decoder, truth[LOGITS].shape[1], tick, truth)
-    noisy = emulated(decoder, profile, T, np.random.default_rng(0), seen)
+) -> Pass:
+    """The emulated runs of a profile, one pass of that many times the rows."""
+    seen = Seen(decoder, truth.top, truth.tick, truth)
+    noisy = emulated(decoder, profile, len(tokens), np.random.default_rng(0), seen)
     inner = noisy.nx.watch
     assert inner is not None
 
@@ -353,8 +426,12 @@ def emulate(
         return inner(path, x)
 
     nx = replace(noisy.nx, watch=watch, stop_at_nonfinite=False)
-    forward(noisy.using(nx), [list(tokens)] * runs)
-    every = {name: x.reshape(runs, T, *x.shape[1:]) for name, x in seen.values().items()}
+    return Pass(noisy.using(nx), [list(tokens)] * runs, seen)
+
+
+def each_run(seen: Seen, runs: int) -> list[Values]:
+    """What is kept of each of them."""
+    every = {n: x.reshape(runs, len(x) // runs, *x.shape[1:]) for n, x in seen.values().items()}
     return [{name: x[run] for name, x in every.items()} for run in range(runs)]
 
 
@@ -473,7 +550,8 @@ def make(
 ) -> Path:
     """Write the truth of these tokens, in the model's numerics and conventions.
 
-    profiles     whose noise to sample: a forward pass of `runs` times the rows for each
+    profiles     whose noise to sample: a forward pass of `runs` times the rows for each; all at
+                 once, so that each weight is read once, with 4·8·D bytes for each of these rows
     hash_shards  also the sha256 of every shard; K2's are 594 GB
     progress     is told layers done, and of how many
     """
@@ -495,14 +573,16 @@ def make(
         if progress is not None:
             progress(done, todo)
 
-    seen = Seen(model.decoder, top, tick)
-    forward(model.decoder.using(model.nx.watching(seen)), [tokens])
-    truth = seen.values()
-    whole = _columns(truth, cfg)
+    exact = Seen(model.decoder, top, tick)
+    passes = [Pass(model.decoder.using(model.nx.watching(exact)), [tokens], exact)]
     decoder = model.decoder.using(policy("float64", model.nx.conventions))
     for name in profiles:
-        each = emulate(decoder, PROFILES[name], tokens, truth, runs, tick)
-        whole |= sample(PROFILES[name], each, truth, cfg)
+        passes.append(emulation(decoder, PROFILES[name], tokens, exact, runs))
+    forward(passes)
+    truth = exact.values()
+    whole = _columns(truth, cfg)
+    for name, emulated_ in zip(profiles, passes[1:], strict=True):
+        whole |= sample(PROFILES[name], each_run(emulated_.seen, runs), truth, cfg)
     wanted = layout(cfg, len(tokens), top, profiles)
     arrays = {n: whole[n].astype(DTYPES[d]).reshape(s) for n, (d, s) in wanted.items()}
     facts = _facts(model, hash_shards) | {

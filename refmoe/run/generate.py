@@ -35,7 +35,7 @@ def prefill(
     check_tokens(tokens, memory[0].length, decoder.cfg)
     if chunk is None:
         chunk = STREAMED if isinstance(decoder.experts_of(0), Lender) else CHUNK
-    with _alone(decoder):
+    with alone(decoder):
         for start in range(0, len(tokens), chunk):
             x = decoder.hidden([tokens[start : start + chunk]], [memory])
         return decoder.head(x[-1:])[0]
@@ -43,11 +43,11 @@ def prefill(
 
 def step(decoder: Decoder, token: int, memory: Sequence[LatentCache]) -> np.ndarray:
     """One more token → the logits [Z] after it."""
-    with _alone(decoder):
+    with alone(decoder):
         return decoder.logits([token], memory)[0]
 
 
-def _alone(decoder: Decoder) -> Any:
+def alone(decoder: Decoder) -> Any:
     """Where refmoe's own threads work, BLAS's must not spin beside them: it halves both."""
     own = decoder.nx.experts is not routed_experts
     return threads.one_blas_thread() if own else nullcontext()

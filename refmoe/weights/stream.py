@@ -46,11 +46,15 @@ def header(specs: Sequence[Spec], metadata: Mapping[str, str] | None = None) -> 
 
 
 def write_stream(
-    file: Path, specs: Sequence[Spec], chunks: Iterable[np.ndarray], said: str | None = None
+    file: Path,
+    specs: Sequence[Spec],
+    chunks: Iterable[np.ndarray],
+    said: str | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """The file, under its name only once it is whole. `chunks`: the tensors' bytes in order, in
-    pieces of any size. `said`: a name for the progress bar."""
-    head, total = header(specs), sum(spec.nbytes for spec in specs)
+    """The file, under its name only once it is whole and on the disk. `chunks`: the tensors' bytes
+    in order, in pieces of any size. `said`: a name for the progress bar."""
+    head, total = header(specs, metadata), sum(spec.nbytes for spec in specs)
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=said, disable=said is None)
     written = 0
@@ -61,6 +65,8 @@ def write_stream(
                 out.write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
                 written += chunk.nbytes
                 bar.update(chunk.nbytes)
+            out.flush()
+            os.fsync(out.fileno())
         if written != total:
             raise ValueError(f"{file}: {written} bytes came for tensors of {total}")
         part.replace(file)
