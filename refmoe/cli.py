@@ -148,6 +148,8 @@ def _chat(args: argparse.Namespace) -> int:
     dialogue = Dialogue(model, template, args.system, tools, variables, decoder=decoder)
     how = Sampling(args.temperature, args.top_p, args.min_p)
     interact(dialogue, how, args.seed, args.max_new_tokens, sys.stdout)
+    if model.store:
+        model.store.close()
     return 0
 
 

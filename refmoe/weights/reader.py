@@ -156,6 +156,8 @@ class Reader:
             return
         try:
             fd = self._file(extent.file)
+            if self.way == "cached" and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(fd, extent.start, extent.nbytes, os.POSIX_FADV_WILLNEED)
             got = 0
             while got < extent.needed:
                 count = _read_at(fd, to[got:], extent.start + got)

@@ -523,8 +523,12 @@ class _Arena:
     def ask(self, key: Key) -> bool:
         """Have it read, unless it is there; hold it. False where there is no place now."""
         counters = self.store.counters
-        if key in self.slots:
-            self.store.reader.hurry(self.tickets[key])
+        known = self.tickets.get(key)
+        if known is not None and known.error is not None and known.done:
+            self.free.append(self._drop(key))  # a guess that could not be read: once more
+            known = None
+        if known is not None:
+            self.store.reader.hurry(known)
         elif self._read(key, URGENT):
             counters.missed += 1
         else:
@@ -538,7 +542,7 @@ class _Arena:
         """These may be needed next."""
         self.guesses[layer] = list(experts)
         for e in experts:
-            if (layer, e) not in self.slots and not self._read((layer, e), MAYBE):
+            if (layer, e) not in self.tickets and not self._read((layer, e), MAYBE):
                 return
 
     def read_rate(self, nbytes: int) -> float:
@@ -551,7 +555,7 @@ class _Arena:
                 rng.integers(0, self.use.shape[1], together),
             )
             keys = dict.fromkeys(zip(layers.tolist(), experts.tolist(), strict=True))
-            new = [key for key in keys if key not in self.slots]
+            new = [key for key in keys if key not in self.tickets]
             for key in new:
                 for extent, _ in layout(expert_tensors(self.store.checkpoint, *key)).extents:
                     reader.forget(extent.file, extent.start, extent.nbytes)
@@ -572,7 +576,8 @@ class _Arena:
         return here.mlp(f"model.layers.{layer}.mlp.experts.{e}.")
 
     def there(self, key: Key) -> bool:
-        return self.tickets[key].done
+        ticket = self.tickets[key]
+        return ticket.done and ticket.error is None
 
     def wait(self, key: Key) -> None:
         ticket = self.tickets[key]
@@ -580,7 +585,7 @@ class _Arena:
             self.store.counters.stalled += ticket.wait()
         except BaseException:
             if ticket.done:  # it failed: another try reads it anew
-                self._drop(key)
+                self.free.append(self._drop(key))
             raise
 
     def wait_for_room(self) -> None:
