@@ -14,7 +14,7 @@ from refmoe.config import InputError
 from refmoe.model.experts import MlpWeights
 from refmoe.model.matrix import Int4, dequantize
 from refmoe.oracle import quant
-from refmoe.oracle.base_logits import read_base
+from refmoe.oracle.base_logits import divergence, read_base, write_base
 from refmoe.run.export import to_gguf, to_safetensors
 from refmoe.weights.dense import replaced
 from refmoe.weights.random import write_random
@@ -268,7 +268,7 @@ def test_base_logits_are_a_file_of_llama_perplexitys(tmp_path, capsys):
     exact = logits - logits.max(axis=-1, keepdims=True)
     exact -= np.log(np.exp(exact).sum(axis=-1, keepdims=True))
     told = exact > exact.max(axis=-1, keepdims=True) - 16
-    assert np.abs(base.rows[1] - exact)[told].max() <= 16 / 65535 / 2 + 1e-5
+    assert np.abs(base.rows(1) - exact)[told].max() <= 16 / 65535 / 2 + 1e-5
     assert main(["quant", "kl", "--base", str(file), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert abs(document["kl_mean"]) <= 16 / 65535
@@ -276,3 +276,35 @@ def test_base_logits_are_a_file_of_llama_perplexitys(tmp_path, capsys):
     file.write_bytes(raw[:-1])
     assert main(["quant", "kl", "--base", str(file)]) == 2
     assert "3 chunks of 16 take" in capsys.readouterr().err
+
+
+def test_a_vocabulary_that_wants_its_bos_has_it_in_front(tmp_path, capsys):
+    """llama.cpp computes each chunk with it and writes the token that was there; so both ways."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for file in TINY.iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((TINY / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": True}))
+    plain, model = refmoe.load(None, "float64"), refmoe.load(folder, "float64")
+    bos = plain.tokenizer.special["[BOS]"]
+    assert (plain.bos, model.bos) == (None, bos)
+    to_gguf(model, tmp_path / "x.gguf", dense="f32")
+    again = refmoe.load(tmp_path / "x.gguf", "float64")
+    assert again.bos == bos
+    to_safetensors(again, tmp_path / "back", "int4")
+    assert refmoe.load(tmp_path / "back").bos == bos
+
+    tokens = list(range(5, 37))
+    assert write_base(model, tokens, 16, tmp_path / "x.base") == 2
+    base = read_base(tmp_path / "x.base")
+    assert base.tokens.reshape(-1).tolist() == tokens
+    z = plain.logits([bos, *tokens[17:32]])[8:15]
+    exact = z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+    told = exact > exact.max(axis=-1, keepdims=True) - 16
+    assert np.abs(base.rows(1) - exact)[told].max() <= 16 / 65535 / 2 + 1e-5
+    kl, same = divergence(again, base)
+    assert abs(kl.mean()) <= 16 / 65535
+    assert same == 1
+    assert divergence(plain, base)[0].mean() > 1e-3

@@ -327,10 +327,12 @@ def _words(writer: Any, model: Model) -> None:
     ids = model.cfg.eos_token_id
     if ids:
         writer.add_uint32("tokenizer.ggml.eos_token_id", ids[0])
-    for name in ("[BOS]", "[PAD]"):
-        if name in words.special:
-            key = f"tokenizer.ggml.{name[1:-1].lower()}_token_id"
-            writer.add_uint32(key, words.special[name])
+    bos = words.special.get("[BOS]") if model.bos is None else model.bos
+    for end, i in (("bos", bos), ("pad", words.special.get("[PAD]"))):
+        if i is not None:
+            writer.add_uint32(f"tokenizer.ggml.{end}_token_id", i)
+    if model.bos is not None:
+        writer.add_add_bos_token(True)
     try:
         writer.add_string("tokenizer.chat_template", model.template.source)
     except InputError:  # none
@@ -469,6 +471,8 @@ def _write_words(model: Model, out: Path) -> None:
         i = checkpoint.metadata.get(f"tokenizer.ggml.{name}_token_id")
         if isinstance(i, int):
             config[f"{name}_token"] = tokens[i]
+    if model.bos is not None:
+        config["add_bos_token"] = True
     template = checkpoint.metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
         config["chat_template"] = template
