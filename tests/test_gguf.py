@@ -132,6 +132,17 @@ def test_the_library_reads_what_is_written(files):
     np.testing.assert_array_equal(w[11], dequantize(model.decoder.experts(3, 11).up_proj))
     assert list(up.shape) == [256, 128, 40]  # fastest first
     assert reader.fields["deepseek2.rope.scaling.yarn_beta_fast"].contents() == 1.0
+    special = model.tokenizer.special
+    for key, name in (("BOS_ID", "[BOS]"), ("EOS_ID", "<|im_end|>"), ("PAD_ID", "[PAD]")):
+        field = getattr(gguf.Keys.Tokenizer, key)  # as ggml-org spells it
+        assert reader.fields[field].contents() == special[name]
+    raw = json.loads((model.checkpoint.path / "config.json").read_text("utf-8"))
+    said = {k: v for k, v in there.checkpoint.raw_config().items() if k in raw}
+    ends = said.pop("eos_token_id")
+    assert set(ends) <= {*model.cfg.eos_token_id}
+    assert said.pop("rope_scaling").items() <= raw["rope_scaling"].items()
+    assert {"bos_token_id", "pad_token_id", "rms_norm_eps"} <= said.keys()
+    assert {k: v for k, v in said.items() if v != raw[k]} == {"model_type": "deepseek_v3"}
 
 
 def test_it_generates_and_is_judged_as_a_folder_is(files, tmp_path, capsys):

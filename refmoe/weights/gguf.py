@@ -388,6 +388,26 @@ class Gguf(Checkpoint):
         return isinstance(self.metadata.get("tokenizer.ggml.tokens"), list)
 
     @property
+    def ids(self) -> dict[str, int]:
+        """Ids of special tokens that the metadata name, of bos, eos, eot and pad."""
+        keys = {"pad": "padding", "eos": "eos", "bos": "bos", "eot": "eot"}
+        found = {n: self.metadata.get(f"tokenizer.ggml.{key}_token_id") for n, key in keys.items()}
+        return {name: i for name, i in found.items() if isinstance(i, int)}
+
+    def raw_config(self) -> dict[str, Any]:
+        """What config.json would say, without quantisation."""
+        cfg = self.cfg
+        apart = ("quantization", "rope_scaling", "eos_token_id")
+        raw: dict[str, Any] = {k: v for k, v in cfg.__dict__.items() if k not in apart}
+        raw |= {"architectures": ["DeepseekV3ForCausalLM"], "eos_token_id": list(cfg.eos_token_id)}
+        raw |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "hidden_act": "silu"}
+        raw |= {"attention_bias": False, "num_key_value_heads": cfg.num_attention_heads}
+        raw |= {f"{n}_token_id": i for n, i in self.ids.items() if n in ("bos", "pad")}
+        if cfg.rope_scaling is not None:
+            raw["rope_scaling"] = {"type": "yarn", **cfg.rope_scaling.__dict__}
+        return raw
+
+    @property
     def identity(self) -> str:
         facts = [self.path.resolve().as_posix()]
         for file in sorted({t.file for t in self.tensors.values()}):
