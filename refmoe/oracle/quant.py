@@ -115,34 +115,37 @@ def _judged(module: str, ours: Checkpoint, theirs: Checkpoint) -> Verdict:
     foreign = isinstance(b, Coded) or isinstance(a, Coded)
     if near or (foreign and squares <= LOOSE**2 * total):
         return Verdict(module, "rounded", rel, None)
-    return Verdict(module, "wrong", rel, _likely(module, ours, a, b))
+    return Verdict(module, "wrong", rel, likely(module, ours, a, b))
 
 
 def _compared(a: Matrix, b: Matrix) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Tiles of both in float64, and what rounding allows."""
     if len(a.shape) == 1:
         x, y = (np.asarray(dequantize(m, np.float64)) for m in (a, b))
-        yield x, y, _half_step(a, x) + _half_step(b, y)
+        yield x, y, half_step(a, x) + half_step(b, y)
         return
     if any(isinstance(m, Heads | Fp8Block) for m in (a, b)):
         x, y = dequantize(a, np.float64), dequantize(b, np.float64)
-        yield x, y, _half_step(a, x) + _half_step(b, y)
+        yield x, y, half_step(a, x) + half_step(b, y)
         return
     for (_, p), (_, q) in zip(tiles(a, TILE), tiles(b, TILE), strict=True):
         x, y = dequantize(p, np.float64), dequantize(q, np.float64)
         # of two with codes of their own only the scales may have been rounded, to bf16 or float16
         repacked = isinstance(p, Int4 | Q4) and isinstance(q, Int4 | Q4)
-        yield x, y, np.abs(x) * 2.0**-8 if repacked else _half_step(p, x) + _half_step(q, y)
+        yield x, y, np.abs(x) * 2.0**-8 if repacked else half_step(p, x) + half_step(q, y)
 
 
-def _half_step(m: Matrix, w: np.ndarray) -> np.ndarray:
+def half_step(m: Matrix, w: np.ndarray) -> np.ndarray:
     """How far a value of this type may be from what it was made of."""
     size = np.abs(w)
     match m:
         case BF16():
             return size * 2.0**-8
-        case Int4() | Q4():  # half a code, and code 8 times the scale's rounding
+        case Int4():  # half a code, and code 8 times the scale's rounding
             return _steps(m, 0.5 + 8 * 2.0**-8)
+        case Q4():  # ggml's quantiser has d = max/-8: what lies above 7.5·d is cut to 7·d
+            d = signed_steps(m)
+            return np.where(w == 7 * d, 1, 0.5) * np.abs(d) + 8 * 2.0**-8 * np.abs(d)
         case Q8():
             return _steps(m, 0.5 + 127 * 2.0**-11)
         case Fp8Block():
@@ -161,10 +164,10 @@ def _half_step(m: Matrix, w: np.ndarray) -> np.ndarray:
 
 def _steps(m: Int4 | Q4 | Q8, count: float) -> np.ndarray:
     """So many steps of each group of 32."""
-    return count * np.abs(_signed_steps(m))
+    return count * np.abs(signed_steps(m))
 
 
-def _likely(module: str, ours: Checkpoint, a: Matrix, b: Matrix) -> str | None:
+def likely(module: str, ours: Checkpoint, a: Matrix, b: Matrix) -> str | None:
     """The mistake after which the right tensor is the wrong one."""
     x, y = dequantize(a, np.float64), dequantize(b, np.float64)
     for text, changed in _mistakes(module, ours, a, x):
@@ -176,7 +179,7 @@ def _likely(module: str, ours: Checkpoint, a: Matrix, b: Matrix) -> str | None:
     return None
 
 
-def _signed_steps(m: Int4 | Q4 | Q8) -> np.ndarray:
+def signed_steps(m: Int4 | Q4 | Q8) -> np.ndarray:
     if isinstance(m, Int4):
         step = dequantize(BF16(m.scale), np.float64)
     else:
@@ -201,7 +204,7 @@ def _mistakes(
         pairs = groups.reshape(len(x), -1, 16, 2).swapaxes(2, 3).reshape(x.shape)
         yield "nibbles in pairs where the order of Q4_0 (j, j + 16) is wanted", pairs
     if isinstance(a, Int4 | Q4):
-        signed = _signed_steps(a)
+        signed = signed_steps(a)
         for offset in (7, 0):
             yield f"codes less {offset}, not less 8", x + (8 - offset) * signed
     cfg = ours.cfg

@@ -162,6 +162,16 @@ def _type(file: Path, name: str, kind: int) -> tuple[str, int, int]:
     return which.name, elements, size
 
 
+def block_of(t: Stored) -> tuple[int, int]:
+    """Elements and bytes of a block of its type."""
+    for name, elements, size in (*PLAIN.values(), *BLOCKS.values()):
+        if name == t.dtype:
+            return elements, size
+    gguf = library(f"{t.file}: {t.name} is {t.dtype}")
+    elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[t.dtype]]
+    return elements, size
+
+
 def library(why: str) -> Any:
     try:
         return importlib.import_module("gguf")
