@@ -455,3 +455,34 @@ def test_metadata_that_call_for_a_million_tensors_are_refused(files, tmp_path):
     (tmp_path / "x.gguf").write_bytes(raw)
     with pytest.raises(InputError, match="more than 1000000 tensors"):
         opened(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind", "text"),
+    [
+        ("blk.0.attn_norm.weight", "Q8_0", "is Q8_0, a vector is never in blocks"),
+        ("blk.0.attn_q_a.weight", "I16", "is I16, which the gguf package cannot decode"),
+    ],
+)
+def test_a_type_that_cannot_be_there_is_refused(tensor, kind, text, files, tmp_path, capsys):
+    which = gguf.GGMLQuantizationType[kind]
+    elements, size = gguf.GGML_QUANT_SIZES[which]
+    writer, whole = gguf.GGUFWriter(tmp_path / "x.gguf", "deepseek2"), gguf.GGUFReader(files["f32"])
+    for f in whole.fields.values():
+        if f.name.startswith("deepseek2."):
+            writer.add_key_value(f.name, f.contents(), f.types[0])
+    for t in whole.tensors:
+        if t.name == tensor:
+            shape = (*t.data.shape[:-1], t.data.shape[-1] // elements * size)
+            raw = np.zeros(shape, np.uint8)
+            writer.add_tensor(t.name, raw, raw_dtype=which)
+        else:
+            writer.add_tensor(t.name, t.data, raw_dtype=t.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(InputError, match=text):
+        opened(tmp_path / "x.gguf").decoder(engine("float32"))
+    assert main(["lint", str(tmp_path / "x.gguf")]) == 1
+    assert text in capsys.readouterr().out

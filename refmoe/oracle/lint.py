@@ -131,6 +131,7 @@ class _Findings:
         return out
 
 
+@np.errstate(over="ignore", invalid="ignore")  # values that are not finite are looked for
 def lint(folder: str | Path) -> list[Finding]:
     """Examine the checkpoint in a folder, or a GGUF; `InputError` only if there is no config."""
     if is_gguf(Path(folder)):
@@ -159,6 +160,7 @@ def lint(folder: str | Path) -> list[Finding]:
     return out.listed()
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def lint_against(folder: str | Path, other: str | Path) -> list[Finding]:
     """Compare two checkpoints of one model, tensor by tensor; `folder` is taken to be right.
 
@@ -989,7 +991,11 @@ def _blocks(name: str, checkpoint: Gguf, kinds: dict[str, Q4Facts], out: _Findin
     t = checkpoint.tensors[name]
     places = HALVES.get(t.dtype)
     if places is None:
-        m = checkpoint.matrix(name.removesuffix(".weight"))
+        try:
+            m = checkpoint.matrix(name.removesuffix(".weight"))
+        except InputError as e:  # of a type that nothing decodes
+            out.add("error", "types", name, str(e))
+            return
         bad = sum(int((~np.isfinite(dequantize(tile))).sum()) for _, tile in tiles(m, TILE))
         if bad:
             out.add("error", "not finite", name, f"{bad:,} values are not finite", bad)

@@ -92,6 +92,7 @@ def _of(checkpoint: Checkpoint, module: str) -> Matrix:
     return BF16(values) if checkpoint.tensors[module].dtype == "BF16" else values
 
 
+@np.errstate(over="ignore", invalid="ignore")  # of two NaN the bits do not matter
 def _judged(module: str, ours: Checkpoint, theirs: Checkpoint) -> Verdict:
     try:
         a, b = _of(ours, module), _of(theirs, module)

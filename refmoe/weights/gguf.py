@@ -27,7 +27,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -454,6 +454,11 @@ class Gguf(Checkpoint):
                         )
                     continue
                 del unread[one]
+                if len(size) == 1 and stored.dtype not in NUMPY:
+                    raise InputError(
+                        f"{stored.file}: {stored.name} is {stored.dtype}, a vector is never in "
+                        f"blocks; expected {' or '.join(NUMPY)}"
+                    )
                 if stored.shape != size:
                     raise InputError(
                         f"{stored.file}: {stored.name} is {list(stored.shape)}, the metadata make "
@@ -498,11 +503,23 @@ class Gguf(Checkpoint):
                 return Q4(values.reshape(t.shape[0], -1, 18))
             case "F32" | "F16" | "F64":
                 return values
-        which = library(f"{t.file}: {t.name} is {t.dtype}").GGMLQuantizationType[t.dtype]
-        decode: Callable[[np.ndarray], np.ndarray] = partial(
-            importlib.import_module("gguf.quants").dequantize, qtype=which
-        )
-        return Coded(values, t.shape[-1], decode, t.dtype)
+        library(f"{t.file}: {t.name} is {t.dtype}")
+        try:
+            return Coded(values, t.shape[-1], decoder_of(t.dtype), t.dtype)
+        except NotImplementedError:
+            raise InputError(
+                f"{t.file}: {t.name} is {t.dtype}, which the gguf package cannot decode"
+            ) from None
+
+
+@cache
+def decoder_of(kind: str) -> Callable[[np.ndarray], np.ndarray]:
+    """The library's, tried on one block: it knows the sizes of more types than it decodes."""
+    gguf, quants = importlib.import_module("gguf"), importlib.import_module("gguf.quants")
+    which = gguf.GGMLQuantizationType[kind]
+    decode: Callable[[np.ndarray], np.ndarray] = partial(quants.dequantize, qtype=which)
+    decode(np.zeros((1, gguf.GGML_QUANT_SIZES[which][1]), np.uint8))
+    return decode
 
 
 def opened(path: str | Path) -> Checkpoint:
