@@ -1,11 +1,11 @@
 """Broken files by the thousand: whatever is opened, only the project's own error may come.
 
-    python tests/fuzz.py [--cases 100000] [--seed 0]
+    python tests/fuzz.py [folder|gguf] [--cases 100000] [--seed 0]
 
 takes real files of a small checkpoint, damages one at a time (bytes flipped, cut, doubled; JSON
-values replaced by wrong ones of every kind) and opens the folder as `refmoe` does. Anything but
-success or `InputError` is printed with its seed and ends the run with exit code 1. CI runs a few
-thousand through tests/test_fuzz.py.
+values replaced by wrong ones of every kind; of a GGUF, tests/fuzz_gguf.py) and opens them as
+`refmoe` does. Anything but success or `InputError`, more than `SECONDS` included, is printed with
+its seed and ends the run with exit code 1. CI runs a few thousand through tests/test_fuzz.py.
 """
 
 import argparse
@@ -13,11 +13,14 @@ import json
 import random
 import resource
 import shutil
+import signal
 import struct
 import sys
 import tempfile
+import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,7 @@ MESSAGES = [
     {"role": "tool", "tool_call_id": "functions.w:0", "content": "fine"},
 ]
 TOOLS = [{"type": "function", "function": {"name": "w", "parameters": {}}}]
+SECONDS = 60  # for one case: nothing may hang
 ODD: list[Any] = [
     None,
     True,
@@ -152,21 +156,46 @@ def cases(folder: Path, count: int, seed: int) -> Iterator[tuple[int, str, BaseE
         rng = random.Random(case)
         name = rng.choice(sorted(whole))
         (folder / name).write_bytes(damage(name, whole[name], rng))
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                open_all(folder)
-        except InputError:
-            pass
-        except BaseException as e:
-            if isinstance(e, KeyboardInterrupt):
-                raise
-            yield case, name, e
+        if error := foreign(partial(open_all, folder)):
+            yield case, name, error
         (folder / name).write_bytes(whole[name])
+
+
+def gguf_cases(folder: Path, count: int, seed: int) -> Iterator[tuple[int, str, BaseException]]:
+    """The same of a GGUF in one file and in two."""
+    from tests.fuzz_gguf import damaged  # what writes one is an extra
+
+    for case, name, opened in damaged(folder, count, seed, MESSAGES, TOOLS):
+        if error := foreign(opened):
+            yield case, name, error
+
+
+def foreign(opened: Callable[[], None]) -> BaseException | None:
+    """What this raises and should not."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"more than {SECONDS} seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            opened()
+    except (InputError, KeyboardInterrupt) as e:
+        if isinstance(e, KeyboardInterrupt):
+            raise
+    except BaseException as e:
+        return e
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    return None
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Open damaged checkpoints.")
+    parser.add_argument("kind", nargs="?", choices=("folder", "gguf"), default="folder")
     parser.add_argument("--cases", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -174,12 +203,16 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     bad = 0
     with tempfile.TemporaryDirectory() as tmp:
-        for case, name, error in cases(Path(tmp) / "model", args.cases, args.seed):
+        each = cases if args.kind == "folder" else gguf_cases
+        for case, name, error in each(Path(tmp) / "model", args.cases, args.seed):
             bad += 1
-            print(f"case {case}, {name}: {type(error).__name__}: {error}", flush=True)
-    print(f"{args.cases} damaged checkpoints, {bad or 'no'} foreign exceptions")
+            *_, last = traceback.extract_tb(error.__traceback__)
+            where = f"{Path(last.filename).name}:{last.lineno}"
+            print(f"case {case}, {name}: {type(error).__name__}: {error} ({where})", flush=True)
+    print(f"{args.cases} damaged {args.kind}s, {bad or 'no'} foreign exceptions")
     return 1 if bad else 0
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     sys.exit(main())

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,17 @@ def test_the_library_reads_what_is_written(files):
     np.testing.assert_array_equal(w[11], dequantize(model.decoder.experts(3, 11).up_proj))
     assert list(up.shape) == [256, 128, 40]  # fastest first
     assert reader.fields["deepseek2.rope.scaling.yarn_beta_fast"].contents() == 1.0
+    special = model.tokenizer.special
+    for key, name in (("BOS_ID", "[BOS]"), ("EOS_ID", "<|im_end|>"), ("PAD_ID", "[PAD]")):
+        field = getattr(gguf.Keys.Tokenizer, key)  # as ggml-org spells it
+        assert reader.fields[field].contents() == special[name]
+    raw = json.loads((model.checkpoint.path / "config.json").read_text("utf-8"))
+    said = {k: v for k, v in there.checkpoint.raw_config().items() if k in raw}
+    ends = said.pop("eos_token_id")
+    assert set(ends) <= {*model.cfg.eos_token_id}
+    assert said.pop("rope_scaling").items() <= raw["rope_scaling"].items()
+    assert {"bos_token_id", "pad_token_id", "rms_norm_eps"} <= said.keys()
+    assert {k: v for k, v in said.items() if v != raw[k]} == {"model_type": "deepseek_v3"}
 
 
 def test_it_generates_and_is_judged_as_a_folder_is(files, tmp_path, capsys):
@@ -366,8 +378,9 @@ def test_lint_reads_a_gguf(files, tmp_path, capsys):
 def test_lint_compares_a_gguf_with_its_source(files, tmp_path, capsys):
     source = str(refmoe.load().checkpoint.path)
     assert main(["lint", source, "--against", str(files["bf16"]), "--json"]) == 0
-    (note,) = json.loads(capsys.readouterr().out)["findings"]
-    assert note["text"] == "bit-equal: 417 matrices and vectors"
+    notes = json.loads(capsys.readouterr().out)["findings"]
+    equal = re.compile(r"the same (?:bits|values): (\d+) of")
+    assert sum(int(equal.match(note["text"])[1]) for note in notes) == 417
     raw = bytearray(files["bf16"].read_bytes())
     t = read_part(files["bf16"]).tensors["blk.2.attn_q_b.weight"]
     half = t.nbytes // 2
@@ -378,7 +391,8 @@ def test_lint_compares_a_gguf_with_its_source(files, tmp_path, capsys):
     assert main(["lint", source, "--against", str(tmp_path / "rolled.gguf"), "--json"]) == 1
     found = json.loads(capsys.readouterr().out)["findings"]
     (error,) = [f for f in found if f["level"] == "error"]
-    assert error["tensor"] == "model.layers.2.self_attn.q_b_proj"
+    assert error["tensor"] == "model.layers.2.self_attn.q_b_proj.weight"
+    assert error["text"].endswith("halves of its rows swapped")
 
 
 def test_the_real_vocabulary_survives_a_gguf(kimi):
@@ -441,3 +455,34 @@ def test_metadata_that_call_for_a_million_tensors_are_refused(files, tmp_path):
     (tmp_path / "x.gguf").write_bytes(raw)
     with pytest.raises(InputError, match="more than 1000000 tensors"):
         opened(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind", "text"),
+    [
+        ("blk.0.attn_norm.weight", "Q8_0", "is Q8_0, a vector is never in blocks"),
+        ("blk.0.attn_q_a.weight", "I16", "is I16, which the gguf package cannot decode"),
+    ],
+)
+def test_a_type_that_cannot_be_there_is_refused(tensor, kind, text, files, tmp_path, capsys):
+    which = gguf.GGMLQuantizationType[kind]
+    elements, size = gguf.GGML_QUANT_SIZES[which]
+    writer, whole = gguf.GGUFWriter(tmp_path / "x.gguf", "deepseek2"), gguf.GGUFReader(files["f32"])
+    for f in whole.fields.values():
+        if f.name.startswith("deepseek2."):
+            writer.add_key_value(f.name, f.contents(), f.types[0])
+    for t in whole.tensors:
+        if t.name == tensor:
+            shape = (*t.data.shape[:-1], t.data.shape[-1] // elements * size)
+            raw = np.zeros(shape, np.uint8)
+            writer.add_tensor(t.name, raw, raw_dtype=which)
+        else:
+            writer.add_tensor(t.name, t.data, raw_dtype=t.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(InputError, match=text):
+        opened(tmp_path / "x.gguf").decoder(engine("float32"))
+    assert main(["lint", str(tmp_path / "x.gguf")]) == 1
+    assert text in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Two files of one model: equal, rounded, or wrong and how; and what formats cost."""
 
 import json
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from refmoe.config import InputError
 from refmoe.model.experts import MlpWeights
 from refmoe.model.matrix import Int4, dequantize
 from refmoe.oracle import quant
-from refmoe.oracle.base_logits import read_base
+from refmoe.oracle.base_logits import divergence, read_base, write_base
 from refmoe.run.export import to_gguf, to_safetensors
+from refmoe.weights.dense import replaced
 from refmoe.weights.random import write_random
 
 pytest.importorskip("gguf", reason="the gguf package is not installed")
@@ -159,6 +161,95 @@ def test_a_format_costs_what_its_steps_say(capsys):
     assert set(document) == {"tensors", "kl_mean", "kl_p99", "top1_agree"}
 
 
+def at_once(model, kind: str, tokens: list[int]) -> quant.Cost:
+    """`expect` with every rounded matrix held at once, and the errors of whole matrices."""
+    keep, off_by = quant.rounder(kind), {}
+
+    def changed(name: str, m):
+        w = dequantize(m)
+        if w.shape[1] % 32:
+            return m
+        kept = keep(w)
+        square, off = (w.astype(float) ** 2).sum(), ((kept.astype(float) - w) ** 2).sum()
+        off_by[name] = float(np.sqrt(off / square))
+        return kept
+
+    def expert(i: int, e: int) -> MlpWeights:
+        w = model.decoder.experts(i, e)._asdict()
+        at = f"model.layers.{i}.mlp.experts.{e}."
+        return MlpWeights(*(changed(at + n, m) for n, m in w.items()))
+
+    other = replace(replaced(model.decoder, changed), experts=expert)
+    wide = [d.logits(tokens).astype(float) for d in (model.decoder, other)]
+    wide = [z - z.max(axis=-1, keepdims=True) for z in wide]
+    p, q = (z - np.log(np.exp(z).sum(axis=-1, keepdims=True)) for z in wide)
+    kl, agree = (np.exp(p) * (p - q)).sum(axis=-1), p.argmax(axis=-1) == q.argmax(axis=-1)
+    rows = [{"name": name, "rel_rms": off} for name, off in off_by.items()]
+    return quant.Cost(rows, float(kl.mean()), float(np.quantile(kl, 0.99)), float(agree.mean()))
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "int4", "fp8", "q4_0"])
+def test_rounding_tile_by_tile_is_rounding_at_once(kind, tmp_path):
+    """Bit for bit: every matrix of these is one tile. Errors are sums in another order."""
+    write_random(tmp_path / "random", "fp8", seed=2, shape={"hidden_size": 256})
+    tokens = list(range(5, 45))
+    for path, reference in ((None, False), (tmp_path / "random", False), (None, True)):
+        model = refmoe.load(path, "float64", reference=reference)
+        found, wanted = quant.expect(model, kind, tokens), at_once(model, kind, tokens)
+        assert (found.kl_mean, found.kl_p99, found.top1_agree) == wanted[1:]
+        off = {row["name"]: row["rel_rms"] for row in found.tensors}
+        assert off == {row["name"]: pytest.approx(row["rel_rms"]) for row in wanted.tensors}
+
+
+def test_tiles_do_not_show(monkeypatch):
+    """Products in other pieces, so sums in another order: what that does is measured.
+
+    Logits off by δ move a divergence by at most 2·max|δ|, for ln p and the largest taken off it.
+    """
+    model, tokens = refmoe.load(None, "float64"), list(range(5, 45))
+    other = model.using(replace(model.nx, attention="absorbed"))  # the same sums in another order
+    noise = np.abs(model.logits(tokens) - other.logits(tokens)).max()
+    assert noise > 0
+    whole = quant.expect(model, "fp8", tokens)
+    monkeypatch.setattr(quant, "TILE", 1)  # 128 rows, which FP8's blocks are of
+    small = quant.expect(model, "fp8", tokens)
+    assert abs(small.kl_mean - whole.kl_mean) <= 4 * 2 * noise  # as much again for each pass
+    off = {row["name"]: row["rel_rms"] for row in small.tensors}
+    assert off == {row["name"]: pytest.approx(row["rel_rms"]) for row in whole.tensors}
+
+
+def test_what_a_format_costs_takes_no_room_for_the_rounded_model(tmp_path):
+    """K2's proportions at a seventh: 0.36 GB rounded, of which no more than a layer is there."""
+    shape = {
+        "hidden_size": 1024,
+        "num_hidden_layers": 5,
+        "first_k_dense_replace": 4,
+        "intermediate_size": 4096,
+        "vocab_size": 32768,
+    }
+    write_random(tmp_path / "wide", "bf16", seed=5, shape=shape)
+    model = refmoe.load(tmp_path / "wide")
+    sizes: dict[str, int] = {}
+
+    def note(name, m):
+        sizes[name] = 4 * m.shape[0] * m.shape[1]
+        return m
+
+    replaced(model.decoder, note)
+    layer = sum(size for name, size in sizes.items() if name.startswith("model.layers.0."))
+    wide = model.using(refmoe.load(None, "float64").nx)
+    tracemalloc.start()  # what NumPy allocates, without pages of mapped files
+    try:
+        cost = quant.expect(wide, "q8_0", list(range(8)))
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert {row["name"] for row in cost.tensors} >= sizes.keys()
+    assert cost.kl_mean > 0
+    assert sum(sizes.values()) > 6 * layer
+    assert most <= layer
+
+
 def test_base_logits_are_a_file_of_llama_perplexitys(tmp_path, capsys):
     """Its layout byte by byte, its precision, and the divergence of a model from itself."""
     tokens, file = list(range(5, 53)), tmp_path / "base.bin"
@@ -177,7 +268,7 @@ def test_base_logits_are_a_file_of_llama_perplexitys(tmp_path, capsys):
     exact = logits - logits.max(axis=-1, keepdims=True)
     exact -= np.log(np.exp(exact).sum(axis=-1, keepdims=True))
     told = exact > exact.max(axis=-1, keepdims=True) - 16
-    assert np.abs(base.rows[1] - exact)[told].max() <= 16 / 65535 / 2 + 1e-5
+    assert np.abs(base.rows(1) - exact)[told].max() <= 16 / 65535 / 2 + 1e-5
     assert main(["quant", "kl", "--base", str(file), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert abs(document["kl_mean"]) <= 16 / 65535
@@ -185,3 +276,35 @@ def test_base_logits_are_a_file_of_llama_perplexitys(tmp_path, capsys):
     file.write_bytes(raw[:-1])
     assert main(["quant", "kl", "--base", str(file)]) == 2
     assert "3 chunks of 16 take" in capsys.readouterr().err
+
+
+def test_a_vocabulary_that_wants_its_bos_has_it_in_front(tmp_path, capsys):
+    """llama.cpp computes each chunk with it and writes the token that was there; so both ways."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for file in TINY.iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((TINY / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": True}))
+    plain, model = refmoe.load(None, "float64"), refmoe.load(folder, "float64")
+    bos = plain.tokenizer.special["[BOS]"]
+    assert (plain.bos, model.bos) == (None, bos)
+    to_gguf(model, tmp_path / "x.gguf", dense="f32")
+    again = refmoe.load(tmp_path / "x.gguf", "float64")
+    assert again.bos == bos
+    to_safetensors(again, tmp_path / "back", "int4")
+    assert refmoe.load(tmp_path / "back").bos == bos
+
+    tokens = list(range(5, 37))
+    assert write_base(model, tokens, 16, tmp_path / "x.base") == 2
+    base = read_base(tmp_path / "x.base")
+    assert base.tokens.reshape(-1).tolist() == tokens
+    z = plain.logits([bos, *tokens[17:32]])[8:15]
+    exact = z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+    told = exact > exact.max(axis=-1, keepdims=True) - 16
+    assert np.abs(base.rows(1) - exact)[told].max() <= 16 / 65535 / 2 + 1e-5
+    kl, same = divergence(again, base)
+    assert abs(kl.mean()) <= 16 / 65535
+    assert same == 1
+    assert divergence(plain, base)[0].mean() > 1e-3

@@ -151,7 +151,8 @@ class Decoder:
 
     def head(self, x: np.ndarray) -> np.ndarray:
         """x [T, D] → logits [T, Z]."""
-        return head(x, self.norm, self.lm_head, self.cfg, self.nx)
+        with np.errstate(over="ignore", invalid="ignore"):  # as in `hidden`
+            return head(x, self.norm, self.lm_head, self.cfg, self.nx)
 
     def logits(
         self, tokens: Sequence[int], memory: Sequence[LatentCache] | None = None

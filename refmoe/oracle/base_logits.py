@@ -7,16 +7,20 @@
 
     llama-perplexity -m MODEL.gguf --kl-divergence --kl-divergence-base FILE -c N
 
-reads it. Source of the format: ggml-org/llama.cpp tools/perplexity/perplexity.cpp (`log_softmax`,
-`process_logits`, `kl_divergence`).
+reads it. A vocabulary may want its BOS in front (`Model.bos`): a chunk is then computed with that
+in the place of its first token, and the file has the token. Source of the format:
+ggml-org/llama.cpp tools/perplexity/perplexity.cpp (`log_softmax`, `process_logits`,
+`kl_divergence`). Held against that program: golden/make_perplexity.py.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from refmoe.config import InputError
 from refmoe.run.model import Model
@@ -26,8 +30,19 @@ WIDEST = 16  # below the largest logit nothing is told apart
 
 
 class Base(NamedTuple):
+    """The file, mapped: of K2 each chunk of 512 tokens is 84 MB."""
+
     tokens: np.ndarray  # [chunks, n_ctx]
-    rows: np.ndarray  # [chunks, n_ctx - 1 - n_ctx/2, Z] ln p, float32
+    stored: np.ndarray  # [chunks, n_ctx - 1 - n_ctx/2, bytes of a row] uint8
+    vocab: int
+
+    def rows(self, chunk: int) -> np.ndarray:
+        """ln p of the positions of a chunk, [n_ctx - 1 - n_ctx/2, Z] float32."""
+        stored = self.stored[chunk]
+        numbers = np.ascontiguousarray(stored[:, :8]).view("<f4")
+        codes = np.ascontiguousarray(stored[:, 8:]).view("<u2")[:, : self.vocab]
+        values: np.ndarray = numbers[:, 1:] + numbers[:, :1] * codes.astype(np.float32)
+        return values
 
 
 def write_base(model: Model, tokens: Sequence[int], n_ctx: int, out: Path) -> int:
@@ -42,8 +57,8 @@ def write_base(model: Model, tokens: Sequence[int], n_ctx: int, out: Path) -> in
             file.write(MAGIC)
             np.array([n_ctx, model.cfg.vocab_size, chunks], "<i4").tofile(file)
             ids.astype("<i4").tofile(file)
-            for chunk in ids.tolist():
-                for row in _encoded(model.logits(chunk)[n_ctx // 2 : n_ctx - 1]):
+            for logits in _logits(model, ids):
+                for row in _encoded(logits):
                     file.write(row)
         part.replace(out)
     finally:
@@ -51,8 +66,17 @@ def write_base(model: Model, tokens: Sequence[int], n_ctx: int, out: Path) -> in
     return chunks
 
 
-def _encoded(logits: np.ndarray) -> Iterator[bytes]:
-    for row in logits.astype(np.float64):
+def _logits(model: Model, ids: np.ndarray) -> Iterator[np.ndarray]:
+    """Of each chunk, the rows that the file has."""
+    decoder, n_ctx, quiet = model.decoder, ids.shape[1], not sys.stderr.isatty()
+    for chunk in tqdm(ids.tolist(), unit="chunk", disable=quiet, leave=False):
+        prompt = chunk if model.bos is None else [model.bos, *chunk[1:]]
+        x = decoder.hidden([prompt], [decoder.caches()])
+        yield decoder.head(x[n_ctx // 2 : n_ctx - 1])
+
+
+def _encoded(logits: np.ndarray) -> Iterable[bytes]:
+    for row in logits.astype(np.float64, copy=False):
         top = row.max()
         low = max(row.min(), top - WIDEST)
         lowest = low - top - np.log(np.exp(row - top).sum())
@@ -65,22 +89,22 @@ def _encoded(logits: np.ndarray) -> Iterator[bytes]:
 
 def read_base(file: Path) -> Base:
     """`InputError` unless the file is whole."""
-    raw = file.read_bytes()
-    head = np.frombuffer(raw, "<i4", 3, 8) if len(raw) >= 20 else np.zeros(3, np.int32)
+    try:
+        raw = np.memmap(file, np.uint8, "r")
+    except (OSError, ValueError) as e:
+        raise InputError(f"{file}: cannot be mapped ({e})") from None
+    head = raw[8:20].view("<i4") if len(raw) >= 20 else np.zeros(3, np.int32)
     n_ctx, vocab, chunks = (int(n) for n in head)
-    if raw[:8] != MAGIC or min(n_ctx, vocab, chunks) < 1:
+    if raw[:8].tobytes() != MAGIC or min(n_ctx, vocab, chunks) < 1:
         raise InputError(f"{file}: not a file of llama-perplexity's base logits")
     wide = vocab + vocab % 2
     rows, size = n_ctx - 1 - n_ctx // 2, 8 + 2 * wide
     wanted = 20 + 4 * chunks * n_ctx + chunks * rows * size
     if len(raw) != wanted:
         raise InputError(f"{file}: {len(raw)} bytes, {chunks} chunks of {n_ctx} take {wanted}")
-    tokens = np.frombuffer(raw, "<i4", chunks * n_ctx, 20).reshape(chunks, n_ctx)
-    body = np.frombuffer(raw, np.uint8, offset=20 + tokens.nbytes).reshape(-1, size)
-    numbers = np.ascontiguousarray(body[:, :8]).view("<f4")
-    codes = np.ascontiguousarray(body[:, 8:]).view("<u2")[:, :vocab]
-    values = numbers[:, 1:] + numbers[:, :1] * codes.astype(np.float32)
-    return Base(tokens, values.reshape(chunks, rows, vocab))
+    body = 20 + 4 * chunks * n_ctx
+    tokens = np.array(raw[20:body]).view("<i4").reshape(chunks, n_ctx)
+    return Base(tokens, raw[body:].reshape(chunks, rows, size), vocab)
 
 
 def divergence(model: Model, base: Base) -> tuple[np.ndarray, float]:
@@ -88,14 +112,16 @@ def divergence(model: Model, base: Base) -> tuple[np.ndarray, float]:
 
     As llama-perplexity sums it: without tokens of a base probability below e⁻¹⁶.
     """
-    if base.rows.shape[2] != model.cfg.vocab_size:
-        raise InputError(f"{base.rows.shape[2]} words in the file, {model.cfg.vocab_size} here")
+    if base.vocab != model.cfg.vocab_size:
+        raise InputError(f"{base.vocab} words in the file, {model.cfg.vocab_size} here")
+    if not base.stored.shape[1]:
+        raise InputError(f"chunks of {base.tokens.shape[1]} tokens have no position to compare")
     found, same = [], []
-    for chunk, p in zip(base.tokens.tolist(), base.rows.astype(np.float64), strict=True):
-        n_ctx = len(chunk)
-        logits = model.logits(chunk)[n_ctx // 2 : n_ctx - 1].astype(np.float64)
-        top = logits.max(axis=-1, keepdims=True)
-        q = logits - top - np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
-        found.append(np.where(p > -WIDEST, np.exp(p) * (p - q), 0).sum(axis=-1))
-        same.append(p.argmax(axis=-1) == q.argmax(axis=-1))
-    return np.concatenate(found), float(np.concatenate(same).mean())
+    for chunk, logits in enumerate(_logits(model, base.tokens)):
+        for ln_p, row in zip(base.rows(chunk), logits, strict=True):
+            p, z = ln_p.astype(np.float64), row.astype(np.float64)
+            z -= z.max()
+            q = z - np.log(np.exp(z).sum())
+            found.append(np.where(p > -WIDEST, np.exp(p) * (p - q), 0).sum())
+            same.append(p.argmax() == q.argmax())
+    return np.array(found), float(np.mean(same))

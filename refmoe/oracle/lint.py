@@ -22,6 +22,13 @@ Two tensors are compared tile by tile in float64, where every stored format is e
     INT4 (rounding to the code, and of the scale to bf16 at code 8), half a unit of e4m3 · s of
     FP8; else wrong, and a cause is sought.
 
+Of a GGUF the same is asked, of its metadata for config.json, and of a GGUF and a folder together.
+Without a meaning there: shards and index (a split is held together when it is opened, where names,
+shapes and tensors stored twice are errors as well); a dtype for each tensor, which may be any;
+generation_config.json and an <|im_end|> that no id names, as llama.cpp ends a turn at that name;
+INT4, FP8 and whether Q4_0 could hold them: Q4_0, Q8_0 and the halves of other blocks are looked at
+instead. Without a bound of its own a K-quant or IQ is compared by its RMS (`quant.LOOSE`).
+
 Findings of one kind are many in a model of 208,550 tensors: the worst `SHOWN` are listed and the
 others counted. Not decidable here: a nibble order or a row order that is wrong in the only copy.
 """
@@ -75,7 +82,7 @@ from refmoe.weights.checkpoint import (
     read_header,
     tensor_class,
 )
-from refmoe.weights.gguf import Gguf, is_gguf
+from refmoe.weights.gguf import Gguf, block_of, is_gguf
 
 Level = Literal["error", "warning", "note"]
 SHOWN = 5  # findings of one kind that are listed
@@ -125,6 +132,7 @@ class _Findings:
         return out
 
 
+@np.errstate(over="ignore", invalid="ignore")  # values that are not finite are looked for
 def lint(folder: str | Path) -> list[Finding]:
     """Examine the checkpoint in a folder, or a GGUF; `InputError` only if there is no config."""
     if is_gguf(Path(folder)):
@@ -153,28 +161,34 @@ def lint(folder: str | Path) -> list[Finding]:
     return out.listed()
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def lint_against(folder: str | Path, other: str | Path) -> list[Finding]:
     """Compare two checkpoints of one model, tensor by tensor; `folder` is taken to be right.
 
     `other` may lack a config.json, as a dump of an engine's loaded weights does.
     """
-    if is_gguf(Path(folder)) or is_gguf(Path(other)):
-        return _two_files(folder, other)
-    ours, theirs, out = _folder(folder), _folder(other), _Findings()
-    for path in (ours, theirs):
-        if not any(path.glob("*.safetensors")):
-            raise InputError(f"{path}: no *.safetensors file")
-    cfg = Config.load(ours)
-    if (theirs / "config.json").exists():
-        their_cfg = Config.load(theirs)
-        _two_configs(ours, theirs, out)
+    out = _Findings()
+    a = _one_of_two(folder, None, out)
+    b = _one_of_two(other, a.cfg, out)
+    if isinstance(b, Gguf) or (b.path / "config.json").exists():
+        _two_configs(a, b, out)
     else:
-        their_cfg = cfg
-        out.add("note", "config", None, f"{theirs} has no config.json: only tensors are compared")
-    a = Checkpoint(ours, cfg, _gather(ours, out))
-    b = Checkpoint(theirs, their_cfg, _gather(theirs, out))
+        text = f"{b.path} has no config.json: only tensors are compared"
+        out.add("note", "config", None, text)
     _two_checkpoints(a, b, out)
     return out.listed()
+
+
+def _one_of_two(path: str | Path, cfg: Config | None, out: _Findings) -> Checkpoint:
+    """`cfg`: what a folder without a config.json is taken to be of."""
+    if is_gguf(Path(path)):
+        return Gguf.open(path)
+    folder = _folder(path)
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(f"{folder}: no *.safetensors file")
+    if cfg is None or (folder / "config.json").exists():
+        cfg = Config.load(folder)
+    return Checkpoint(folder, cfg, _gather(folder, out))
 
 
 def _lint_gguf(path: Path) -> list[Finding]:
@@ -187,43 +201,15 @@ def _lint_gguf(path: Path) -> list[Finding]:
         return out.listed()
     for note in checkpoint.notes:
         out.add("warning", "metadata", None, note)
+    _member(_said(checkpoint), out)
+    _words(checkpoint, out)
     _yarn(checkpoint.cfg, out)
     for name in checkpoint.missing:
         out.add("error", "missing tensors", name, "the metadata call for it, no part has it")
     for name in checkpoint.unread:
         out.add("warning", "tensors never read", name, "nothing in the network is called that")
-    types: Counter[str] = Counter()
-    for name in _watched(checkpoint.tensors, lambda name: checkpoint.tensors[name].nbytes):
-        t = checkpoint.tensors[name]
-        types[t.dtype] += 1
-        if t.dtype in BITS:
-            _floats(name, checkpoint.array(name), checkpoint, out)
-        elif t.dtype in ("Q4_0", "Q8_0"):
-            blocks = checkpoint.array(name).reshape(-1, {"Q4_0": 18, "Q8_0": 34}[t.dtype])
-            scales = np.ascontiguousarray(blocks[:, :2]).view(np.float16)
-            bad = int((~np.isfinite(scales)).sum())
-            if bad:
-                out.add("error", "not finite", name, f"{bad:,} scales are not finite", bad)
-            if not scales.any():
-                out.add("error", "all zero", name, "every scale is zero: never written?")
-    told = ", ".join(f"{n:,} {kind}" for kind, n in types.most_common())
-    out.add("note", "types", None, f"{told}, experts counted one by one")
+    _gguf_values(checkpoint, out)
     _router(checkpoint, list(checkpoint.tensors), out)
-    return out.listed()
-
-
-def _two_files(a: str | Path, b: str | Path) -> list[Finding]:
-    """Where one of two is a GGUF: by value, as `quant verify` does."""
-    out = _Findings()
-    counts: Counter[str] = Counter()
-    for v in quant.verify(a, b):
-        counts[v.verdict] += 1
-        if v.verdict == "wrong":
-            rel = "" if v.max_rel is None else f"off by {v.max_rel:.2g} of the largest: "
-            out.add("error", "wrong", v.name, rel + (v.likely or "no simple cause found"))
-    for verdict, n in counts.items():
-        if verdict != "wrong":
-            out.add("note", verdict, None, f"{verdict}: {n:,} matrices and vectors")
     return out.listed()
 
 
@@ -417,6 +403,17 @@ def _fields(raw: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in out.items() if v is not None or k in optional}
 
 
+def _said(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The same of a checkpoint; a GGUF's formats are its tensors' own matter."""
+    if not isinstance(checkpoint, Gguf):
+        return _fields(read_object(checkpoint.path / "config.json"))
+    tensors, out = checkpoint.tensors, _fields(checkpoint.raw_config())
+    head, embedding = (tensors.get(f"{n}.weight") for n in ("lm_head", "model.embed_tokens"))
+    out["tie_word_embeddings"] = head is not None and head == embedding
+    absent = [] if checkpoint.cfg.eos_token_id else ["eos_token_id"]
+    return {k: v for k, v in out.items() if k not in ("quantization", *absent)}
+
+
 def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
@@ -442,8 +439,9 @@ def _config(folder: Path, out: _Findings) -> Config | None:
 
 def _member(found: dict[str, Any], out: _Findings) -> None:
     """The nearest published member, and each field that departs from it."""
+    said = {*SHAPE, *MATHS, *USE, *found}  # of a GGUF without the quantisation
     departs = {
-        name: [k for k, v in fields.items() if found.get(k) != v and k not in USE]
+        name: [k for k, v in fields.items() if k in said and found.get(k) != v and k not in USE]
         for name, fields in published().items()
     }
 
@@ -464,12 +462,12 @@ def _member(found: dict[str, Any], out: _Findings) -> None:
     out.add("note", "config", None, f"the {mark or 'shape '}nearest published member is {names}")
     for key, value in published()[nearest].items():
         ours = found.get(key)
-        if ours == value or (key in USE and ours is None):
+        if ours == value or key not in said or (key in USE and ours is None):
             continue
         level: Level = "error" if exact and key in MATHS else "warning"
         level = "note" if key == "quantization" else level
-        said = "is absent" if ours is None and key in MATHS else f"= {ours!r}"
-        out.add(level, f"config.{key}", None, f"{key} {said}, published {names} has {value!r}")
+        text = "is absent" if ours is None and key in MATHS else f"= {ours!r}"
+        out.add(level, f"config.{key}", None, f"{key} {text}, published {names} has {value!r}")
 
 
 def _stops(folder: Path, raw: dict[str, Any], inner: dict[str, Any], out: _Findings) -> None:
@@ -508,14 +506,37 @@ def _ids(raw: dict[str, Any], out: _Findings) -> tuple[int, ...]:
         return ()
 
 
-def _two_configs(ours: Path, theirs: Path, out: _Findings) -> None:
-    a, b = (_fields(read_object(folder / "config.json")) for folder in (ours, theirs))
-    for key in sorted(set(a) | set(b), key=[*SHAPE, *MATHS, *USE, "quantization"].index):
-        if a.get(key) != b.get(key):
-            level: Level = "warning" if key in USE else "error"
-            level = "note" if key == "quantization" else level
-            text = f"{key} = {b.get(key, 'absent')!r}, {ours} has {a.get(key, 'absent')!r}"
-            out.add(level, f"config.{key}", None, text)
+def _words(checkpoint: Gguf, out: _Findings) -> None:
+    """A GGUF's vocabulary and the ids of its special tokens."""
+    size, tokens = checkpoint.cfg.vocab_size, checkpoint.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and len(tokens) != size:
+        text = f"tokenizer.ggml.tokens are {len(tokens)}, vocab_size is {size}"
+        out.add("error", "ids", None, f"{text}: llama.cpp takes the first for the second")
+    for name, i in checkpoint.ids.items():
+        if not 0 <= i < size:
+            text = f"{name} has id {i}, outside the vocabulary of {size}"
+            out.add("error", "ids", None, f"{text}: llama.cpp puts another in its place")
+
+
+def _two_configs(a: Checkpoint, b: Checkpoint, out: _Findings) -> None:
+    ours, theirs = _said(a), _said(b)
+    gguf = isinstance(a, Gguf) or isinstance(b, Gguf)
+    for key in sorted(set(ours) | set(theirs), key=[*SHAPE, *MATHS, *USE, "quantization"].index):
+        x, y = ours.get(key), theirs.get(key)
+        if x == y or (gguf and (key == "quantization" or _one_in_a_gguf(key, x, y))):
+            continue
+        level: Level = "warning" if key in USE else "error"
+        level = "note" if key == "quantization" else level
+        text = f"{key} = {theirs.get(key, 'absent')!r}, {a.path} has {ours.get(key, 'absent')!r}"
+        out.add(level, f"config.{key}", None, text)
+
+
+def _one_in_a_gguf(key: str, x: Any, y: Any) -> bool:
+    """Whether they differ only because a GGUF has float32 numbers, and one end of a turn."""
+    if isinstance(x, float) and isinstance(y, float):
+        return np.float32(x) == np.float32(y)
+    ends = [ids if isinstance(ids, list) else [ids] for ids in (x, y)]
+    return key == "eos_token_id" and min(map(len, ends)) == 1 and bool({*ends[0]} & {*ends[1]})
 
 
 # --- YaRN, as engines take it from the config
@@ -662,6 +683,11 @@ def _names(checkpoint: Checkpoint, out: _Findings) -> list[str]:
 # --- values
 
 
+def _label(checkpoint: Checkpoint, name: str) -> str:
+    """A tensor as the file has it; of a GGUF, whose experts lie in one, as a checkpoint has it."""
+    return name if isinstance(checkpoint, Gguf) else checkpoint.tensors[name].name
+
+
 class Bits(NamedTuple):
     """A float format by the bits of its magnitude."""
 
@@ -728,7 +754,7 @@ def _values(checkpoint: Checkpoint, fit: list[str], out: _Findings) -> None:
         if name.endswith(".weight_scale_inv") and name.removesuffix("_scale_inv") in ok:
             _fp8(name, checkpoint, out)
         if tensor_class(name, checkpoint.cfg) == "norms":
-            _gain(stored, x, out)
+            _gain(name, checkpoint, out)
         _copies(name, x, checkpoint, prints, out)
     for kind, facts in packed.items():
         facts.note(kind, out)
@@ -736,35 +762,35 @@ def _values(checkpoint: Checkpoint, fit: list[str], out: _Findings) -> None:
 
 
 def _floats(name: str, x: np.ndarray, checkpoint: Checkpoint, out: _Findings) -> None:
-    stored = checkpoint.tensors[name]
+    stored, label = checkpoint.tensors[name], _label(checkpoint, name)
     seen = _scan(x, BITS[stored.dtype])
     if seen.nonfinite:
         at = [int(i) for i in np.unravel_index(seen.first, stored.shape)]
         what = "NaN codes" if stored.dtype == "F8_E4M3" else "values that are not finite"
         text = f"{seen.nonfinite:,} {what}, first at {at}"
-        out.add("error", "not finite", stored.name, text, seen.nonfinite)
+        out.add("error", "not finite", label, text, seen.nonfinite)
     if seen.zeros == seen.n:
         bias = name.endswith(("e_score_correction_bias", ".bias"))
         mild = bias or known_extra(name, checkpoint.cfg)
         text = "all zero: never written or never loaded?"
-        out.add("warning" if mild else "error", "all zero", stored.name, text)
+        out.add("warning" if mild else "error", "all zero", label, text)
     # subnormal e4m3 is what a block with an outlier looks like
     elif stored.dtype != "F8_E4M3" and seen.subnormal > MANY_SUBNORMAL * seen.n:
         text = f"{_of(seen.subnormal, seen.n)} of its values are subnormal: another dtype's bytes?"
-        out.add("warning", "subnormal", stored.name, text, seen.subnormal)
+        out.add("warning", "subnormal", label, text, seen.subnormal)
 
 
-def _gain(stored: Stored, x: np.ndarray, out: _Findings) -> None:
+def _gain(name: str, checkpoint: Checkpoint, out: _Findings) -> None:
     """A norm's gains: trained ones vary and, but for a few, are positive."""
-    w = _wide(_matrix_of(x, stored.dtype))
+    w, label = _named(checkpoint, name), _label(checkpoint, name)
     if len(w) < 8 or not np.isfinite(w).all() or not w.any():
         return
     if (w == w[0]).all():
         text = f"every gain is {w[0]:g}: the initial value, never loaded?"
-        out.add("warning", "norms", stored.name, text)
+        out.add("warning", "norms", label, text)
     elif abs(np.median(w)) < 0.05 and 0.2 < np.mean(w < 0) < 0.8:
         text = f"gains lie around 0 (median {np.median(w):.2g}): stored less 1, as x·(1 + w) wants?"
-        out.add("warning", "norms", stored.name, text)
+        out.add("warning", "norms", label, text)
 
 
 def _copies(
@@ -782,8 +808,8 @@ def _copies(
     seen = blake2b(b"".join(p.tobytes() for p in pieces) + str((n, x.dtype)).encode()).digest()
     other = prints.setdefault(seen, name)
     if other != name and _same_bytes(x, checkpoint.array(other)):
-        text = f"the same bytes as {checkpoint.tensors[other].name}"
-        out.add("warning", "copies", checkpoint.tensors[name].name, text)
+        text = f"the same bytes as {_label(checkpoint, other)}"
+        out.add("warning", "copies", _label(checkpoint, name), text)
 
 
 # --- INT4
@@ -894,6 +920,137 @@ def _q4_0(kinds: list[Int4Facts], out: _Findings) -> None:
     out.add("note", "INT4", None, text)
 
 
+# --- blocks of a GGUF
+
+HALVES = {  # where a block's float16 are, the scale first (ggml-org/llama.cpp ggml-common.h)
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS"), (0,)),
+    **dict.fromkeys(("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), (0,)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q6_K": (208,),
+    "TQ1_0": (52,),
+    "TQ2_0": (64,),
+}
+
+
+def _gguf_values(checkpoint: Gguf, out: _Findings) -> None:
+    """Read every tensor once, experts one by one."""
+    tensors = checkpoint.tensors
+    types: Counter[str] = Counter()
+    prints: dict[bytes, str] = {}
+    kinds: dict[str, Q4Facts] = {}
+    places = set()
+    for name in _watched(tensors, lambda name: tensors[name].nbytes):
+        t = tensors[name]
+        if (t.file, t.start) in places:  # the head that is the embedding
+            continue
+        places.add((t.file, t.start))
+        types[t.dtype] += 1
+        x = checkpoint.array(name)
+        if t.dtype in BITS:
+            _floats(name, x, checkpoint, out)
+        else:
+            _blocks(name, checkpoint, kinds, out)
+        if tensor_class(name, checkpoint.cfg) == "norms":
+            _gain(name, checkpoint, out)
+        _copies(name, x, checkpoint, prints, out)
+    told = ", ".join(f"{n:,} {kind}" for kind, n in types.most_common())
+    out.add("note", "types", None, f"{told}, experts counted one by one")
+    for kind, facts in kinds.items():
+        facts.note(kind, out)
+
+
+@dataclass
+class Q4Facts:
+    """Codes and scales of Q4_0 in one kind of matrix."""
+
+    tensors: int = 0
+    bytes: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))  # two codes each
+    scales: int = 0
+    negative: int = 0
+    inexact: int = 0  # no bf16
+
+    def note(self, kind: str, out: _Findings) -> None:
+        two = self.bytes.reshape(16, 16)
+        c = two.sum(axis=0) + two.sum(axis=1)
+        n = int(c.sum())
+        text = (
+            f"{kind}: {self.tensors:,} of Q4_0, {n:,} codes: -8 {_of(c[0], n)}, "
+            f"±7 {_of(c[1] + c[15], n)}, 0 {_of(c[8], n)}; of {self.scales:,} scales "
+            f"{_of(self.negative, self.scales)} negative, {_of(self.inexact, self.scales)} no bf16"
+        )
+        if not c[0] and not self.negative and not self.inexact:
+            text += ": as a repack of INT4 leaves them (amax/7), and it goes back exactly"
+        elif self.negative:
+            text += ": as llama.cpp's quantiser leaves them (d = max/-8), so not a repack of INT4"
+        out.add("note", "Q4_0", None, text)
+
+
+def _blocks(name: str, checkpoint: Gguf, kinds: dict[str, Q4Facts], out: _Findings) -> None:
+    """Scales of a quantised tensor; of types whose float16 lie elsewhere, the values."""
+    t = checkpoint.tensors[name]
+    places = HALVES.get(t.dtype)
+    if places is None:
+        try:
+            m = checkpoint.matrix(name.removesuffix(".weight"))
+        except InputError as e:  # of a type that nothing decodes
+            out.add("error", "types", name, str(e))
+            return
+        bad = sum(int((~np.isfinite(dequantize(tile))).sum()) for _, tile in tiles(m, TILE))
+        if bad:
+            out.add("error", "not finite", name, f"{bad:,} values are not finite", bad)
+        return
+    blocks = checkpoint.array(name).reshape(-1, block_of(t)[1])
+    halves = [np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16)[:, 0] for at in places]
+    bad = sum(int((~np.isfinite(half)).sum()) for half in halves)
+    if bad:
+        out.add("error", "not finite", name, f"{bad:,} scales are not finite", bad)
+    if not any(half.any() for half in halves):
+        out.add("error", "all zero", name, "every scale is zero: never written?")
+        return
+    if t.dtype in ("Q4_0", "Q8_0"):
+        _codes(name, t.dtype, blocks[:, 2:], halves[0], kinds, out)
+
+
+def _codes(
+    name: str,
+    dtype: str,
+    codes: np.ndarray,
+    d: np.ndarray,
+    kinds: dict[str, Q4Facts],
+    out: _Findings,
+) -> None:
+    """codes [n, 16] of Q4_0, two nibbles a byte, or [n, 32] of Q8_0; scales d [n]."""
+    zero = d == 0
+    lost = codes[zero] != (0x88 if dtype == "Q4_0" else 0)  # the code of 0
+    unwritten, others, equal, negative = 0, lost.any(axis=1), 0, 0
+    if dtype == "Q4_0":
+        empty = np.logical_not(codes.any(axis=1))
+        unwritten, equal = int(empty[zero].sum()), int(empty[~zero].sum())
+        others &= codes[zero].any(axis=1)
+        kind = re.sub(r"\.\d+\.", ".*.", name.removesuffix(".weight"))
+        facts = kinds.setdefault(kind, Q4Facts())
+        facts.tensors += 1
+        for i in range(0, len(codes), TILE // 16):
+            facts.bytes += _histogram(codes[i : i + TILE // 16])
+        wide = d[np.isfinite(d)].astype(np.float32)
+        facts.scales += len(d)
+        facts.negative += int((wide < 0).sum())
+        facts.inexact += int((round_bf16(wide) != wide).sum())
+    else:
+        negative = int((d < 0).sum())
+    for level, what, count, text in (
+        ("error", "unwritten blocks", unwritten, "are nothing but zero bytes: never written"),
+        ("error", "negative scales", negative, "have a negative scale, which no quantiser makes"),
+        ("warning", "lost scales", int(others.sum()), "have codes, and a scale of 0"),
+        ("warning", "untouched codes", equal, "have every code at -8: equal weights, or no codes"),
+    ):
+        if count:
+            text = f"{count:,} of {len(d):,} blocks {text}"
+            out.add(level, what, name, text, count / len(d))  # type: ignore[arg-type]
+
+
 # --- FP8
 
 ABSURD, SANE = 100.0, 10.0  # RMS of a weight
@@ -938,8 +1095,9 @@ def _router(checkpoint: Checkpoint, fit: list[str], out: _Findings) -> None:
         names = gate + "weight", gate + "e_score_correction_bias"
         if not cfg.is_moe(i) or not ok.issuperset(names):
             continue
-        _gate_rows(checkpoint.tensors[names[0]], _named(checkpoint, names[0]), out)
+        _gate_rows(_label(checkpoint, names[0]), _named(checkpoint, names[0]), out)
         stored, bias = checkpoint.tensors[names[1]], _named(checkpoint, names[1])
+        label = _label(checkpoint, names[1])
         if not np.isfinite(bias).all() or not bias.any():
             continue
         if stored.dtype in ("BF16", "F16"):
@@ -948,13 +1106,13 @@ def _router(checkpoint: Checkpoint, fit: list[str], out: _Findings) -> None:
                 f"{len(bias)} experts; published is F32, and near ties flip in less "
                 "(huggingface/transformers#42580)"
             )
-            out.add("warning", "router bias", stored.name, text)
+            out.add("warning", "router bias", label, text)
             continue
         rounded = round_bf16(bias.astype(np.float32))
         facts = _rounding(checkpoint, i, bias, rounded)
         seen += 1
         if worst is None or facts[0] > worst[0]:
-            worst = (*facts, stored.name)
+            worst = (*facts, label)
     if worst:
         text = f"{worst[1]}; the worst of {seen} layers. Engines must keep it in float32"
         refs = "(huggingface/transformers#42580, sgl-project/sglang#31213)"
@@ -1005,7 +1163,7 @@ def _flips(checkpoint: Checkpoint, layer: int, bias: np.ndarray, other: np.ndarr
     return float((top[0] != top[1]).any(axis=-1).mean())
 
 
-def _gate_rows(stored: Stored, gate: np.ndarray, out: _Findings) -> None:
+def _gate_rows(label: str, gate: np.ndarray, out: _Findings) -> None:
     """A row of the gate is an expert's: none may be constant, no two alike."""
     if not gate.any():
         return  # all zero: already said
@@ -1013,10 +1171,10 @@ def _gate_rows(stored: Stored, gate: np.ndarray, out: _Findings) -> None:
     for e, row in enumerate(gate):
         if (row == row[0]).all():
             text = f"row {e} is {'zero' if row[0] == 0 else 'constant'}: expert {e} has no gate"
-            out.add("error", "gate rows", stored.name, f"{text} (vllm-project/vllm#36190)")
+            out.add("error", "gate rows", label, f"{text} (vllm-project/vllm#36190)")
         elif (other := first.setdefault(row.tobytes(), e)) != e:
             text = f"row {e} is row {other} again: two experts are always chosen alike"
-            out.add("warning", "gate rows", stored.name, text)
+            out.add("warning", "gate rows", label, text)
 
 
 # --- two checkpoints
@@ -1028,18 +1186,24 @@ def _matrix_of(x: np.ndarray, dtype: str) -> Matrix:
 
 
 def _named(checkpoint: Checkpoint, name: str) -> np.ndarray:
-    """The values of a plain tensor in float64."""
-    return _wide(_matrix_of(checkpoint.array(name), checkpoint.tensors[name].dtype))
+    """The values of a plain tensor in float64; of a GGUF, of any."""
+    return _wide(_matrix(checkpoint, name))
 
 
 def _wide(m: Matrix) -> np.ndarray:
     return dequantize(m, np.float64)
 
 
+KV_HALVES = (".k_b_proj.weight", ".v_b_proj.weight")
+
+
 def _keys(checkpoint: Checkpoint) -> list[str]:
     """What a checkpoint holds whatever it is stored in: `module.weight`, or a tensor's name."""
     tensors, out = checkpoint.tensors, dict[str, None]()
     for name in tensors:
+        if isinstance(checkpoint, Gguf) and name.endswith(KV_HALVES):
+            out[re.sub(r"[kv]_b_proj\.weight$", "kv_b_proj.weight", name)] = None
+            continue
         module = re.sub(r"\.weight_(scale|shape|scale_inv)$", "", name)
         part = module != name and tensors.keys() & {module + ".weight", module + ".weight_packed"}
         if not part:
@@ -1050,6 +1214,13 @@ def _keys(checkpoint: Checkpoint) -> list[str]:
 def _matrix(checkpoint: Checkpoint, key: str) -> Matrix:
     """The tensor of a key as stored; of integers and of FP8 without a scale only the bits."""
     tensors, array = checkpoint.tensors, checkpoint.array
+    if isinstance(checkpoint, Gguf):
+        module = key.removesuffix(".weight")
+        return (
+            checkpoint.matrix(module)
+            if module != key
+            else _matrix_of(array(key), tensors[key].dtype)
+        )
     if key + "_packed" in tensors:
         return Int4(array(key + "_packed"), array(key + "_scale"))
     if key + "_scale_inv" in tensors and tensors[key].dtype == "F8_E4M3":
@@ -1067,7 +1238,8 @@ def _two_checkpoints(a: Checkpoint, b: Checkpoint, out: _Findings) -> None:
         extra = known_extra(key, a.cfg)
         kind = "extra tensors only here" if extra else "tensors the other lacks"
         out.add("note" if extra else "error", kind, key, f"not in {b.path}")
-    for key in sorted(there - set(ours)):
+    unnamed = set(b.unread) - b.tensors.keys() if isinstance(b, Gguf) else set()
+    for key in sorted((there - set(ours)) | unnamed):
         extra = known_extra(key, b.cfg)
         kind = "extra tensors only there" if extra else "tensors only the other has"
         out.add("note" if extra else "warning", kind, key, f"only in {b.path}")
@@ -1088,6 +1260,9 @@ def _two_checkpoints(a: Checkpoint, b: Checkpoint, out: _Findings) -> None:
         if found.verdict == "wrong":
             wrong += 1
             cause = found.cause or (_cause(key, x, y, a) if wrong <= CAUSES else None)
+            if cause is None and _quantised(x, y) and x.shape == y.shape and wrong <= CAUSES:
+                likely = quant.likely(key.removesuffix(".weight"), a, x, y)
+                cause = None if likely is None else (likely, likely)
             category, text = cause or ("wrong", "no simple cause found")
             how = f"relative error {found.error:.2g}: " if found.error is not None else ""
             how = f"shape {list(y.shape)} for {list(x.shape)}: " if x.shape != y.shape else how
@@ -1103,8 +1278,10 @@ def _two_checkpoints(a: Checkpoint, b: Checkpoint, out: _Findings) -> None:
 
 
 def _stored(checkpoint: Checkpoint, key: str) -> list[str]:
-    parts = ("", "_packed", "_scale", "_scale_inv")
-    return [key + part for part in parts if key + part in checkpoint.tensors]
+    names = [key + part for part in ("", "_packed", "_scale", "_scale_inv")]
+    if isinstance(checkpoint, Gguf) and key.endswith(".kv_b_proj.weight"):
+        names += [key.replace(".kv_b_proj.weight", half) for half in KV_HALVES]
+    return [name for name in names if name in checkpoint.tensors]
 
 
 def _kind(checkpoint: Checkpoint, key: str) -> str:
@@ -1114,7 +1291,8 @@ def _kind(checkpoint: Checkpoint, key: str) -> str:
         case Fp8Block():
             return "FP8"
         case _:
-            return checkpoint.tensors[key].dtype
+            tensors = checkpoint.tensors
+            return "/".join(dict.fromkeys(tensors[name].dtype for name in _stored(checkpoint, key)))
 
 
 def _two_biases(a: Checkpoint, b: Checkpoint, key: str, out: _Findings) -> None:
@@ -1174,6 +1352,8 @@ def _compare(a: Matrix, b: Matrix) -> Compared:
     if equal:
         return Compared("the same values")
     error = sqrt(dd / aa) if aa > 0 and np.isfinite(dd / aa) else None
+    if _coded(a) or _coded(b):
+        step = error is not None and error <= quant.LOOSE
     if near:
         return Compared("equal but for rounding", error)
     if aa > 0 and np.isfinite(ab):
@@ -1194,6 +1374,8 @@ def _rounds_to_bf16(a: Matrix, x: np.ndarray, b: Matrix, y: np.ndarray) -> bool:
 
 def _fits_float32(m: Matrix) -> bool:
     """A code of INT4 times a bf16 scale has 11 significant bits; e4m3 times float32 has 28."""
+    if isinstance(m, Heads):
+        return _fits_float32(m.k_b) and _fits_float32(m.v_b)
     return not isinstance(m, Fp8Block) and not (isinstance(m, np.ndarray) and m.dtype == np.float64)
 
 
@@ -1227,7 +1409,7 @@ def _is_float(m: Matrix) -> bool:
 
 
 def _tile_pairs(a: Matrix, b: Matrix) -> Iterator[tuple[Matrix, Matrix]]:
-    if len(a.shape) < 2:
+    if len(a.shape) < 2 or isinstance(a, Heads) or isinstance(b, Heads):  # whose rows are columns
         yield a, b
         return
     blocked = a if isinstance(a, Fp8Block) or not isinstance(b, Fp8Block) else b
@@ -1247,14 +1429,40 @@ def _scaled(a: Matrix, b: Matrix, factor: float) -> bool:
     return True
 
 
+def _quantised(*each: Matrix) -> bool:
+    return any(isinstance(m, Q8 | Q4 | Coded | Heads) for m in each)
+
+
+def _coded(m: Matrix) -> bool:
+    """Whether nobody here knows its steps."""
+    return isinstance(m, Coded) or (isinstance(m, Heads) and (_coded(m.k_b) or _coded(m.v_b)))
+
+
+def _one_grid(a: Matrix, b: Matrix) -> bool:
+    """Whether both have codes of one kind, so that only scales may have been rounded."""
+    return type(a) is type(b) or (isinstance(a, Int4 | Q4) and isinstance(b, Int4 | Q4))
+
+
+def _by_half(
+    m: Heads, other: Matrix, of: Callable[[Matrix, Matrix], np.ndarray | float]
+) -> np.ndarray:
+    """What `of` says of each number, whose two halves are stored apart."""
+    others = (other.k_b, other.v_b) if isinstance(other, Heads) else (other, other)
+    pairs = zip((m.k_b, m.v_b), others, strict=True)
+    halves = [np.broadcast_to(of(half, its), half.shape) for half, its in pairs]
+    return _wide(Heads(halves[0], halves[1], m.heads))
+
+
 PRECISION = {"float16": (11, -14), "float32": (24, -126), "float64": (53, -1022)}
 
 
 def _fine(m: Matrix, w: np.ndarray, other: Matrix) -> np.ndarray | float:
     """Half a step of the plain type; where both are quantised alike, of their scales."""
-    if isinstance(m, Int4 | Fp8Block | Q8 | Q4 | Coded | Heads | Tiled):
+    if isinstance(m, Heads):
+        return _by_half(m, other, lambda half, its: _fine(half, _wide(half), its))
+    if isinstance(m, Int4 | Fp8Block | Q8 | Q4 | Coded | Tiled):
         unit = {Int4: 2.0**-8, Fp8Block: 2.0**-24}.get(type(m), 2.0**-11)
-        return unit * np.abs(w) if type(m) is type(other) else 0.0
+        return unit * np.abs(w) if _one_grid(m, other) else 0.0
     digits, least = (8, -126) if isinstance(m, BF16) else PRECISION[m.dtype.name]
     exponent = np.where(w == 0, least, np.frexp(w)[1] - 1)
     return np.ldexp(1.0, np.maximum(exponent, least) - digits)
@@ -1266,11 +1474,15 @@ def _coarse(m: Matrix, other: Matrix) -> np.ndarray | float:
     Two tensors quantised alike have no such excuse: codes that differ are other weights.
     """
     match m:
-        case _ if type(m) is type(other):
+        case Heads():
+            return _by_half(m, other, _coarse)
+        case _ if _one_grid(m, other):
             return 0.0
         case Int4(_, scale):
             s = np.abs(widen_bf16(scale).astype(np.float64))
             return np.repeat(s * (0.5 + 8 / 256), 32, axis=1)
+        case Q4() | Q8():
+            return quant.half_step(m, _wide(m))
         case Fp8Block(bits, scale, (r, c)):
             exponent = np.maximum((np.arange(256) & 0x7F) >> 3, 1)
             half = np.ldexp(1.0, exponent - 11)  # 3 bits of fraction, bias 7
@@ -1375,8 +1587,8 @@ def _misread(a: Matrix, b: Matrix, x: Seen, y: Seen) -> tuple[str, str] | None:
         return None
     for m, w, v in ((a, x, y), (b, y, x)):
         match m:
-            case Int4(_, scale):
-                s = np.repeat(widen_bf16(scale).astype(np.float64), 32, axis=1)
+            case Int4() | Q4():
+                s = quant.signed_steps(m)
                 k = np.rint(np.median((v.values - w.values)[s != 0] / s[s != 0])) if s.any() else 0
                 if k and Seen(w.values + k * s, w.bound).is_(v):
                     return "zero point", f"codes read with an offset of {8 - k:.0f} instead of 8"

@@ -19,14 +19,16 @@ the likeliest token stays.
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from math import lcm
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from refmoe.config import InputError
-from refmoe.model.experts import MlpWeights
+from refmoe.model.decoder import Decoder
+from refmoe.model.experts import MlpWeights, routed_experts
 from refmoe.model.matrix import (
     BF16,
     Q4,
@@ -39,8 +41,10 @@ from refmoe.model.matrix import (
     dequantize,
     quantize_q8,
     round_bf16,
+    rows,
     tiles,
 )
+from refmoe.model.numerics import Numerics
 from refmoe.run.model import Model
 from refmoe.weights.checkpoint import Checkpoint, expected
 from refmoe.weights.dense import replaced
@@ -88,6 +92,7 @@ def _of(checkpoint: Checkpoint, module: str) -> Matrix:
     return BF16(values) if checkpoint.tensors[module].dtype == "BF16" else values
 
 
+@np.errstate(over="ignore", invalid="ignore")  # of two NaN the bits do not matter
 def _judged(module: str, ours: Checkpoint, theirs: Checkpoint) -> Verdict:
     try:
         a, b = _of(ours, module), _of(theirs, module)
@@ -111,34 +116,37 @@ def _judged(module: str, ours: Checkpoint, theirs: Checkpoint) -> Verdict:
     foreign = isinstance(b, Coded) or isinstance(a, Coded)
     if near or (foreign and squares <= LOOSE**2 * total):
         return Verdict(module, "rounded", rel, None)
-    return Verdict(module, "wrong", rel, _likely(module, ours, a, b))
+    return Verdict(module, "wrong", rel, likely(module, ours, a, b))
 
 
 def _compared(a: Matrix, b: Matrix) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Tiles of both in float64, and what rounding allows."""
     if len(a.shape) == 1:
         x, y = (np.asarray(dequantize(m, np.float64)) for m in (a, b))
-        yield x, y, _half_step(a, x) + _half_step(b, y)
+        yield x, y, half_step(a, x) + half_step(b, y)
         return
     if any(isinstance(m, Heads | Fp8Block) for m in (a, b)):
         x, y = dequantize(a, np.float64), dequantize(b, np.float64)
-        yield x, y, _half_step(a, x) + _half_step(b, y)
+        yield x, y, half_step(a, x) + half_step(b, y)
         return
     for (_, p), (_, q) in zip(tiles(a, TILE), tiles(b, TILE), strict=True):
         x, y = dequantize(p, np.float64), dequantize(q, np.float64)
         # of two with codes of their own only the scales may have been rounded, to bf16 or float16
         repacked = isinstance(p, Int4 | Q4) and isinstance(q, Int4 | Q4)
-        yield x, y, np.abs(x) * 2.0**-8 if repacked else _half_step(p, x) + _half_step(q, y)
+        yield x, y, np.abs(x) * 2.0**-8 if repacked else half_step(p, x) + half_step(q, y)
 
 
-def _half_step(m: Matrix, w: np.ndarray) -> np.ndarray:
+def half_step(m: Matrix, w: np.ndarray) -> np.ndarray:
     """How far a value of this type may be from what it was made of."""
     size = np.abs(w)
     match m:
         case BF16():
             return size * 2.0**-8
-        case Int4() | Q4():  # half a code, and code 8 times the scale's rounding
+        case Int4():  # half a code, and code 8 times the scale's rounding
             return _steps(m, 0.5 + 8 * 2.0**-8)
+        case Q4():  # ggml's quantiser has d = max/-8: what lies above 7.5·d is cut to 7·d
+            d = signed_steps(m)
+            return np.where(w == 7 * d, 1, 0.5) * np.abs(d) + 8 * 2.0**-8 * np.abs(d)
         case Q8():
             return _steps(m, 0.5 + 127 * 2.0**-11)
         case Fp8Block():
@@ -157,10 +165,10 @@ def _half_step(m: Matrix, w: np.ndarray) -> np.ndarray:
 
 def _steps(m: Int4 | Q4 | Q8, count: float) -> np.ndarray:
     """So many steps of each group of 32."""
-    return count * np.abs(_signed_steps(m))
+    return count * np.abs(signed_steps(m))
 
 
-def _likely(module: str, ours: Checkpoint, a: Matrix, b: Matrix) -> str | None:
+def likely(module: str, ours: Checkpoint, a: Matrix, b: Matrix) -> str | None:
     """The mistake after which the right tensor is the wrong one."""
     x, y = dequantize(a, np.float64), dequantize(b, np.float64)
     for text, changed in _mistakes(module, ours, a, x):
@@ -172,7 +180,7 @@ def _likely(module: str, ours: Checkpoint, a: Matrix, b: Matrix) -> str | None:
     return None
 
 
-def _signed_steps(m: Int4 | Q4 | Q8) -> np.ndarray:
+def signed_steps(m: Int4 | Q4 | Q8) -> np.ndarray:
     if isinstance(m, Int4):
         step = dequantize(BF16(m.scale), np.float64)
     else:
@@ -197,7 +205,7 @@ def _mistakes(
         pairs = groups.reshape(len(x), -1, 16, 2).swapaxes(2, 3).reshape(x.shape)
         yield "nibbles in pairs where the order of Q4_0 (j, j + 16) is wanted", pairs
     if isinstance(a, Int4 | Q4):
-        signed = _signed_steps(a)
+        signed = signed_steps(a)
         for offset in (7, 0):
             yield f"codes less {offset}, not less 8", x + (8 - offset) * signed
     cfg = ours.cfg
@@ -263,34 +271,87 @@ class Cost(NamedTuple):
 def expect(model: Model, kind: str, tokens: Sequence[int], experts_only: bool = False) -> Cost:
     """Every matrix in this format (or the routed experts alone), and the same text through both.
 
-    Matrices whose rows are no whole groups of 32, router, norms and embedding stay as they are.
-    Experts that the text does not reach are not listed; the dense matrices are held in float32.
+    Matrices whose rows are no whole groups of 32, router, norms and embedding stay as they are;
+    experts that the text does not reach are not listed. A matrix is rounded when it is multiplied
+    by, a tile of rows at a time, an expert when it is chosen: nothing rounded is kept.
     """
-    keep = rounder(kind)
-    off_by: dict[str, float] = {}
+    cost = _Rounding(rounder(kind))
 
-    def changed(name: str, m: Matrix) -> Matrix:
-        w = dequantize(m)
-        if w.shape[1] % 32:
-            return m
-        kept = keep(w)
-        square = float((w.astype(np.float64) ** 2).sum())
-        off = float(((kept.astype(np.float64) - w) ** 2).sum())
-        off_by[name] = float(np.sqrt(off / square)) if square else 0.0
-        return kept
-
-    def expert(i: int, e: int) -> MlpWeights:  # made anew when it is used: all are too many
+    def expert(i: int, e: int) -> MlpWeights:
         at = f"model.layers.{i}.mlp.experts.{e}."
         w = model.decoder.experts(i, e)
-        return MlpWeights(*(changed(at + n, m) for n, m in w._asdict().items()))
+        return MlpWeights(*(cost.whole(at + n, m) for n, m in w._asdict().items()))
 
-    decoder = model.decoder if experts_only else replaced(model.decoder, changed)
-    quantised = replace(decoder, experts=expert)
-    p, q = (_log_softmax(d.logits(tokens)) for d in (model.decoder, quantised))
-    kl = (np.exp(p) * (p - q)).sum(axis=-1)
-    agree = float((p.argmax(axis=-1) == q.argmax(axis=-1)).mean())
-    rows = [{"name": name, "rel_rms": off} for name, off in off_by.items()]
-    return Cost(rows, float(kl.mean()), float(np.quantile(kl, 0.99)), agree)
+    # all chosen experts at once, as the fused twin takes them, are too many in float32
+    nx = replace(model.nx, experts=routed_experts)
+    nx = nx if experts_only else cost.numerics(nx, model.decoder)
+    quantised = replace(model.decoder, experts=expert, nx=nx)
+    p, q = (d.logits(tokens) for d in (model.decoder, quantised))
+    kl, agree = [], []
+    for row, other in zip(p, q, strict=True):
+        a, b = _log_softmax(row), _log_softmax(other)
+        kl.append((np.exp(a) * (a - b)).sum())
+        agree.append(a.argmax() == b.argmax())
+    tensors = [{"name": name, "rel_rms": off} for name, off in cost.off_by.items()]
+    return Cost(tensors, float(np.mean(kl)), float(np.quantile(kl, 0.99)), float(np.mean(agree)))
+
+
+@dataclass
+class _Rounding:
+    """Matrices in another format, and how far off each was when it was last used."""
+
+    keep: Callable[[np.ndarray], np.ndarray]
+    off_by: dict[str, float] = field(default_factory=dict)
+
+    def pieces(self, name: str, m: Matrix) -> Iterator[tuple[slice, np.ndarray]]:
+        """Tiles of the rounded rows in float32. A format's blocks may be of 128 rows."""
+        unit = lcm(128, m.block[0]) if isinstance(m, Fp8Block) else 128
+        m = dequantize(m) if isinstance(m, Heads) else m  # its rows are columns
+        square = off = 0.0
+        step = unit * max(1, TILE // (unit * m.shape[1]))
+        for start in range(0, m.shape[0], step):
+            tile = slice(start, min(start + step, m.shape[0]))
+            w = dequantize(rows(m, tile))
+            kept = self.keep(w)
+            square += float((w.astype(np.float64) ** 2).sum())
+            off += float(((kept.astype(np.float64) - w) ** 2).sum())
+            yield tile, kept
+        self.off_by[name] = float(np.sqrt(off / square)) if square else 0.0
+
+    def whole(self, name: str, m: Matrix) -> Matrix:
+        if m.shape[1] % 32:
+            return m
+        out = np.empty(m.shape, np.float32)
+        for tile, kept in self.pieces(name, m):
+            out[tile] = kept
+        return out
+
+    def numerics(self, nx: Numerics, decoder: Decoder) -> Numerics:
+        """Under which this decoder's dense matrices are rounded when they are used."""
+        names: dict[int, str] = {}
+
+        def note(name: str, m: Matrix) -> Matrix:
+            names[id(m)] = name
+            return m
+
+        replaced(decoder, note)
+
+        def linear(x: np.ndarray, m: Matrix) -> np.ndarray:
+            if id(m) not in names:
+                return nx.linear(x, m)
+            y = np.empty((len(x), m.shape[0]), x.dtype)
+            for tile, kept in self.pieces(names[id(m)], m):
+                y[:, tile] = nx.linear(x, kept)
+            return y
+
+        def absorbed(
+            q_nope: np.ndarray, q_pe: np.ndarray, kv_b_proj: Matrix, *rest: Any
+        ) -> np.ndarray:
+            name = names.get(id(kv_b_proj))
+            kept = kv_b_proj if name is None else self.whole(name, kv_b_proj)
+            return nx.absorbed(q_nope, q_pe, kept, *rest)
+
+        return replace(nx, linear=linear, absorbed=absorbed)
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -15,7 +15,6 @@ import base64
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -327,10 +326,13 @@ def _words(writer: Any, model: Model) -> None:
     ids = model.cfg.eos_token_id
     if ids:
         writer.add_uint32("tokenizer.ggml.eos_token_id", ids[0])
-    for name in ("[BOS]", "[PAD]"):
-        if name in words.special:
-            key = f"tokenizer.ggml.{name[1:-1].lower()}_token_id"
-            writer.add_uint32(key, words.special[name])
+    bos = words.special.get("[BOS]") if model.bos is None else model.bos
+    if bos is not None:
+        writer.add_bos_token_id(bos)
+    if "[PAD]" in words.special:
+        writer.add_pad_token_id(words.special["[PAD]"])
+    if model.bos is not None:
+        writer.add_add_bos_token(True)
     try:
         writer.add_string("tokenizer.chat_template", model.template.source)
     except InputError:  # none
@@ -431,22 +433,12 @@ def _int4(m: Matrix, divisor: float) -> tuple[Int4, bool]:
 
 def raw_config(model: Model) -> dict[str, Any]:
     """config.json without quantisation; of a GGUF, what its metadata say."""
-    checkpoint, cfg = model.checkpoint, model.cfg
-    if not isinstance(checkpoint, Gguf):
-        raw = read_object(checkpoint.path / "config.json")
-        text = raw.get("text_config") or raw
-        return {k: v for k, v in text.items() if k != "quantization_config"}
-    raw = {
-        k: v
-        for k, v in replace(cfg, quantization=None).__dict__.items()
-        if k not in ("quantization", "rope_scaling", "eos_token_id")
-    }
-    raw |= {"architectures": ["DeepseekV3ForCausalLM"], "eos_token_id": list(cfg.eos_token_id)}
-    raw |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "hidden_act": "silu"}
-    raw |= {"attention_bias": False, "num_key_value_heads": cfg.num_attention_heads}
-    if cfg.rope_scaling is not None:
-        raw["rope_scaling"] = {"type": "yarn", **cfg.rope_scaling.__dict__}
-    return raw
+    checkpoint = model.checkpoint
+    if isinstance(checkpoint, Gguf):
+        return checkpoint.raw_config()
+    raw = read_object(checkpoint.path / "config.json")
+    text = raw.get("text_config") or raw
+    return {k: v for k, v in text.items() if k != "quantization_config"}
 
 
 def _write_words(model: Model, out: Path) -> None:
@@ -465,10 +457,11 @@ def _write_words(model: Model, out: Path) -> None:
     added = {str(i): {"content": name, "special": True} for name, i in words.special.items()}
     config: dict[str, Any] = {"added_tokens_decoder": added}
     tokens = checkpoint.metadata["tokenizer.ggml.tokens"]
-    for name in ("bos", "eos", "pad"):
-        i = checkpoint.metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if isinstance(i, int):
+    for name, i in checkpoint.ids.items():
+        if name != "eot" and 0 <= i < len(tokens):
             config[f"{name}_token"] = tokens[i]
+    if model.bos is not None:
+        config["add_bos_token"] = True
     template = checkpoint.metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
         config["chat_template"] = template

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from refmoe.config import Config, Conventions, InputError
+from refmoe.config import Config, Conventions, InputError, read_object
 from refmoe.model.decoder import Decoder, policy
 from refmoe.model.numerics import Numerics
 from refmoe.text.tokenizer import Tokenizer
@@ -68,6 +68,31 @@ class Model:
         own = (*self.cfg.eos_token_id, *self.checkpoint.generation_eos)
         words = self.tokenizer.stop_ids if self.checkpoint.has_words else ()
         return frozenset(own + words)
+
+    @cached_property
+    def bos(self) -> int | None:
+        """The id that llama.cpp puts before a text, where the vocabulary asks for it; K2's do not.
+
+        `add_bos_token` of tokenizer_config.json, or of a GGUF's metadata, whose default id is 11
+        (ggml-org/llama.cpp src/llama-vocab.cpp, `special_bos_id` of a BPE vocabulary).
+        """
+        if isinstance(self.checkpoint, Gguf):
+            metadata = self.checkpoint.metadata
+            if metadata.get("tokenizer.ggml.add_bos_token") is not True:
+                return None
+            number = metadata.get("tokenizer.ggml.bos_token_id", 11)
+            if not isinstance(number, int) or not 0 <= number < self.cfg.vocab_size:
+                raise InputError(f"tokenizer.ggml.bos_token_id = {number!r} is no token")
+            return number
+        file = self.checkpoint.path / "tokenizer_config.json"
+        raw = read_object(file) if file.is_file() else {}
+        if raw.get("add_bos_token") is not True:
+            return None
+        name = raw.get("bos_token")
+        name = name.get("content") if isinstance(name, dict) else name
+        if name not in self.tokenizer.special:
+            raise InputError(f"{file}: add_bos_token is true, bos_token {name!r} is no token")
+        return self.tokenizer.special[name]
 
     def using(self, nx: Numerics) -> "Model":
         """The same weights under other numerics; nothing is opened again."""

@@ -107,8 +107,9 @@ class ChatTemplate:
         if not isinstance(source, str):
             raise InputError("the GGUF has no chat template; use `refmoe generate`")
         special = {}
-        for name in ("bos", "eos", "unk", "pad"):
-            i = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+        for name, key in keys.items():
+            i = metadata.get(f"tokenizer.ggml.{key}_token_id")
             if isinstance(i, int) and isinstance(tokens, list) and 0 <= i < len(tokens):
                 special[f"{name}_token"] = str(tokens[i])
         return cls(source, "tokenizer.chat_template", **special)

@@ -27,7 +27,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,16 @@ def _type(file: Path, name: str, kind: int) -> tuple[str, int, int]:
     except (ValueError, KeyError):
         raise InputError(f"{file}: {name} is of type {kind}, which no GGUF has; damaged") from None
     return which.name, elements, size
+
+
+def block_of(t: Stored) -> tuple[int, int]:
+    """Elements and bytes of a block of its type."""
+    for name, elements, size in (*PLAIN.values(), *BLOCKS.values()):
+        if name == t.dtype:
+            return elements, size
+    gguf = library(f"{t.file}: {t.name} is {t.dtype}")
+    elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[t.dtype]]
+    return elements, size
 
 
 def library(why: str) -> Any:
@@ -388,6 +398,26 @@ class Gguf(Checkpoint):
         return isinstance(self.metadata.get("tokenizer.ggml.tokens"), list)
 
     @property
+    def ids(self) -> dict[str, int]:
+        """Ids of special tokens that the metadata name, of bos, eos, eot and pad."""
+        keys = {"pad": "padding", "eos": "eos", "bos": "bos", "eot": "eot"}
+        found = {n: self.metadata.get(f"tokenizer.ggml.{key}_token_id") for n, key in keys.items()}
+        return {name: i for name, i in found.items() if isinstance(i, int)}
+
+    def raw_config(self) -> dict[str, Any]:
+        """What config.json would say, without quantisation."""
+        cfg = self.cfg
+        apart = ("quantization", "rope_scaling", "eos_token_id")
+        raw: dict[str, Any] = {k: v for k, v in cfg.__dict__.items() if k not in apart}
+        raw |= {"architectures": ["DeepseekV3ForCausalLM"], "eos_token_id": list(cfg.eos_token_id)}
+        raw |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "hidden_act": "silu"}
+        raw |= {"attention_bias": False, "num_key_value_heads": cfg.num_attention_heads}
+        raw |= {f"{n}_token_id": i for n, i in self.ids.items() if n in ("bos", "pad")}
+        if cfg.rope_scaling is not None:
+            raw["rope_scaling"] = {"type": "yarn", **cfg.rope_scaling.__dict__}
+        return raw
+
+    @property
     def identity(self) -> str:
         facts = [self.path.resolve().as_posix()]
         for file in sorted({t.file for t in self.tensors.values()}):
@@ -424,6 +454,11 @@ class Gguf(Checkpoint):
                         )
                     continue
                 del unread[one]
+                if len(size) == 1 and stored.dtype not in NUMPY:
+                    raise InputError(
+                        f"{stored.file}: {stored.name} is {stored.dtype}, a vector is never in "
+                        f"blocks; expected {' or '.join(NUMPY)}"
+                    )
                 if stored.shape != size:
                     raise InputError(
                         f"{stored.file}: {stored.name} is {list(stored.shape)}, the metadata make "
@@ -462,11 +497,23 @@ class Gguf(Checkpoint):
                 return Q4(values.reshape(t.shape[0], -1, 18))
             case "F32" | "F16" | "F64":
                 return values
-        which = library(f"{t.file}: {t.name} is {t.dtype}").GGMLQuantizationType[t.dtype]
-        decode: Callable[[np.ndarray], np.ndarray] = partial(
-            importlib.import_module("gguf.quants").dequantize, qtype=which
-        )
-        return Coded(values, t.shape[-1], decode, t.dtype)
+        library(f"{t.file}: {t.name} is {t.dtype}")
+        try:
+            return Coded(values, t.shape[-1], decoder_of(t.dtype), t.dtype)
+        except NotImplementedError:
+            raise InputError(
+                f"{t.file}: {t.name} is {t.dtype}, which the gguf package cannot decode"
+            ) from None
+
+
+@cache
+def decoder_of(kind: str) -> Callable[[np.ndarray], np.ndarray]:
+    """The library's, tried on one block: it knows the sizes of more types than it decodes."""
+    gguf, quants = importlib.import_module("gguf"), importlib.import_module("gguf.quants")
+    which = gguf.GGMLQuantizationType[kind]
+    decode: Callable[[np.ndarray], np.ndarray] = partial(quants.dequantize, qtype=which)
+    decode(np.zeros((1, gguf.GGML_QUANT_SIZES[which][1]), np.uint8))
+    return decode
 
 
 def opened(path: str | Path) -> Checkpoint:
