@@ -270,16 +270,19 @@ def test_what_is_read_is_what_is_there(tmp_path, way):
     r.close()
 
 
-def test_a_read_none_of_which_has_begun_can_be_called_off(tmp_path):
+def test_what_has_not_begun_can_be_called_off(tmp_path):
     file = tmp_path / "bytes"
     np.zeros(8 * PIECE, np.uint8).tofile(file)
     r = Reader("cached", threads=1)
     memory = reader.arena(8 * PIECE)
     first = r.read([(Extent(file, 0, 8 * PIECE, 8 * PIECE), memory)], URGENT)
-    guess = r.read([(Extent(file, 0, PAGE, PAGE), reader.arena(PAGE))], MAYBE)
-    called_off = r.cancel(guess)
+    guess = r.read([(Extent(file, 0, 2 * PIECE, 2 * PIECE), reader.arena(2 * PIECE))], MAYBE)
+    off = r.cancel(guess)
     first.wait()
-    assert called_off != guess.done
+    guess.event.wait()
+    assert off in (0, PIECE, 2 * PIECE)
+    assert (guess.error is not None) == bool(off)
+    assert r.bytes_read == 10 * PIECE - off
     assert not r.cancel(first)
     r.close()
 

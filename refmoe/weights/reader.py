@@ -42,14 +42,16 @@ class Extent(NamedTuple):
     needed: int
 
 
+class CalledOff(Exception):
+    """Nobody wanted it any more."""
+
+
 class Ticket:
     """Reads under way. `done` says that their bytes are there."""
 
     def __init__(self, pieces: int):
         self.left = pieces
         self.error: BaseException | None = None
-        self.cancelled = False
-        self.started = False
         self.event = threading.Event()
         if not pieces:
             self.event.set()
@@ -107,15 +109,19 @@ class Reader:
                 self._queue = [(URGENT if q[2] is ticket else q[0], *q[1:]) for q in self._queue]
                 heapq.heapify(self._queue)
 
-    def cancel(self, ticket: Ticket) -> bool:
-        """Forget reads none of which has begun; False where one has."""
+    def cancel(self, ticket: Ticket) -> int:
+        """Forget what has not begun → its bytes. The ticket is done once no thread is at it."""
         with self._lock:
-            if ticket.started or ticket.done:
-                return False
-            ticket.cancelled = True
+            mine = [q for q in self._queue if q[2] is ticket]
+            if not mine:
+                return 0
             self._queue = [q for q in self._queue if q[2] is not ticket]
             heapq.heapify(self._queue)
-            return True
+            ticket.error = ticket.error or CalledOff("a read that was called off")
+            ticket.left -= len(mine)
+            if not ticket.left:
+                ticket.event.set()
+            return sum(extent.needed for _, _, _, extent, _ in mine)
 
     def close(self) -> None:
         with self._lock:
@@ -136,7 +142,6 @@ class Reader:
                 if not self._open:
                     return
                 _, _, ticket, extent, to = heapq.heappop(self._queue)
-                ticket.started = True
                 failed = ticket.error is not None
             error: BaseException | None = None
             if not failed:

@@ -414,8 +414,8 @@ class _Stage:
         held = self.holds[where]
         assert held is not None
         ticket = self.tickets[held]
-        if not self.store.reader.cancel(ticket):
-            ticket.event.wait()  # an item that was read ahead and then not asked for
+        self.store.counters.dense_bytes -= self.store.reader.cancel(ticket)
+        ticket.event.wait()  # it was read ahead and then not asked for
         self._drop(held)
         return where
 
@@ -524,8 +524,9 @@ class _Arena:
         """Have it read, unless it is there; hold it. False where there is no place now."""
         counters = self.store.counters
         known = self.tickets.get(key)
-        if known is not None and known.error is not None and known.done:
-            self.free.append(self._drop(key))  # a guess that could not be read: once more
+        if known is not None and known.error is not None:  # a guess, called off or not readable
+            known.event.wait()
+            self.free.append(self._drop(key))
             known = None
         if known is not None:
             self.store.reader.hurry(known)
@@ -638,11 +639,13 @@ class _Arena:
         return None
 
     def _forget(self, key: Key) -> bool:
-        """Whether a read could be called off."""
+        """Call a read off, as far as it has not begun; whether its place is free."""
         ticket = self.tickets.get(key)
-        if ticket is None or key in self.held or not self.store.reader.cancel(ticket):
+        if ticket is None or key in self.held:
             return False
-        self.store.counters.expert_bytes -= sum(e.needed for e, _ in self.layouts[key].extents)
+        self.store.counters.expert_bytes -= self.store.reader.cancel(ticket)
+        if not ticket.done or ticket.error is None:
+            return False
         self.free.append(self._drop(key))
         return True
 
