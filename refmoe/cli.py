@@ -11,7 +11,8 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -443,17 +444,24 @@ def _golden(args: argparse.Namespace) -> int:
     return 0 if document["ok"] else 1
 
 
-def _golden_make(args: argparse.Namespace) -> int:
-    if not args.tokens or not args.out:
-        raise InputError("golden make needs --tokens FILE and --out FILE")
-    tokens = read_sequence(args.tokens)
-    model = load(args.model, "float64", conventions=args.conventions)
+@contextmanager
+def _layers() -> Iterator[Callable[[int, int], None]]:
+    """A bar of layers on a terminal: done, of."""
     with tqdm(unit="layer", disable=not sys.stderr.isatty()) as bar:
 
         def progress(done: int, of: int) -> None:
             bar.total, bar.n = of, done
             bar.refresh()
 
+        yield progress
+
+
+def _golden_make(args: argparse.Namespace) -> int:
+    if not args.tokens or not args.out:
+        raise InputError("golden make needs --tokens FILE and --out FILE")
+    tokens = read_sequence(args.tokens)
+    model = load(args.model, "float64", conventions=args.conventions)
+    with _layers() as progress:
         make_truth(model, tokens, args.out, hash_shards=args.hash_shards, progress=progress)
     size = args.out.stat().st_size
     if args.json:
@@ -521,7 +529,8 @@ def _quant(args: argparse.Namespace) -> int:
         raise InputError("quant expect takes --to FORMAT")
     model = load(args.a, "float64")
     tokens = read_sequence(args.tokens) if args.tokens else _own_text(model)
-    cost = quant.expect(model, args.to, tokens, args.experts_only)
+    with _layers() as progress:
+        cost = quant.expect(model, args.to, tokens, args.experts_only, progress)
     if args.json:
         _print_json(cost.as_json())
         return 0

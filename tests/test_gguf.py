@@ -311,6 +311,11 @@ def test_the_vocabulary_comes_back(files):
     assert ["".join(m.split(" ")) for m in merges] == long
 
 
+def test_a_vocabulary_of_numbers_is_refused():
+    with pytest.raises(InputError, match="expected strings"):
+        Tokenizer.from_gguf({"tokenizer.ggml.tokens": [*range(600)]})
+
+
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(max_size=60))
 def test_any_text_has_the_same_ids(files, text):

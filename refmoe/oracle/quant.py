@@ -18,6 +18,7 @@ the likeliest token stays.
 """
 
 import importlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import lcm
@@ -268,13 +269,22 @@ class Cost(NamedTuple):
         return self._asdict()
 
 
-def expect(model: Model, kind: str, tokens: Sequence[int], experts_only: bool = False) -> Cost:
+def expect(
+    model: Model,
+    kind: str,
+    tokens: Sequence[int],
+    experts_only: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Cost:
     """Every matrix in this format (or the routed experts alone), and the same text through both.
 
     Matrices whose rows are no whole groups of 32, router, norms and embedding stay as they are;
     experts that the text does not reach are not listed. A matrix is rounded when it is multiplied
     by, a tile of rows at a time, an expert when it is chosen: nothing rounded is kept.
+    `progress(done, of)` is called after each layer of the two passes.
     """
+    if progress is not None and model.nx.watch is None:
+        model = model.using(model.nx.watching(_Layers(progress, 2 * model.cfg.num_hidden_layers)))
     cost = _Rounding(rounder(kind))
 
     def expert(i: int, e: int) -> MlpWeights:
@@ -294,6 +304,23 @@ def expect(model: Model, kind: str, tokens: Sequence[int], experts_only: bool = 
         agree.append(a.argmax() == b.argmax())
     tensors = [{"name": name, "rel_rms": off} for name, off in cost.off_by.items()]
     return Cost(tensors, float(np.mean(kl)), float(np.quantile(kl, 0.99)), float(np.mean(agree)))
+
+
+@dataclass
+class _Layers:
+    """A watcher that counts them."""
+
+    progress: Callable[[int, int], None]
+    of: int
+    done: int = 0
+
+    def wants(self, path: str) -> bool:
+        return re.fullmatch(r"model\.layers\.\d+", path) is not None
+
+    def __call__(self, _: str, x: np.ndarray) -> np.ndarray:
+        self.done += 1
+        self.progress(self.done, self.of)
+        return x
 
 
 @dataclass

@@ -114,6 +114,8 @@ class Tokenizer:
         tokens, eos = metadata.get("tokenizer.ggml.tokens"), None
         if not isinstance(tokens, list) or len(tokens) <= RESERVED:
             raise InputError("the GGUF has no vocabulary (tokenizer.ggml.tokens)")
+        if not all(isinstance(token, str) for token in tokens):
+            raise InputError("tokenizer.ggml.tokens: expected strings; damaged")
         first = len(tokens) - RESERVED
         try:
             ranks = {bytes(_BYTES[c] for c in token): i for i, token in enumerate(tokens[:first])}
