@@ -54,7 +54,7 @@ from refmoe.weights.reader import WAYS
 from refmoe.weights.store import facts as store_facts
 from refmoe.weights.store import line as store_line
 
-BENCHES = ("oracle", "kernels", "decode", "prefill", "peers", "store")
+BENCHES = ("oracle", "kernels", "decode", "prefill", "peers", "store", "sweep")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -291,6 +291,9 @@ def _sweep(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\nrefmoe: interrupted; the same command goes on from there", file=sys.stderr)
         return 130
+    finally:
+        if model.store:
+            model.store.close()
     if args.json:
         document = {"out": str(done.out), "rows": done.rows, "begun_at_layer": done.begun_at}
         document |= {"bytes_read": done.bytes_read, "seconds": done.seconds}
@@ -303,6 +306,8 @@ def _sweep(args: argparse.Namespace) -> int:
             f"{done.out.stat().st_size:,} bytes; {done.bytes_read / 1e9:.3f} GB of weights in "
             f"{done.seconds:.1f} s{after}"
         )
+        if model.store:
+            print(store_line(model.store), file=sys.stderr)
     return 0
 
 
@@ -604,6 +609,15 @@ def _bench(args: argparse.Namespace) -> int:
         document = bench_store(folder, args.ram, args.tokens or 12, **how)
         if not args.json:
             print("\n".join(store_table(document)))
+            return 0
+    elif args.what == "sweep":
+        from refmoe.run.bench_sweep import bench_sweep, sweep_table
+
+        folder = args.model if args.shape is None else _slice(args)
+        how = {"dense": args.dense, "reads": args.reads, "folder": args.folder}
+        document = bench_sweep(folder, args.ram, args.prompt or 8, **how)
+        if not args.json:
+            print("\n".join(sweep_table(document)))
             return 0
     else:
         document = _bench_model(args)
@@ -1043,7 +1057,7 @@ def _parser() -> argparse.ArgumentParser:
 
     what = (
         "oracle: engines judged; kernels, decode, prefill: speed; peers: beside transformers; "
-        "store: under a budget"
+        "store: under a budget; sweep: many tokens, layer by layer"
     )
     p = verb("bench", _bench, "measure: the oracle's power, and speed", model=False)
     p.add_argument("what", choices=BENCHES, help=what)
@@ -1055,7 +1069,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--experts", type=int, default=384, metavar="N", help="of the slice")
     p.add_argument("--vocab", type=int, default=163840, metavar="N", help="of the slice")
     p.add_argument("--layers", type=int, default=2, metavar="N", help="of the slice")
-    p.add_argument("--prompt", type=int, metavar="N", help="tokens before, or of the prefill; 128")
+    p.add_argument(
+        "--prompt", type=int, metavar="N", help="tokens before, or of the rest; 128, sweep: 8"
+    )
     p.add_argument("--tokens", type=int, metavar="N", help="store: to decode; 12")
     p.add_argument("--formats", nargs="+", choices=FORMATS, help="kernels: default all")
     quicker(p)

@@ -28,6 +28,8 @@ from refmoe.run import sweep as sweeps
 from refmoe.run.generate import prefill, working
 from refmoe.run.sweep import point_sizes, sweep
 from refmoe.weights.random import write_random
+from refmoe.weights.reader import WAYS
+from refmoe.weights.store import Store
 from tests.conftest import ROOT
 from tests.networks import envelope
 
@@ -239,6 +241,47 @@ def test_weights_are_asked_for_once_and_unchosen_experts_never(
     assert (tmp_path / "plain").read_bytes() == (tmp_path / "s").read_bytes()
 
 
+@pytest.mark.parametrize("more", [1.0, 1.4])
+@pytest.mark.parametrize("way", WAYS)
+def test_under_a_budget_the_bits_are_the_same_and_each_expert_is_read_once(
+    more, way, random_int4, tmp_path
+):
+    model = refmoe.load(random_int4)
+    sizes = Store(model.checkpoint, 10**12, "cached")
+    try:
+        store = Store(model.checkpoint, int(more * sizes.least), way)
+    except OSError:
+        pytest.skip(f"no {way} reads here")
+    lent = replace(model, decoder=store.decoder(model.nx), store=store)
+    sweep(lent, PROMPTS, tmp_path / "s", chunk=16)
+    sweep(model, PROMPTS, tmp_path / "mapped", chunk=16)
+    assert (tmp_path / "s").read_bytes() == (tmp_path / "mapped").read_bytes()
+    made = load_file(tmp_path / "s")
+    chosen = 0
+    for i in range(model.cfg.first_k_dense_replace, model.cfg.num_hidden_layers):
+        each = [made[f"{n}/model.layers.{i}.mlp.gate#experts"] for n in range(len(PROMPTS))]
+        chosen += len(np.unique(np.concatenate(each)))
+    assert store.counters.asked == store.counters.missed == chosen
+    assert store.counters.guessed == 0
+    store.close()
+    sizes.close()
+
+
+def test_the_bench_has_the_promised_fields(tiny_k2, tmp_path, capsys):
+    total = sum(t.nbytes for t in refmoe.load(tiny_k2).checkpoint.tensors.values())
+    for ram in ([], ["--ram", str(int(0.8 * total))]):
+        how = ["--prompt", "9", "--folder", tmp_path, "--json", *ram]
+        assert cli.main([*map(str, ["bench", "sweep", *how])]) == 0
+        told = json.loads(capsys.readouterr().out)
+        keys = ["bytes_read", "checkpoint_bytes", "seconds", "disk_gbs", "ratio", "max_rss"]
+        assert list(told) == keys
+        assert told["checkpoint_bytes"] == total
+        assert 0 < told["bytes_read"] <= 1.5 * total
+        ratio = told["bytes_read"] / told["seconds"] / told["disk_gbs"] / 1e9
+        assert told["ratio"] == pytest.approx(ratio)
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- interrupted
 
 
@@ -437,12 +480,12 @@ def test_a_shard_that_vanishes_loses_nothing(random_int4, tmp_path):
 GROWTH = """
 import sys
 import refmoe
-from refmoe.run.bench import max_rss
 from refmoe.run.sweep import sweep
+from refmoe.weights.reader import high_water
 folder, count, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 prompts = [[(n + 7 * i) % 500 for i in range(128)] for n in range(count)]
 sweep(refmoe.load(folder, reference=True), prompts, out, chunk=128)
-print(max_rss())
+print(high_water())
 """
 
 

@@ -11,6 +11,8 @@ import pytest
 
 import refmoe
 from refmoe.config import CONVENTIONS, Config, InputError
+from refmoe.model.decoder import policy
+from refmoe.oracle import noise
 from refmoe.oracle import truth as truths
 from refmoe.oracle.bench import rounded_run
 from refmoe.oracle.noise import PROFILES
@@ -19,6 +21,8 @@ from refmoe.oracle.truth import check_truth, layout, make, points, read_truth, s
 from refmoe.run.model import golden_folder
 from refmoe.weights.members import HERE as MEMBERS
 from refmoe.weights.members import write_member
+from refmoe.weights.random import write_random
+from refmoe.weights.store import Store
 from tests.conftest import ROOT
 from tests.test_tiny_k2 import PASSAGE
 
@@ -94,6 +98,93 @@ def only(dump, *names):
 
 
 # --- the file
+
+
+class Once:
+    """Layers and experts of a decoder, and how often each was asked for."""
+
+    def __init__(self, decoder):
+        self.decoder, self.layers, self.experts = decoder, [], []
+
+    def __len__(self):
+        return len(self.decoder.layers)
+
+    def __getitem__(self, i):
+        self.layers.append(i)
+        return self.decoder.layers[i]
+
+    def __call__(self, i, e):
+        self.experts.append((i, e))
+        return self.decoder.experts(i, e)
+
+
+def one_after_another(model, tokens, profiles, runs=12, top=64):
+    """Each pass by itself, as the decoder makes it: the definition of what `make` does at once."""
+
+    def whole(p):
+        x = p.decoder.hidden(p.prompts, [p.decoder.caches() for _ in p.prompts])
+        p.decoder.head(x)
+
+    class Alone(truths.Seen):
+        def scores(self, path, x):
+            self.gate = self.decoder.layers[int(path.split(".")[2])].mlp.gate
+            return super().scores(path, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(truths, "Seen", Alone)
+        exact = Alone(model.decoder, top, lambda: None)
+        decoder = model.decoder.using(model.nx.watching(exact))
+        whole(truths.Pass(decoder, [tokens], exact))
+        truth = exact.values()
+        arrays = truths._columns(truth, model.cfg)
+        plain = model.decoder.using(policy("float64", model.nx.conventions))
+        for name in profiles:
+            noisy = truths.emulation(plain, PROFILES[name], tokens, exact, runs)
+            whole(noisy)
+            each = truths.each_run(noisy.seen, runs)
+            arrays |= truths.sample(PROFILES[name], each, truth, model.cfg)
+    return arrays
+
+
+def test_weights_under_a_budget_make_the_same_truth(tiny_k2, tmp_path):
+    """With tiles of matrices, too, whose products may be summed in another order: levels of noise
+    are kept to 5 %, so that a step of one level is the least that can be seen."""
+    model = refmoe.load(tiny_k2, "float64")
+    smallest = Store(model.checkpoint, 10**12, "cached")
+    store = Store(model.checkpoint, smallest.least, "cached")
+    lent = replace(model, decoder=store.decoder(model.nx), store=store)
+    how = {"profiles": ["bfloat16"], "runs": 4}
+    made = make(lent, TOKENS[:5], tmp_path / "lent", **how)
+    assert made.read_bytes() == make(model, TOKENS[:5], tmp_path / "t", **how).read_bytes()
+    assert store.counters.asked == store.counters.missed > 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(noise, "TILE", 1 << 13)
+        tiled = read_truth(make(model, TOKENS[:5], tmp_path / "tiled", **how))
+    whole = read_truth(tmp_path / "t")
+    for name, x in whole.arrays.items():
+        if x.dtype == np.uint8:
+            assert np.abs(tiled.arrays[name].astype(int) - x).max() <= 1
+    store.close()
+    smallest.close()
+
+
+@pytest.mark.parametrize("which", ["tiny-k2", "groups"])
+def test_all_passes_at_once_are_each_by_itself_to_the_bit(which, tiny_k2, tmp_path):
+    folder = tiny_k2
+    if which == "groups":
+        folder = tmp_path / "groups"
+        shape = {"n_group": 4, "topk_group": 2, "n_routed_experts": 16, "n_shared_experts": 0}
+        write_random(folder, "bf16", seed=5, shape=shape)
+    model = refmoe.load(folder, "float64", reference=True)
+    once = Once(model.decoder)
+    counted = replace(model, decoder=replace(model.decoder, layers=once, experts=once))
+    profiles = ["float32", "llama.cpp-q8"]
+    made = read_truth(make(counted, TOKENS[:9], tmp_path / "t", profiles=profiles))
+    assert once.layers == list(range(model.cfg.num_hidden_layers))
+    assert len(set(once.experts)) == len(once.experts) > 0
+    wanted = one_after_another(model, TOKENS[:9], profiles)
+    for name, x in made.arrays.items():
+        np.testing.assert_array_equal(x, wanted[name].astype(x.dtype).reshape(x.shape))
 
 
 def test_what_is_written_is_what_the_model_computes(truth, model):

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refmoe.config import CONVENTIONS
+from refmoe.model import matrix
 from refmoe.model.decoder import Decoder
 from refmoe.model.matrix import Fp8Block, Matrix, dequantize
 from refmoe.model.rope import inv_freq
@@ -44,6 +45,7 @@ UNIT = {
     "bfloat16": 2.0**-8,
     "float8": 2.0**-4,  # e4m3
 }
+TILE = 1 << 24  # elements of a matrix at once: 128 MB of float64
 ROUNDING = 0.425  # RMS of one rounding's relative error, in units of u
 
 
@@ -127,16 +129,21 @@ def emulated(
     inner |= {"#context": positions, "#context_latent": positions}
 
     def linear(x: np.ndarray, m: Matrix) -> np.ndarray:
-        w = dequantize(m, x.dtype, decoder.nx.conventions.rounded_products)
-        size = np.sqrt((x * x) @ (w * w).T)
-        noise = sums * np.sqrt(m.shape[1] / 6) * rng.standard_normal(size.shape) * size
+        O, I = m.shape
+        drawn = sums * np.sqrt(I / 6) * rng.standard_normal((len(x), O))
+        square = x * x
         if profile.activations == "int8/32":
             x = x + rng.uniform(-0.5, 0.5, x.shape) * _steps(x, 32) / 127
         elif profile.activations == "fp8/128" and isinstance(m, Fp8Block):
             least = _steps(x, 128) / 448 * 2.0**-9  # subnormals of e4m3
             relative = ROUNDING * UNIT["float8"] * rng.standard_normal(x.shape) * x
             x = x + relative + rng.uniform(-0.5, 0.5, x.shape) * least
-        return x @ w.T + noise
+        y = np.empty_like(drawn)
+        whole = [(slice(0, O), m)]
+        for rows, tile in matrix.tiles(m, TILE) if O * I > TILE else whole:
+            w = dequantize(tile, x.dtype, decoder.nx.conventions.rounded_products)
+            y[:, rows] = x @ w.T + drawn[:, rows] * np.sqrt(square @ (w * w).T)
+        return y
 
     def unit_of(path: str) -> float:
         if path.endswith(".mlp.gate"):

@@ -58,21 +58,6 @@ SHAPES = ((2048, 7168), (7168, 2048))  # K2's experts: gate and up, down
 EIGHT = 8  # matrices at once, as many as a token has experts
 
 
-def max_rss() -> int:
-    """Bytes of memory that this process has had at once."""
-    try:  # getrusage counts what the process that started this one had
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(x.split()[1]) for x in lines if x.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        pass
-    try:
-        usage: Any = importlib.import_module("resource")
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return unit * int(usage.getrusage(usage.RUSAGE_SELF).ru_maxrss)
-
-
 def machine() -> str:
     model = platform.processor() or platform.machine()
     try:
