@@ -465,7 +465,8 @@ def _golden_make(args: argparse.Namespace) -> int:
     if not args.tokens or not args.out:
         raise InputError("golden make needs --tokens FILE and --out FILE")
     tokens = read_sequence(args.tokens)
-    model = load(args.model, "float64", conventions=args.conventions)
+    budget = {"ram": args.ram, "reads": args.reads}
+    model = load(args.model, "float64", conventions=args.conventions, **budget)
     with _layers() as progress:
         make_truth(model, tokens, args.out, hash_shards=args.hash_shards, progress=progress)
     size = args.out.stat().st_size
@@ -1040,6 +1041,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, metavar="FILE", help="make: the file to write")
     p.add_argument("--conventions", choices=tuple(CONVENTIONS), default="refmoe")
     p.add_argument("--hash-shards", action="store_true", help="make: also sha256 of every shard")
+    budget(p)
     p.add_argument("--folder", type=Path, metavar="DIR", help="goldens elsewhere")
     p.add_argument("--reference", action="store_true", help="the definition in model/ alone")
     p.add_argument("--all", action="store_true", help="print every point")
