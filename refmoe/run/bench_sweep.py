@@ -30,6 +30,7 @@ def bench_sweep(
     folder: Path | None = None,
 ) -> dict[str, Any]:
     """Sweep so many random tokens, the logits of the last. folder: where the result may lie."""
+    load().logits([1] * count)  # kernels are compiled, or read from their cache
     model = load(path, dense=dense, ram=ram, reads=reads)
     files = sorted({t.file for t in model.checkpoint.tensors.values()})
     rates = [_disk(files, 0.0)]
