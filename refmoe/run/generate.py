@@ -35,6 +35,7 @@ def prefill(
     check_tokens(tokens, memory[0].length, decoder.cfg)
     if chunk is None:
         chunk = STREAMED if isinstance(decoder.experts_of(0), Lender) else CHUNK
+    chunk = min(chunk, decoder.nx.rows or chunk)
     with alone(decoder):
         for start in range(0, len(tokens), chunk):
             x = decoder.hidden([tokens[start : start + chunk]], [memory])
@@ -121,10 +122,23 @@ def working(model: Model, int4: str = "fast", cache: str = "float32") -> Decoder
            8-bit ones, 2e-5 of a result; exact
     cache  float32, or bf16: half the memory of the context, latents rounded to 2⁻⁹ of themselves
     """
+    cache = cache if model.card is None else model.card.cache  # as they were planned
     nx = replace(model.nx, attention="auto", cache="bf16" if cache == "bf16" else None)
     if int4 == "fast" and not model.reference and nx.name == "float32":
-        from refmoe.fast.engine import engine  # loaded already, with the model
+        if model.card is not None:
+            from refmoe.fast import gpu
 
-        quick = engine(nx.name, nx.conventions, fast=True)
-        nx = replace(nx, linear=quick.linear, experts=quick.experts)
+            quick = gpu.engine(model.card, nx.conventions, fast=True)
+        else:
+            from refmoe.fast.engine import engine  # loaded already, with the model
+
+            quick = engine(nx.name, nx.conventions, fast=True)
+        nx = replace(
+            nx,
+            linear=quick.linear,
+            experts=quick.experts,
+            gate=quick.gate,
+            expanded=quick.expanded,
+            absorbed=quick.absorbed,
+        )
     return model.decoder.using(nx)
