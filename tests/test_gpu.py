@@ -391,6 +391,11 @@ def test_more_than_the_planned_context_is_refused_and_loses_nothing(device):
     assert np.isfinite(step(decoder, 5, memory)).all()
 
 
+def test_generation_ends_where_the_planned_context_does(device):
+    decoder = working(load(gpu=Request(10**9, 0, 12)))
+    assert len(list(generate_tokens(decoder, PROMPT))) == 12 - len(PROMPT) + 1
+
+
 # --- a model on the card
 
 

@@ -50,7 +50,9 @@ class LatentCache:
         """Add rows c_kv [T, C], k_pe [T, R] behind those there."""
         end = self.length + len(c_kv)
         if self.room is not None and end > self.room:
-            raise InputError(f"{end} tokens, and the caches were given room for {self.room}")
+            raise InputError(
+                f"{end} tokens, and the caches were given room for {self.room}; --ctx gives more"
+            )
         if end > len(self._c_kv):
             size = self.room or max(end, 2 * len(self._c_kv))
             self._c_kv = _grown(self._c_kv, self.length, size, c_kv)

@@ -54,6 +54,12 @@ def alone(decoder: Decoder) -> Any:
     return threads.one_blas_thread() if own else nullcontext()
 
 
+def context_of(decoder: Decoder) -> int:
+    """The most tokens there can be: the model's, or what caches were given room for."""
+    most = decoder.cfg.max_position_embeddings
+    return min(most, decoder.nx.room or most)
+
+
 def generate_tokens(
     decoder: Decoder,
     prompt: Sequence[int],
@@ -71,6 +77,7 @@ def generate_tokens(
         raise InputError(f"max_new_tokens = {max_new_tokens}, expected 0 or more")
     rng = np.random.default_rng(seed)
     logits = prefill(decoder, prompt, memory, chunk)
+    end = context_of(decoder)
     made = 0
     while max_new_tokens is None or made < max_new_tokens:
         token = sample(logits, sampling, rng)
@@ -78,7 +85,7 @@ def generate_tokens(
             return
         yield token
         made += 1
-        if made == max_new_tokens or memory[0].length == decoder.cfg.max_position_embeddings:
+        if made == max_new_tokens or memory[0].length == end:
             return
         logits = step(decoder, token, memory)
 
