@@ -28,7 +28,7 @@ from refmoe.fast.gpu import Card, Request
 from refmoe.fast.gpu_kernels import FEW, FORMS, depth, source
 from refmoe.model import matrix
 from refmoe.model.decoder import Decoder
-from refmoe.model.matrix import E4M3, Q8, Fp8Block, dequantize
+from refmoe.model.matrix import E4M3, Q8, Coded, Fp8Block, dequantize
 from refmoe.model.mla import Segment
 from refmoe.model.numerics import NonFinite
 from refmoe.oracle import golden
@@ -722,6 +722,18 @@ def test_goldens_pass(device, monkeypatch):
         {(c["model"], c["sequence"]) for c in manifest["cases"]}
     )
     assert [row for row in rows if not row.ok] == []
+
+
+def test_what_no_kernel_reads_is_refused_before_anything_goes_up(device):
+    """A K-quant in the last place that is looked at."""
+    model = load()
+    blocks = np.zeros((2304, 144), np.uint8)
+    odd = replace(model.decoder, lm_head=Coded(blocks, 256, lambda b: b.astype(np.float32), "Q4_K"))
+    found = gpu.planned(model.cfg, parts_of(model.checkpoint), Request(10**9, 0, 64), device)
+    with pytest.raises(InputError, match="no kernel for Q4_K; it reads bf16"):
+        gpu.loaded(odd, found, {}, "refmoe")
+    assert device.log == []
+    assert device.peak() == 0
 
 
 # --- without a card

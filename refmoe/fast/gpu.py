@@ -47,6 +47,7 @@ from refmoe.model.matrix import (
     BF16,
     Q4,
     Q8,
+    Coded,
     Fp8Block,
     Heads,
     Int4,
@@ -76,6 +77,11 @@ MOST = 512  # rows of a prompt that go through together
 
 INSTALL = (
     "pip install 'refmoe[gpu]' for CUDA 12 or 'refmoe[gpu13]' for CUDA 13, with NVIDIA's driver"
+)
+
+READS = (
+    "; it reads bf16, float16, float32, FP8 in blocks of 128 columns, INT4, Q8_0 and Q4_0: "
+    "refmoe export --to gguf makes such a file"
 )
 
 Array = Any  # on the card: CuPy has no stubs
@@ -369,10 +375,7 @@ class Card:
             case np.ndarray(dtype=np.float16 | np.float32):
                 return self.array(m)
         name = getattr(m, "name", None) or getattr(m, "dtype", type(m).__name__)
-        raise InputError(
-            f"--gpu has no kernel for {name}; it reads bf16, float16, float32, FP8 in blocks of "
-            "128 columns, INT4, Q8_0 and Q4_0: refmoe export --to gguf makes such a file"
-        )
+        raise InputError(f"--gpu has no kernel for {name}{READS}")
 
     def vector(self, m: Matrix) -> Array:
         """A gain to the card, exact in float32."""
@@ -1013,6 +1016,10 @@ def loaded(
     kinds = {p.layer: set[str]() for p in share.parts}
     for p in share.parts:
         kinds[p.layer].add(p.kind)
+    if isinstance(decoder.layers, list):  # mapped; asking a store would read them
+        for i in range(len(decoder.layers)):
+            _check_formats(decoder.layers[i] if i in kinds else None)
+        _check_formats(decoder.lm_head if "lm_head" in names else None)
     size = share.nbytes - len(share.caches) * share.cache
     with tqdm(total=size, unit="B", unit_scale=True, desc="to the card", disable=None) as bar:
         for i in range(decoder.cfg.num_hidden_layers):
@@ -1042,6 +1049,15 @@ def loaded(
         norm=norm,
         lm_head=lm_head,
     )
+
+
+def _check_formats(w: Any) -> None:
+    """`InputError` for K-quants, before anything goes up."""
+    if isinstance(w, Coded):
+        raise InputError(f"--gpu has no kernel for {w.name}{READS}")
+    if isinstance(w, LayerWeights | AttentionWeights | MoeWeights | MlpWeights | Heads):
+        for part in w:
+            _check_formats(part)
 
 
 def _part(w: LayerWeights, kinds: frozenset[str], card: Card) -> LayerWeights:
