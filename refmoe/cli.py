@@ -54,7 +54,7 @@ from refmoe.weights.reader import WAYS
 from refmoe.weights.store import facts as store_facts
 from refmoe.weights.store import line as store_line
 
-BENCHES = ("oracle", "kernels", "decode", "prefill", "peers", "store", "sweep")
+BENCHES = ("oracle", "kernels", "decode", "prefill", "peers", "store", "sweep", "gpu")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, NonFinite) as e:
         print(f"refmoe: {e}", file=sys.stderr)
         return 1 if isinstance(e, NonFinite) else 2
+    except MemoryError as e:  # of a card, too: CuPy's says how much was asked for, and the limit
+        print(f"refmoe: out of memory: {e}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
@@ -122,6 +125,7 @@ def _generate(args: argparse.Namespace) -> int:
                 "tok_s": rate,
                 "first_token_s": first[1] if first else None,
                 "store": store_facts(model.store) if model.store else None,
+                **_card_facts(model),
             }
         )
     else:
@@ -135,6 +139,9 @@ def _generate(args: argparse.Namespace) -> int:
         )
         if model.store:
             print(store_line(model.store), file=sys.stderr)
+        if card := _card_facts(model).get("gpu"):
+            peak, budget = card["vram_peak"] / 1e9, card["budget"] / 1e9
+            print(f"[at most {peak:.2f} GB of {budget:.2f} on the card]", file=sys.stderr)
     if model.store:
         model.store.close()
     return 130 if interrupted else 0
@@ -286,7 +293,7 @@ def _sweep(args: argparse.Namespace) -> int:
             points=args.points or (),
             chunk=args.chunk,
             restart=args.restart,
-            how={"dense": args.dense},
+            how={"dense": args.dense} | ({"gpu": True} if args.gpu else {}),
         )
     except KeyboardInterrupt:
         print("\nrefmoe: interrupted; the same command goes on from there", file=sys.stderr)
@@ -433,7 +440,7 @@ def _golden(args: argparse.Namespace) -> int:
     if args.action == "make":
         return _golden_make(args)
     rows = []
-    for row in golden.verify(args.folder, args.reference):
+    for row in golden.verify(args.folder, args.reference, _request(args)):
         rows.append(row)
         if not args.json and (args.all or not row.ok):
             mark = "ok  " if row.ok else "FAIL"
@@ -593,9 +600,20 @@ def _bench(args: argparse.Namespace) -> int:
         return _bench_oracle(args)
     from refmoe.run import bench as speed  # Numba
 
+    if args.what == "gpu":
+        from refmoe.fast.gpu import open_device
+
+        open_device()  # or an error that says what to install, before anything else
     _announce()
     if args.threads is not None:
         use_threads(args.threads)
+    if args.what == "gpu":
+        from refmoe.run.bench_gpu import bench_gpu, gpu_table
+
+        folder = args.model if args.shape is None else _slice(args)
+        document = bench_gpu(folder, args.dense, args.vram)
+        print("\n".join(gpu_table(document))) if not args.json else _print_json(document)
+        return 0
     if args.what == "kernels":
         counts = [args.threads] if args.threads else []
         document = speed.kernels(args.formats or FORMATS, counts)
@@ -633,12 +651,13 @@ def _bench_model(args: argparse.Namespace) -> dict[str, Any]:
     from refmoe.run import bench as speed
 
     folder = args.model if args.shape is None else _slice(args)
-    model = load(folder, dense=args.dense)
+    model = load(folder, dense=args.dense, gpu=_request(args))
     decoder = working(model, args.int4, args.cache)
     count = 128 if args.prompt is None else args.prompt
     measure = speed.decode if args.what == "decode" else speed.prompt
     how = {"dense": args.dense, "int4": args.int4, "cache": args.cache}
-    return {"machine": speed.machine(), **measure(model, decoder, count), **how}
+    found = {"machine": speed.machine(), **measure(model, decoder, count), **how}
+    return {**found, **_card_facts(model)}
 
 
 def _slice(args: argparse.Namespace) -> Path:
@@ -863,13 +882,42 @@ def _open(args: argparse.Namespace) -> Model:
     if getattr(args, "threads", None) is not None:
         use_threads(args.threads)
     dense = getattr(args, "dense", "exact")
-    how = dense, getattr(args, "ram", None), getattr(args, "reads", None)
+    request = _request(args)
+    how = dense, getattr(args, "ram", None), getattr(args, "reads", None), request
     model = load(args.model, args.numerics, args.reference, args.conventions, *how)
+    if model.card is not None:
+        print(f"refmoe: {model.card.said}", file=sys.stderr)
     for line in model.checkpoint.warnings:
         print(f"refmoe: warning: {line}", file=sys.stderr)
     if not args.reference:
         _announce()
     return model
+
+
+def _request(args: argparse.Namespace) -> Any:
+    """What --gpu asks for; None without it."""
+    if not getattr(args, "gpu", False):
+        for name in ("vram", "gpu_experts", "ctx"):
+            if getattr(args, name, None) is not None and hasattr(args, "gpu"):
+                raise InputError(f"--{name.replace('_', '-')} is for --gpu")
+        return None
+    from refmoe.fast.gpu import CONTEXT, Request
+
+    experts = getattr(args, "gpu_experts", None) or 0
+    if experts < 0:
+        raise InputError(f"--gpu-experts {experts}, expected a number from 0")
+    context = plan.count(args.ctx, "--ctx") if getattr(args, "ctx", None) else CONTEXT
+    passing = args.verb is _sweep
+    return Request(args.vram, experts, context, getattr(args, "cache", "float32"), passing)
+
+
+def _card_facts(model: Model) -> dict[str, Any]:
+    """What is on a card, where there is one."""
+    if model.card is None:
+        return {}
+    from refmoe.fast.gpu import facts
+
+    return {"gpu": facts(model.card)}
 
 
 def _announce() -> None:
@@ -951,6 +999,14 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("--cache", choices=["float32", "bf16"], default="float32", help="latents")
         p.add_argument("--threads", type=int, metavar="N", help="default: all processors")
         budget(p)
+        help = "what every token uses on a CUDA card, as `refmoe plan` places it"
+        p.add_argument("--gpu", action="store_true", help=help)
+        help = "--gpu: of the card; default: 12GB, or what it has free"
+        p.add_argument("--vram", type=_bytes, metavar="BYTES", help=help)
+        help = "--gpu: the N most used routed experts as well, where there is room"
+        p.add_argument("--gpu-experts", type=int, metavar="N", help=help)
+        help = "--gpu: tokens that caches have room for; default: 4096"
+        p.add_argument("--ctx", metavar="N", help=help)
 
     def budget(p: argparse.ArgumentParser) -> None:
         help = "bytes that weights may take, like 8GB; what is beyond is read from the disk"
@@ -1019,6 +1075,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--dense", choices=DENSE, default="exact", help=help)
     p.add_argument("--threads", type=int, metavar="N", help="default: all processors")
     budget(p)
+    help = "what every token uses goes through a CUDA card, layer by layer"
+    p.add_argument("--gpu", action="store_true", help=help)
+    p.add_argument(
+        "--vram", type=_bytes, metavar="BYTES", help="--gpu: default: 12GB, or what is free"
+    )
+    p.add_argument("--ctx", metavar="N", help="--gpu: tokens of the longest prompt; default: 4096")
 
     p = verb("check", _check, "where does another engine's dump first go wrong?", model=False)
     p.add_argument("dump", type=Path, help="tensors by module path: .safetensors, .npz or .pt")
@@ -1044,6 +1106,10 @@ def _parser() -> argparse.ArgumentParser:
     budget(p)
     p.add_argument("--folder", type=Path, metavar="DIR", help="goldens elsewhere")
     p.add_argument("--reference", action="store_true", help="the definition in model/ alone")
+    p.add_argument("--gpu", action="store_true", help="verify: on a CUDA card, in float32")
+    p.add_argument(
+        "--vram", type=_bytes, metavar="BYTES", help="--gpu: default: 12GB, or what is free"
+    )
     p.add_argument("--all", action="store_true", help="print every point")
 
     p = verb("lint", _lint, "what is wrong with a checkpoint, without running it", model=False)
@@ -1059,7 +1125,7 @@ def _parser() -> argparse.ArgumentParser:
 
     what = (
         "oracle: engines judged; kernels, decode, prefill: speed; peers: beside transformers; "
-        "store: under a budget; sweep: many tokens, layer by layer"
+        "store: under a budget; sweep: many tokens, layer by layer; gpu: on a card"
     )
     p = verb("bench", _bench, "measure: the oracle's power, and speed", model=False)
     p.add_argument("what", choices=BENCHES, help=what)

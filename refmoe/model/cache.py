@@ -12,20 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.config import Config
-from refmoe.model.matrix import bf16_bits, widen_bf16
-from refmoe.model.numerics import Numerics, array_module
+from refmoe.config import Config, InputError
+from refmoe.model.matrix import array_module, bf16_bits, widen_bf16
+from refmoe.model.numerics import Numerics
 
 
 class LatentCache:
     """Grows by doubling; `c_kv` and `k_pe` are the rows in use.
 
     With `bf16` the rows are kept in it, in half the memory: rounded when they are appended, made
-    wide when they are read.
+    wide when they are read. With `room` for so many rows it never grows. It lies in the memory of
+    the rows that come first.
     """
 
-    def __init__(self, cfg: Config, dtype: Any, bf16: bool = False):
-        self.length, self.bf16 = 0, bf16
+    def __init__(self, cfg: Config, dtype: Any, bf16: bool = False, room: int | None = None):
+        self.length, self.bf16, self.room = 0, bf16, room
         kept = np.uint16 if bf16 else dtype
         self._c_kv = np.empty((0, cfg.kv_lora_rank), kept)
         self._k_pe = np.empty((0, cfg.qk_rope_head_dim), kept)
@@ -48,9 +49,14 @@ class LatentCache:
     def append(self, c_kv: np.ndarray, k_pe: np.ndarray) -> None:
         """Add rows c_kv [T, C], k_pe [T, R] behind those there."""
         end = self.length + len(c_kv)
+        if self.room is not None and end > self.room:
+            raise InputError(
+                f"{end} tokens, and the caches were given room for {self.room}; --ctx gives more"
+            )
         if end > len(self._c_kv):
-            self._c_kv = _grown(self._c_kv, self.length, end, c_kv)
-            self._k_pe = _grown(self._k_pe, self.length, end, k_pe)
+            size = self.room or max(end, 2 * len(self._c_kv))
+            self._c_kv = _grown(self._c_kv, self.length, size, c_kv)
+            self._k_pe = _grown(self._k_pe, self.length, size, k_pe)
         self._c_kv[self.length : end] = bf16_bits(c_kv) if self.bf16 else c_kv
         self._k_pe[self.length : end] = bf16_bits(k_pe) if self.bf16 else k_pe
         self.length = end
@@ -64,10 +70,12 @@ class LatentCache:
 
 def caches(cfg: Config, nx: Numerics) -> list[LatentCache]:
     """An empty cache for each layer: the memory of one prompt."""
-    return [LatentCache(cfg, nx.dtype, nx.cache == "bf16") for _ in range(cfg.num_hidden_layers)]
+    bf16 = nx.cache == "bf16"
+    return [LatentCache(cfg, nx.dtype, bf16, nx.room) for _ in range(cfg.num_hidden_layers)]
 
 
-def _grown(old: np.ndarray, used: int, needed: int, like: np.ndarray) -> np.ndarray:
-    new = array_module(like).empty((max(needed, 2 * len(old)), old.shape[1]), old.dtype)
-    new[:used] = old[:used]
+def _grown(old: np.ndarray, used: int, size: int, like: np.ndarray) -> np.ndarray:
+    new = array_module(like).empty((size, old.shape[1]), old.dtype)
+    if used:
+        new[:used] = old[:used]
     return new

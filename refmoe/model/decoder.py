@@ -49,6 +49,7 @@ def attend(
     x: np.ndarray, w: LayerWeights, segments: Sequence[Segment], cfg: Config, nx: Numerics
 ) -> np.ndarray:
     """The first half of a layer, the only one that looks across rows: x [T, D] → h [T, D]."""
+    x = nx.bring(x, w.input_layernorm)
     h = nx.point("input_layernorm", rms_norm(x, w.input_layernorm, cfg.rms_norm_eps))
     h = attention(h, w.self_attn, segments, cfg, nx.within("self_attn."))
     return nx.point("#attn_residual", x + nx.point("self_attn", h))
@@ -61,19 +62,20 @@ def mix(x: np.ndarray, w: LayerWeights, experts: Experts, cfg: Config, nx: Numer
     if isinstance(w.mlp, MoeWeights):
         h = moe(h, w.mlp, experts, cfg, inside)
     else:
-        h = swiglu(h, w.mlp, inside)
+        h = swiglu(nx.bring(h, w.mlp.gate_proj), w.mlp, inside)
     return add_mlp(x, h, nx)
 
 
 def mlp_input(x: np.ndarray, w: LayerWeights, cfg: Config, nx: Numerics) -> np.ndarray:
     """What router and experts see of h: [T, D] → [T, D]."""
+    x = nx.bring(x, w.post_attention_layernorm)
     h = rms_norm(x, w.post_attention_layernorm, cfg.rms_norm_eps)
     return nx.point("post_attention_layernorm", h)
 
 
 def add_mlp(x: np.ndarray, h: np.ndarray, nx: Numerics) -> np.ndarray:
     """The layer's output, of its first half and its mlp: [T, D] → [T, D]."""
-    return nx.point("", x + nx.point("mlp", h))
+    return nx.point("", x + nx.point("mlp", nx.bring(h, x)))
 
 
 def embed(tokens: np.ndarray, embed_tokens: Matrix, nx: Numerics) -> np.ndarray:
@@ -89,12 +91,13 @@ def head(x: np.ndarray, norm: Matrix, lm_head: Matrix, cfg: Config, nx: Numerics
 
 def final_norm(x: np.ndarray, norm: Matrix, cfg: Config, nx: Numerics) -> np.ndarray:
     """What the head multiplies: x [T, D] → [T, D]."""
+    x = nx.bring(x, norm)
     return nx.point("model.norm", rms_norm(x, norm, cfg.rms_norm_eps))
 
 
 def vocabulary(x: np.ndarray, lm_head: Matrix, nx: Numerics) -> np.ndarray:
     """Logits of all tokens, or of those whose rows of the head these are: [T, D] → [T, Z]."""
-    return nx.point("lm_head", nx.linear(x, lm_head))
+    return nx.point("lm_head", nx.bring(nx.linear(nx.bring(x, lm_head), lm_head), None))
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from refmoe.config import Config
-from refmoe.model.matrix import Matrix
-from refmoe.model.numerics import Numerics, array_module
+from refmoe.model.matrix import Matrix, array_module
+from refmoe.model.numerics import Numerics
 from refmoe.model.router import GateWeights, Routing, route, sigmoid
 
 
@@ -99,7 +99,12 @@ def in_order(
 
 def moe(x: np.ndarray, w: MoeWeights, expert: Experts, cfg: Config, nx: Numerics) -> np.ndarray:
     """x [T, D] → [T, D]."""
-    return with_shared(x, nx.experts(x, route(x, w.gate, cfg, nx), expert, nx), w, nx)
+    routing = route(x, w.gate, cfg, nx)
+    if w.shared_experts is None or not nx.shared_first:
+        return with_shared(x, nx.experts(x, routing, expert, nx), w, nx)
+    shared = of_all(x, w.shared_experts, nx)
+    y = nx.point("experts", nx.experts(x, routing, expert, nx))
+    return y + nx.bring(shared, y)
 
 
 def with_shared(x: np.ndarray, y: np.ndarray, w: MoeWeights, nx: Numerics) -> np.ndarray:
@@ -107,5 +112,10 @@ def with_shared(x: np.ndarray, y: np.ndarray, w: MoeWeights, nx: Numerics) -> np
     y = nx.point("experts", y)
     if w.shared_experts is None:
         return y
-    shared = swiglu(x, w.shared_experts, nx.within("shared_experts."))
-    return y + nx.point("shared_experts", shared)
+    return y + nx.bring(of_all(x, w.shared_experts, nx), y)
+
+
+def of_all(x: np.ndarray, w: MlpWeights, nx: Numerics) -> np.ndarray:
+    """The shared expert, where its weights are."""
+    x = nx.bring(x, w.gate_proj)
+    return nx.point("shared_experts", swiglu(x, w, nx.within("shared_experts.")))

@@ -25,7 +25,9 @@ ggml-common.h, `block_q8_0`): a float16 scale, then 32 int8; exact in float32. Q
 float16 scale, then 16 bytes, byte j with nibble j low and nibble j + 16 high; exact in float32.
 """
 
+import sys
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -151,18 +153,24 @@ def _e4m3() -> np.ndarray:
 E4M3 = _e4m3()
 
 
+def array_module(x: Any) -> ModuleType:
+    """NumPy for NumPy's arrays, CuPy for CuPy's, without importing either."""
+    return sys.modules[type(x).__module__.partition(".")[0]]
+
+
 def widen_bf16(bits: np.ndarray) -> np.ndarray:
     """bf16 bits (uint16) → float32, exact."""
-    out = np.zeros((*bits.shape, 2), np.uint16)
+    out = array_module(bits).zeros((*bits.shape, 2), np.uint16)
     out[..., 1] = bits  # a bf16 is the upper half of a float32, second in memory
     return out.view(np.float32)[..., 0]
 
 
 def round_bf16(x: np.ndarray) -> np.ndarray:
     """float32 → the nearest bf16, ties to even, as float32; NaN and infinity stay."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    xp = array_module(x)
+    bits = xp.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) & np.uint32(0xFFFF0000)
-    return np.where(np.isfinite(x), rounded.view(np.float32), x).astype(np.float32)
+    return xp.where(xp.isfinite(x), rounded.view(np.float32), x).astype(np.float32)
 
 
 def bf16_bits(x: np.ndarray) -> np.ndarray:
@@ -180,25 +188,29 @@ def dequantize(m: Matrix, dtype: Any = np.float32, rounded: tuple[str, ...] = ()
             w = widen_bf16(bits)
         case Int4(packed, scale):
             O, G = scale.shape
-            two = np.ascontiguousarray(packed).view(np.uint8)  # [O, I/2] two nibbles a byte
-            q = np.stack((two & 15, two >> 4), axis=-1).reshape(O, G, -1).astype(np.float32) - 8
+            xp = array_module(packed)
+            two = xp.ascontiguousarray(packed).view(np.uint8)  # [O, I/2] two nibbles a byte
+            q = xp.stack((two & 15, two >> 4), axis=-1).reshape(O, G, -1).astype(np.float32) - 8
             w = (q * widen_bf16(scale)[..., None]).reshape(O, -1)  # [O, I]
             w = round_bf16(w) if "int4" in rounded else w
         case Fp8Block(bits, scale, (rows, columns)):
             O, I = bits.shape
-            s = np.repeat(np.repeat(scale, rows, axis=0)[:O], columns, axis=1)[:, :I]  # [O, I]
+            xp = array_module(bits)
+            s = xp.repeat(xp.repeat(scale, rows, axis=0)[:O], columns, axis=1)[:, :I]  # [O, I]
             if "fp8" in rounded:
-                w = round_bf16(E4M3[bits] * s)
+                w = round_bf16(xp.asarray(E4M3)[bits] * s)
             else:
-                w = E4M3.astype(dtype)[bits] * s.astype(dtype)
+                w = xp.asarray(E4M3.astype(dtype))[bits] * s.astype(dtype)
         case Q8(blocks):
-            scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16).astype(np.float32)
-            codes = np.ascontiguousarray(blocks[..., 2:]).view(np.int8)
+            xp = array_module(blocks)
+            scales = xp.ascontiguousarray(blocks[..., :2]).view(np.float16).astype(np.float32)
+            codes = xp.ascontiguousarray(blocks[..., 2:]).view(np.int8)
             w = (codes * scales).reshape(m.shape)  # [O, I]
         case Q4(blocks):
-            scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16).astype(np.float32)
+            xp = array_module(blocks)
+            scales = xp.ascontiguousarray(blocks[..., :2]).view(np.float16).astype(np.float32)
             two = blocks[..., 2:]
-            q = np.concatenate((two & 15, two >> 4), axis=-1).astype(np.float32) - 8
+            q = xp.concatenate((two & 15, two >> 4), axis=-1).astype(np.float32) - 8
             w = (q * scales).reshape(m.shape)  # [O, I]
         case Coded(blocks, _, decode):
             w = decode(np.ascontiguousarray(blocks))
@@ -209,7 +221,9 @@ def dequantize(m: Matrix, dtype: Any = np.float32, rounded: tuple[str, ...] = ()
         case Heads(k_b, v_b, H):
             keys, values = (dequantize(half, dtype, rounded) for half in (k_b, v_b))
             keys = keys.reshape(H, -1, keys.shape[1]).transpose(0, 2, 1)  # [H, N, C]
-            w = np.concatenate((keys, values.reshape(H, -1, values.shape[1])), axis=1)
+            w = array_module(keys).concatenate(
+                (keys, values.reshape(H, -1, values.shape[1])), axis=1
+            )
             w = w.reshape(m.shape)  # [H(N+V), C]
         case _:
             w = m

@@ -31,9 +31,9 @@ import numpy as np
 
 from refmoe.config import Config
 from refmoe.model.cache import LatentCache
-from refmoe.model.matrix import Matrix, dequantize
+from refmoe.model.matrix import Matrix, array_module, dequantize
 from refmoe.model.norm import rms_norm
-from refmoe.model.numerics import Numerics, array_module
+from refmoe.model.numerics import Numerics
 from refmoe.model.rope import cos_sin, rotate, softmax_scale
 
 SCORES = 1 << 24  # scores held at once; longer prompts go in blocks of rows
@@ -88,7 +88,7 @@ def attention(
     positions = np.empty(T, np.int64)
     for rows, cache in segments:
         positions[rows] = np.arange(cache.length, cache.length + rows.stop - rows.start)
-    cos, sin = cos_sin(positions, cfg, nx)  # [T, R/2]
+    cos, sin = (nx.bring(a, x) for a in cos_sin(positions, cfg, nx))  # [T, R/2]
     q_pe = nx.point("#q_pe", rotate(q_pe, cos[:, None], sin[:, None]))
     k_pe = nx.point("#k_pe", rotate(k_pe, cos, sin))
 
@@ -166,7 +166,7 @@ def _softmax_blocks(
     nx: Numerics,
 ) -> np.ndarray:
     """softmax(scaled causal scores) · values, [H, T, ·]; a watched softmax is made in one piece."""
-    scale = nx.dtype(softmax_scale(cfg))
+    xp, scale = array_module(values), nx.dtype(softmax_scale(cfg))
     whole = nx.watches("#scores") or nx.watches("#probs")
     step = T if whole else max(1, SCORES // (cfg.num_attention_heads * S))
     blocks = []
@@ -174,18 +174,16 @@ def _softmax_blocks(
         stop = min(start + step, T)
         s = scores(slice(start, stop)) * scale  # [H, T, S]
         s = nx.tap("#scores", s.transpose(1, 0, 2)).transpose(1, 0, 2) if whole else s
-        seen = np.arange(S - T + start, S - T + stop)[
-            :, None
-        ]  # a query's own position, the last seen
-        p = softmax(np.where(np.arange(S) <= seen, s, -np.inf))
+        seen = xp.arange(S - T + start, S - T + stop)[:, None]  # a query's own position, the last
+        p = softmax(xp.where(xp.arange(S) <= seen, s, -np.inf))
         p = nx.tap("#probs", p.transpose(1, 0, 2)).transpose(1, 0, 2) if whole else p
         blocks.append(p @ values)
-    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
+    return blocks[0] if len(blocks) == 1 else xp.concatenate(blocks, axis=1)
 
 
 def softmax(s: np.ndarray) -> np.ndarray:
     """Over the last axis, in s's own precision; the largest score is taken off first."""
-    e = np.exp(s - s.max(axis=-1, keepdims=True))
+    e = array_module(s).exp(s - s.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)
 
 

@@ -8,8 +8,7 @@ Source: Zhang and Sennrich, arXiv:1910.07467, eq. 4. Checkpoint: `*_layernorm.we
 
 import numpy as np
 
-from refmoe.model.matrix import Matrix, dequantize
-from refmoe.model.numerics import array_module
+from refmoe.model.matrix import Matrix, array_module, dequantize
 
 
 def rms_norm(x: np.ndarray, w: Matrix, eps: float) -> np.ndarray:

@@ -14,12 +14,14 @@ Face model, so a torch forward hook names a foreign dump; `#` stands where it ha
     float32     the working engine
     bfloat16    float32 arithmetic, every point rounded to bf16: what GPUs do
     float16     the same with float16
+
+Where some weights are in another memory than the processor's, `bring` carries x there and back. A
+point looks for what is not finite only in the processor's own; elsewhere that would be a wait at
+each. Sums and products hand it on, 0 times infinity included, so it is found where x comes back.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,11 +30,17 @@ from refmoe.config import CONVENTIONS, Conventions
 from refmoe.model.matrix import Matrix, round_bf16
 
 Linear = Callable[[np.ndarray, Matrix], np.ndarray]
+Bring = Callable[[np.ndarray, Any], np.ndarray]
 Watch = Callable[[str, np.ndarray], np.ndarray]
 
 
 class NonFinite(ArithmeticError):
     """A point held NaN or infinity: `str()` names the first one and the row."""
+
+
+def stay(x: np.ndarray, there: Any) -> np.ndarray:
+    """Where there is one memory, everything is there."""
+    return x
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,11 @@ class Numerics:
     conventions: Conventions = CONVENTIONS["refmoe"]
     attention: str = "expanded"  # or "absorbed", or "auto": whichever costs less
     cache: str | None = None  # "bf16": latents and rotated keys are kept in it
+    room: int | None = None  # positions that a cache makes room for at once, and no more
+    rows: int | None = None  # of a prompt that go through together, at most
     stop_at_nonfinite: bool = True
+    bring: Bring = stay  # x to the memory in which an array or weights are; None: the processor's
+    shared_first: bool = False  # the shared expert is computed elsewhere, meanwhile
     scope: str = ""  # "model.layers.3.self_attn."
     segment: str = ""  # "@1" inside the second of several prompts
 
@@ -72,7 +84,7 @@ class Numerics:
     def point(self, name: str, x: np.ndarray) -> np.ndarray:
         if self.round is not None:
             x = self.round(x)
-        if self.stop_at_nonfinite and not np.isfinite(x).all():
+        if self.stop_at_nonfinite and isinstance(x, np.ndarray) and not np.isfinite(x).all():
             row = int(np.argwhere(~np.isfinite(x))[0][0])
             raise NonFinite(f"{self.path(name)}: the first value that is not finite, in row {row}")
         return self.tap(name, x)
@@ -88,10 +100,10 @@ class Numerics:
         if self.watch is None or not self.watches(name):
             return x
         path = self.path(name)
-        seen = np.asarray(self.watch(path, x))
+        seen = np.asarray(self.watch(path, self.bring(x, None)))
         if seen.shape != x.shape:
             raise ValueError(f"{path}: the watcher returned {seen.shape}, expected {x.shape}")
-        return seen.astype(x.dtype, copy=False)
+        return self.bring(seen.astype(x.dtype, copy=False), x)
 
 
 def round_float16(x: np.ndarray) -> np.ndarray:
@@ -105,8 +117,3 @@ POLICIES: dict[str, tuple[type[np.floating[Any]], Callable[[np.ndarray], np.ndar
     "bfloat16": (np.float32, round_bf16),
     "float16": (np.float32, round_float16),
 }
-
-
-def array_module(x: Any) -> ModuleType:
-    """NumPy for NumPy's arrays, CuPy for CuPy's, without importing either."""
-    return sys.modules[type(x).__module__.partition(".")[0]]

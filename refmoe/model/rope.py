@@ -27,7 +27,8 @@ from functools import cache
 import numpy as np
 
 from refmoe.config import Config, Yarn
-from refmoe.model.numerics import Numerics, array_module
+from refmoe.model.matrix import array_module
+from refmoe.model.numerics import Numerics
 
 
 @cache

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 
 from refmoe.config import Config
-from refmoe.model.matrix import Matrix, dequantize
-from refmoe.model.numerics import Numerics, array_module
+from refmoe.model.matrix import Matrix, array_module, dequantize
+from refmoe.model.numerics import Numerics
 
 
 class GateWeights(NamedTuple):
@@ -43,12 +43,12 @@ def route(x: np.ndarray, w: GateWeights, cfg: Config, nx: Numerics) -> Routing:
     flip was, so that a wrong router can be told from a tie inside the noise. They are of this
     router's own choice; the weights are taken for the choice that comes back from the watcher.
     """
-    xp = array_module(x)
     K = cfg.num_experts_per_tok
     wide = np.promote_types(x.dtype, np.float32)
-    logits = nx.gate(x.astype(wide, copy=False), w.weight)  # [T, E]
+    logits = nx.gate(x if x.dtype == wide else x.astype(wide), w.weight)  # [T, E]
     if nx.conventions.router_logits == "activations" and nx.round is not None:
         logits = nx.round(logits)
+    xp = array_module(logits)  # which need not be where x is
     s = sigmoid(nx.tap("gate", logits))  # [T, E]
     score = s + dequantize(w.e_score_correction_bias, wide)
 

@@ -25,7 +25,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors.numpy
@@ -36,6 +36,9 @@ from refmoe.run.generate import prefill, working
 from refmoe.run.model import Model, golden_folder, load
 from refmoe.weights.members import write_member
 from refmoe.weights.random import write_random
+
+if TYPE_CHECKING:
+    from refmoe.fast.gpu import Request
 
 VERSION = 2
 BOUNDS = {"float64": 1e-10, "float32": 2e-5}
@@ -53,11 +56,13 @@ class Row:
     ok: bool
 
 
-def verify(folder: Path | None = None, reference: bool = False) -> Iterator[Row]:
+def verify(
+    folder: Path | None = None, reference: bool = False, gpu: "Request | None" = None
+) -> Iterator[Row]:
     """Compare every golden with what refmoe computes now, a row for each point.
 
-    `reference`: with the definition in `model/` alone. Raises `InputError` if a file is missing,
-    of another version, or not the one the witness read.
+    `reference`: with the definition in `model/` alone. `gpu`: on a card, in float32. Raises
+    `InputError` if a file is missing, of another version, or not the one the witness read.
     """
     folder = folder or golden_folder() / "vectors"
     manifest = read_manifest(folder)
@@ -71,10 +76,10 @@ def verify(folder: Path | None = None, reference: bool = False) -> Iterator[Row]
             for file, wanted in spec["sha256"].items():
                 _same(path / file, wanted)
             cases = [case for case in manifest["cases"] if case["model"] == name]
-            for numerics in BOUNDS:
+            for numerics in BOUNDS if gpu is None else ("float32",):
                 for case in cases:
                     if case["witness"] == "float64" or numerics == "float32":
-                        model = load(path, numerics, reference, case["conventions"])
+                        model = load(path, numerics, reference, case["conventions"], gpu=gpu)
                         yield from _case(model, case, cases, folder)
 
 

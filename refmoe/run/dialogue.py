@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from refmoe.config import InputError
 from refmoe.model.cache import LatentCache
 from refmoe.model.decoder import Decoder
-from refmoe.run.generate import generate_tokens, working
+from refmoe.run.generate import context_of, generate_tokens, working
 from refmoe.run.model import Model
 from refmoe.run.sampler import Sampling
 from refmoe.text.chat import (
@@ -87,7 +87,7 @@ class Dialogue:
         """
         messages = [*self.messages, message]
         prompt = self.template.encode(self.model.tokenizer, messages, self.tools, **self.variables)
-        context = self.model.cfg.max_position_embeddings
+        context = context_of(self._decoder)
         if len(prompt.tokens) >= context:
             raise InputError(
                 f"the conversation would have {len(prompt.tokens)} tokens, the context holds "

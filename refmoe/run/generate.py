@@ -35,6 +35,7 @@ def prefill(
     check_tokens(tokens, memory[0].length, decoder.cfg)
     if chunk is None:
         chunk = STREAMED if isinstance(decoder.experts_of(0), Lender) else CHUNK
+    chunk = min(chunk, decoder.nx.rows or chunk)
     with alone(decoder):
         for start in range(0, len(tokens), chunk):
             x = decoder.hidden([tokens[start : start + chunk]], [memory])
@@ -51,6 +52,12 @@ def alone(decoder: Decoder) -> Any:
     """Where refmoe's own threads work, BLAS's must not spin beside them: it halves both."""
     own = decoder.nx.experts is not routed_experts
     return threads.one_blas_thread() if own else nullcontext()
+
+
+def context_of(decoder: Decoder) -> int:
+    """The most tokens there can be: the model's, or what caches were given room for."""
+    most = decoder.cfg.max_position_embeddings
+    return min(most, decoder.nx.room or most)
 
 
 def generate_tokens(
@@ -70,6 +77,7 @@ def generate_tokens(
         raise InputError(f"max_new_tokens = {max_new_tokens}, expected 0 or more")
     rng = np.random.default_rng(seed)
     logits = prefill(decoder, prompt, memory, chunk)
+    end = context_of(decoder)
     made = 0
     while max_new_tokens is None or made < max_new_tokens:
         token = sample(logits, sampling, rng)
@@ -77,7 +85,7 @@ def generate_tokens(
             return
         yield token
         made += 1
-        if made == max_new_tokens or memory[0].length == decoder.cfg.max_position_embeddings:
+        if made == max_new_tokens or memory[0].length == end:
             return
         logits = step(decoder, token, memory)
 
@@ -121,10 +129,23 @@ def working(model: Model, int4: str = "fast", cache: str = "float32") -> Decoder
            8-bit ones, 2e-5 of a result; exact
     cache  float32, or bf16: half the memory of the context, latents rounded to 2⁻⁹ of themselves
     """
+    cache = cache if model.card is None else model.card.cache  # as they were planned
     nx = replace(model.nx, attention="auto", cache="bf16" if cache == "bf16" else None)
     if int4 == "fast" and not model.reference and nx.name == "float32":
-        from refmoe.fast.engine import engine  # loaded already, with the model
+        if model.card is not None:
+            from refmoe.fast import gpu
 
-        quick = engine(nx.name, nx.conventions, fast=True)
-        nx = replace(nx, linear=quick.linear, experts=quick.experts)
+            quick = gpu.engine(model.card, nx.conventions, fast=True)
+        else:
+            from refmoe.fast.engine import engine  # loaded already, with the model
+
+            quick = engine(nx.name, nx.conventions, fast=True)
+        nx = replace(
+            nx,
+            linear=quick.linear,
+            experts=quick.experts,
+            gate=quick.gate,
+            expanded=quick.expanded,
+            absorbed=quick.absorbed,
+        )
     return model.decoder.using(nx)

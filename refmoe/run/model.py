@@ -14,9 +14,11 @@ from refmoe.text.tokenizer import Tokenizer
 from refmoe.weights.checkpoint import Checkpoint
 from refmoe.weights.dense import checkpoint_q8, dense_q8
 from refmoe.weights.gguf import Gguf, opened
-from refmoe.weights.store import Store, store
+from refmoe.weights.placement import parts_of
+from refmoe.weights.store import Store, store, usage
 
 if TYPE_CHECKING:
+    from refmoe.fast.gpu import Card, Request
     from refmoe.text.chat import ChatTemplate
 
 DENSE = ("exact", "q8")
@@ -37,6 +39,7 @@ class Model:
     decoder: Decoder
     reference: bool = False  # the definition in model/ alone
     store: Store | None = None  # where weights are read under a budget
+    card: "Card | None" = None  # where a part of it lives
 
     @property
     def cfg(self) -> Config:
@@ -111,6 +114,7 @@ def load(
     dense: str = "exact",
     ram: int | None = None,
     reads: str | None = None,
+    gpu: "Request | None" = None,
 ) -> Model:
     """Open a checkpoint's folder or a GGUF; without a path the embedded tiny-k2.
 
@@ -121,9 +125,17 @@ def load(
     dense        exact: as stored; q8: attention, shared experts, dense MLP and head in 8 bits
     ram          bytes that weights may take; None: all mapped, the system keeps what it likes
     reads        under a budget: direct or cached (by the system); None: whichever is quicker
+    gpu          what every token uses on a CUDA card, as much as its budget holds
 
     Raises `InputError` for whatever does not fit: config, names, shapes, dtypes, missing tensors.
     """
+    if gpu is not None:
+        from refmoe.fast.gpu import hottest, loaded, open_device, planned
+
+        if numerics != "float32" or reference:
+            what = "reference" if reference else numerics
+            raise InputError(f"--gpu computes in float32 with its own kernels, not {what}")
+        device = open_device()
     if reference:
         nx = policy(numerics, conventions)
     else:
@@ -135,9 +147,17 @@ def load(
         raise InputError(f"dense {dense!r}; supported: {', '.join(DENSE)}")
     if ram is not None and dense == "q8":
         checkpoint = checkpoint_q8(checkpoint, nx)
+    if gpu is not None:
+        parts = parts_of(checkpoint, dense)
+        found = planned(checkpoint.cfg, parts, gpu, device)
     streamed = store(checkpoint, ram, reads)
     if streamed is not None:
-        return Model(checkpoint, streamed.decoder(nx), reference, streamed)
-    decoder = checkpoint.decoder(nx)
-    decoder = dense_q8(checkpoint, decoder) if dense == "q8" and ram is None else decoder
-    return Model(checkpoint, decoder, reference)
+        decoder = streamed.decoder(nx)
+    else:
+        decoder = checkpoint.decoder(nx)
+        decoder = dense_q8(checkpoint, decoder) if dense == "q8" and ram is None else decoder
+    if gpu is None:
+        return Model(checkpoint, decoder, reference, streamed)
+    own = hottest(usage(checkpoint), parts, found.share.experts)
+    decoder = loaded(decoder, found, own, conventions)
+    return Model(checkpoint, decoder, reference, streamed, found.card)

@@ -222,6 +222,11 @@ def _prepared(
     if logits not in ("all", "none") and (kind != "top" or not k.isdecimal() or int(k) < 1):
         raise InputError(f"logits {logits!r}; expected all, none or top:K")
     lengths = [len(tokens) for tokens in prompts]
+    if nx.room is not None and max(lengths) > nx.room:
+        raise InputError(
+            f"a prompt of {max(lengths)} tokens, and the card's caches have room for {nx.room}"
+        )
+    chunk = min(chunk, nx.rows or chunk)
     starts = [0, *np.cumsum(lengths).tolist()]
     picked = None if logits == "none" else _picked(positions, lengths)
     counts = lengths if picked is None else [len(rows) for rows in picked]
@@ -745,7 +750,8 @@ def _first_half(
     segments = [
         Segment(slice(p.begin - start, p.end - start), run.caches[p.prompt]) for p in pieces
     ]
-    run.h[rows] = h = attend(old[rows], w, segments, cfg, nx)
+    h = attend(old[rows], w, segments, cfg, nx)
+    run.h[rows] = nx.bring(h, None)
     for p in pieces:
         if p.last:
             del run.caches[p.prompt]

@@ -451,6 +451,22 @@ def _from(memory: np.ndarray, there: Layout) -> Any:
     return source
 
 
+def usage_file(checkpoint: Checkpoint) -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "refmoe" / "usage" / f"{checkpoint.identity}.npy"
+
+
+def usage(checkpoint: Checkpoint) -> np.ndarray | None:
+    """How much experts were used in earlier runs under a budget, [layers, experts] float32."""
+    try:
+        use: np.ndarray = np.load(usage_file(checkpoint), allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # none yet, or damaged: it only saves reads
+        return None
+    cfg = checkpoint.cfg
+    right = use.shape == (cfg.num_hidden_layers, cfg.n_routed_experts) and use.dtype == np.float32
+    return use if right and np.isfinite(use).all() else None
+
+
 Key = tuple[int, int]  # layer, expert
 
 
@@ -475,15 +491,11 @@ class _Arena:
 
     @property
     def file(self) -> Path:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return Path(base) / "refmoe" / "usage" / f"{self.store.checkpoint.identity}.npy"
+        return usage_file(self.store.checkpoint)
 
     def _load(self) -> None:
-        try:
-            use = np.load(self.file, allow_pickle=False)
-        except (OSError, ValueError, EOFError):  # none yet, or damaged: it only saves reads
-            return
-        if use.shape == self.use.shape and use.dtype == np.float32 and np.isfinite(use).all():
+        use = usage(self.store.checkpoint)
+        if use is not None:
             self.use = use
 
     def save(self) -> None:
