@@ -1166,7 +1166,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--hit-rate", type=_share, metavar="H", help="experts not read from disk, 0 to 1"
     )
-    help = "the most routed experts a card takes; default: as many as fit"
+    help = "the most routed experts a card takes; default: as many as fit, or the preset's"
     p.add_argument("--card-experts", type=int, metavar="N", help=help)
     p.add_argument("--validate", action="store_true", help="public reports against predictions")
 

@@ -200,7 +200,7 @@ def test_a_card_of_12_gb_holds_what_every_token_uses_in_8_bits():
     """The preset, and a card given by hand, agree: everything but embedding and experts."""
     preset = plan.preset("rtx3060-optane768")
     there = plan.Case.of(Q8, preset).placement.on("vram")
-    by_hand = on_card(Q8, 12e9, preset.context, plan.NUMBER[preset.cache])
+    by_hand = on_card(Q8, 12e9, preset.context, plan.NUMBER[preset.cache], 0)
     assert there == replace(by_hand, tier=there.tier)
     assert {p.name for p in there.parts} == {p.name for p in Q8.always if p.kind != "embedding"}
     assert there.caches == tuple(range(61))

@@ -126,6 +126,7 @@ class Hardware:
     dense: str = "exact"
     cache: str = "float32"
     context: int = 8192
+    card_experts: int | None = None  # the most that a card takes; None: as many as fit
     notes: tuple[str, ...] = ()
 
     @property
@@ -199,10 +200,12 @@ class _Table:
             raise InputError(f"{self.where}: {key} = {value!r}, expected a number from 0")
         return float(value)
 
-    def whole(self, key: str, default: int) -> int:
+    def whole(self, key: str, default: int, least: int = 1) -> int:
         value = self._take(key, default)
-        if type(value) is not int or not 1 <= value <= 1_000_000:
-            raise InputError(f"{self.where}: {key} = {value!r}, expected a whole number from 1")
+        if type(value) is not int or not least <= value <= 1_000_000:
+            raise InputError(
+                f"{self.where}: {key} = {value!r}, expected a whole number from {least}"
+            )
         return value
 
     def pair(self, key: str) -> tuple[float, float]:
@@ -245,8 +248,8 @@ def read_hardware(text: str, where: str) -> Hardware:
             { name = "DDR4", kind = "ram", capacity = "192GB", bandwidth = "128GB/s" },
         ]
 
-    A tier may also have measured, count, together, reserve and tflops; the file dense, cache and
-    context. Raises `InputError`, which says what was expected.
+    A tier may also have measured, count, together, reserve and tflops; the file dense, cache,
+    context and card_experts. Raises `InputError`, which says what was expected.
     """
     try:
         raw = tomllib.loads(text)
@@ -260,8 +263,9 @@ def read_hardware(text: str, where: str) -> Hardware:
         table.text("dense", "exact", ("exact", "q8")),
         table.text("cache", "float32", tuple(NUMBER)),
         table.whole("context", 8192),
+        table.whole("card_experts", 0, 0) if "card_experts" in raw else None,
     )
-    table.done("known: split, dense, cache, context, machine")
+    table.done("known: split, dense, cache, context, card_experts, machine")
     return found
 
 
@@ -572,6 +576,7 @@ class Case:
     ) -> "Case":
         context = context or hardware.context
         number = number or NUMBER[hardware.cache]
+        card_experts = hardware.card_experts if card_experts is None else card_experts
         tiers = hardware.tiers()
         if hit_rate is not None and not any(t.kind == "disk" for t in tiers):
             raise InputError("a hit rate needs a disk that a miss is read from; give one")
