@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -598,8 +599,6 @@ FORMATS = ("bf16", "q8", "int4-fast", "int4-exact", "q4-fast", "q4", "fp8", "f16
 def _bench(args: argparse.Namespace) -> int:
     if args.what == "oracle":
         return _bench_oracle(args)
-    from refmoe.run import bench as speed  # Numba
-
     if args.what == "gpu":
         from refmoe.fast.gpu import open_device
 
@@ -607,44 +606,39 @@ def _bench(args: argparse.Namespace) -> int:
     _announce()
     if args.threads is not None:
         use_threads(args.threads)
-    if args.what == "gpu":
-        from refmoe.run.bench_gpu import bench_gpu, gpu_table
-
-        folder = args.model if args.shape is None else _slice(args)
-        document = bench_gpu(folder, args.dense, args.vram)
-        print("\n".join(gpu_table(document))) if not args.json else _print_json(document)
-        return 0
-    if args.what == "kernels":
-        counts = [args.threads] if args.threads else []
-        document = speed.kernels(args.formats or FORMATS, counts)
-    elif args.what == "peers":
-        folder = args.model if args.shape is None else _slice(args)
-        document = speed.peers(folder, args.folder)
-    elif args.what == "store":
-        from refmoe.run.bench_store import bench_store, store_table
-
-        folder = args.model if args.shape is None else _slice(args)
-        how = {"int4": args.int4, "dense": args.dense, "reads": args.reads}
-        document = bench_store(folder, args.ram, args.tokens or 12, **how)
-        if not args.json:
-            print("\n".join(store_table(document)))
-            return 0
-    elif args.what == "sweep":
-        from refmoe.run.bench_sweep import bench_sweep, sweep_table
-
-        folder = args.model if args.shape is None else _slice(args)
-        how = {"dense": args.dense, "reads": args.reads, "folder": args.folder}
-        document = bench_sweep(folder, args.ram, args.prompt or 8, **how)
-        if not args.json:
-            print("\n".join(sweep_table(document)))
-            return 0
-    else:
-        document = _bench_model(args)
+    document, lines = _measured(args)
     if args.json:
         _print_json(document)
     else:
-        print("\n".join(speed.table(args.what, document)))
+        print("\n".join(lines(document)))
     return 0
+
+
+def _measured(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[Any], list[str]]]:
+    """What a benchmark found, and how to show it to people."""
+    from refmoe.run import bench as speed
+
+    lines: Callable[[Any], list[str]] = partial(speed.table, args.what)
+    if args.what == "kernels":
+        counts = [args.threads] if args.threads else []
+        return speed.kernels(args.formats or FORMATS, counts), lines
+    if args.what in ("decode", "prefill"):
+        return _bench_model(args), lines
+    folder = args.model if args.shape is None else _slice(args)
+    if args.what == "peers":
+        return speed.peers(folder, args.folder), lines
+    if args.what == "gpu":
+        from refmoe.run.bench_gpu import bench_gpu, gpu_table
+
+        return bench_gpu(folder, args.dense, args.vram), gpu_table
+    how = {"dense": args.dense, "reads": args.reads}
+    if args.what == "store":
+        from refmoe.run.bench_store import bench_store, store_table
+
+        return bench_store(folder, args.ram, args.tokens or 12, int4=args.int4, **how), store_table
+    from refmoe.run.bench_sweep import bench_sweep, sweep_table
+
+    return bench_sweep(folder, args.ram, args.prompt or 8, folder=args.folder, **how), sweep_table
 
 
 def _bench_model(args: argparse.Namespace) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class Stream:
         self.rates = [self.measure()]
 
     def measure(self) -> float:
-        rate = self.nbytes / _time(partial(threads.pool().run, self.pieces)) / 1e9
+        rate = self.nbytes / timed(partial(threads.pool().run, self.pieces)) / 1e9
         self.rates.append(rate)
         return rate
 
@@ -104,7 +104,7 @@ class Stream:
         return float(np.median(self.rates))
 
 
-def _time(run: Callable[[], Any]) -> float:
+def timed(run: Callable[[], Any]) -> float:
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
@@ -181,7 +181,7 @@ def _rates(
 
     def run() -> float:
         inputs = Inputs(x)
-        rates.append(nbytes / _time(lambda: multiply([(inputs, m) for m in here])) / 1e9)
+        rates.append(nbytes / timed(lambda: multiply([(inputs, m) for m in here])) / 1e9)
         return rates[-1]
 
     run()
@@ -253,7 +253,7 @@ def bytes_per_token(decoder: Decoder, positions: int) -> int:
     return total + number * latent * positions * cfg.num_hidden_layers
 
 
-def _tokens(model: Model, count: int) -> list[int]:
+def random_tokens(model: Model, count: int) -> list[int]:
     rng = np.random.default_rng(1)
     return rng.integers(0, min(model.cfg.vocab_size, 2000), count).tolist()
 
@@ -261,7 +261,7 @@ def _tokens(model: Model, count: int) -> list[int]:
 def decode(model: Model, decoder: Decoder, prompt: int = 16, steps: int = 24) -> dict[str, Any]:
     """One token at a time after a prompt, with the tokens of a seed: the best and middle step."""
     stream, memory = Stream(), decoder.caches()
-    ids = _tokens(model, prompt + 2 * steps)
+    ids = random_tokens(model, prompt + 2 * steps)
     prefill(decoder, ids[:prompt], memory)
     for token in ids[prompt : prompt + steps]:  # pages and caches as they will be
         step(decoder, token, memory)
@@ -269,7 +269,7 @@ def decode(model: Model, decoder: Decoder, prompt: int = 16, steps: int = 24) ->
     rates: list[float] = []
 
     def one(token: int) -> float:
-        rates.append(1 / _time(partial(step, decoder, token, memory)))
+        rates.append(1 / timed(partial(step, decoder, token, memory)))
         return nbytes * rates[-1] / 1e9
 
     stream.measure()
@@ -294,13 +294,13 @@ def decode(model: Model, decoder: Decoder, prompt: int = 16, steps: int = 24) ->
 
 def prompt(model: Model, decoder: Decoder, count: int = 128, runs: int = 5) -> dict[str, Any]:
     """A whole prompt at once; the head of its last token alone."""
-    stream, ids = Stream(), _tokens(model, count)
+    stream, ids = Stream(), random_tokens(model, count)
     prefill(decoder, ids, decoder.caches())
     nbytes = sum(t.nbytes for n, t in model.checkpoint.tensors.items() if "embed_tokens" not in n)
     rates: list[float] = []
 
     def once() -> float:
-        rates.append(count / _time(lambda: prefill(decoder, ids, decoder.caches())))
+        rates.append(count / timed(lambda: prefill(decoder, ids, decoder.caches())))
         return nbytes / count * rates[-1] / 1e9
 
     stream.measure()
@@ -333,7 +333,7 @@ def peers(
         decoder = working(model)
         one, many = decode(model, decoder, 16, steps), prompt(model, decoder, length)
         rows.append((f"refmoe, {dense}", refmoe_version, one["tok_s"], many["tok_s"]))
-    ids = _tokens(model, length)
+    ids = random_tokens(model, length)
     for engine, run in (("transformers", _transformers), ("llama_cpp", _llamacpp)):
         if importlib.util.find_spec(engine) is not None:
             rows.append(run(model, scratch, ids, steps))
@@ -370,10 +370,10 @@ def _llamacpp(model: Model, scratch: Path | None, ids: list[int], steps: int) ->
         engine.reset()
         first = []
         for _ in range(2):
-            first.append(_time(partial(engine.eval, ids)))
+            first.append(timed(partial(engine.eval, ids)))
             engine.reset()
         engine.eval(ids[:16])
-        each = [_time(partial(engine.eval, [token])) for token in ids[16 : 16 + 2 * steps]]
+        each = [timed(partial(engine.eval, [token])) for token in ids[16 : 16 + 2 * steps]]
         engine.close()
     return "llama.cpp", str(llama.__version__), 1 / min(each[steps:]), len(ids) / min(first)
 
@@ -395,12 +395,12 @@ def _transformers(model: Model, scratch: Path | None, ids: list[int], steps: int
         with torch.inference_mode():
             prompt = torch.tensor([ids])
             peer(prompt, logits_to_keep=1)
-            first = [_time(lambda: peer(prompt, logits_to_keep=1)) for _ in range(2)]
+            first = [timed(lambda: peer(prompt, logits_to_keep=1)) for _ in range(2)]
             past = peer(prompt[:, :16], use_cache=True).past_key_values
             each = []
             for token in ids[16 : 16 + 2 * steps]:
                 one = torch.tensor([[token]])
-                each.append(_time(partial(peer, one, past_key_values=past, use_cache=True)))
+                each.append(timed(partial(peer, one, past_key_values=past, use_cache=True)))
     return (
         "transformers",
         str(transformers.__version__),

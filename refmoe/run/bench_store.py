@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from refmoe.config import InputError
-from refmoe.run.bench import _time, _tokens
+from refmoe.run.bench import random_tokens, timed
 from refmoe.run.generate import prefill, step, working
 from refmoe.run.model import load
 from refmoe.weights.reader import high_water
@@ -39,7 +39,7 @@ def bench_store(
         raise InputError(f"{ram / 1e9:.1f} GB: all fits, or lies in memory; nothing is streamed")
     decoder = working(model, int4)
     memory = decoder.caches()
-    ids = _tokens(model, prompt + WARM + steps)
+    ids = random_tokens(model, prompt + WARM + steps)
     prefill(decoder, ids[:prompt], memory)
     for token in ids[prompt : prompt + WARM]:
         step(decoder, token, memory)
@@ -47,7 +47,7 @@ def bench_store(
     rates = [store.read_rate(sample)]
     store.reset()
     seconds = [
-        _time(lambda token=token: step(decoder, token, memory))  # type: ignore[misc]
+        timed(lambda token=token: step(decoder, token, memory))  # type: ignore[misc]
         for token in ids[prompt + WARM :]
     ]
     counters = store.counters

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from refmoe.config import InputError
-from refmoe.run.bench import _tokens
+from refmoe.run.bench import random_tokens
 from refmoe.run.model import Model, load
 from refmoe.run.sweep import sweep
 from refmoe.weights.reader import PAGE, WAYS, forget, high_water, rate
@@ -38,7 +38,7 @@ def bench_sweep(
         forget(file)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         out = Path(scratch) / "sweep.safetensors"
-        done = sweep(model, [_tokens(model, count)], out, logits="all", positions="last")
+        done = sweep(model, [random_tokens(model, count)], out, logits="all", positions="last")
     read = _bytes_read(model, done.bytes_read)
     if model.store:
         model.store.close()

@@ -169,19 +169,17 @@ class Store:
         self.least = least(sizes, self.slot, chosen)
         self.budget = divide(sizes, self.slot, len(moe) * cfg.n_routed_experts, chosen, ram)
         largest = max({t.file for t in checkpoint.tensors.values()}, key=_size)
-        self.rates: dict[str, float] = {}
-        if way is None:
-            way, self.rates = reader.choose(largest)
-        self.reader = Reader(way, threads or reader.THREADS)
+        self.reader = Reader(way or reader.choose(largest)[0], threads or reader.THREADS)
         self.stage = _Stage(self, items)
         self.arena = _Arena(self, moe)
-        self.gate: Numerics | None = None
+        self.numerics: Numerics | None = None  # that guesses are made in
+        self.maps: list[np.memmap] = []  # of the embedding
 
     def decoder(self, nx: Numerics) -> Decoder:
         """The network; its layers and experts are read when they are asked for."""
         if self.checkpoint.missing:
             return self.checkpoint.decoder(nx)  # which says what is missing
-        self.gate = nx.watching(None)
+        self.numerics = nx.watching(None)
         return Decoder(
             self.checkpoint.cfg,
             nx,
@@ -195,7 +193,6 @@ class Store:
     @cached_property
     def embedding(self) -> Matrix:
         """Mapped, without what a system reads ahead."""
-        self.maps: list[Any] = []
 
         def source(t: Stored) -> np.ndarray:
             file = np.memmap(t.file, np.uint8, "r")
@@ -222,7 +219,7 @@ class Store:
 
     def let_go(self) -> None:
         """Rows of the embedding that were touched need not stay."""
-        for file in getattr(self, "maps", []):
+        for file in self.maps:
             advise(file, "MADV_DONTNEED")
 
     def read_rate(self, nbytes: int) -> float:
@@ -752,7 +749,7 @@ class _LayerExperts:
 
     def _guess(self, x: np.ndarray) -> None:
         """The next layer's choice, from this layer's input to its mixture, renormed."""
-        store, nx, following = self.store, self.store.gate, self.layer + 1
+        store, nx, following = self.store, self.store.numerics, self.layer + 1
         cfg: Config = store.checkpoint.cfg
         if nx is None or len(x) > FEW or following >= cfg.num_hidden_layers:
             return
