@@ -804,7 +804,7 @@ def test_the_bench_runs(device, capsys, monkeypatch):
     assert [(r["name"], r["cols"]) for r in d["kernels"][:2]] == [("f32", 256), ("f32", 512)]
     assert {r["name"] for r in d["kernels"]} == set(FORMS)
     for r in d["kernels"]:
-        assert 0 < r["rel_error"] < 1e-6
+        assert 0 < r["rel_error"] < 1e-6  # √depth·2⁻²⁴ as random signs add: 4e-7 at 7,168 columns
         assert r["ratio"] > 0
     placements = ["CPU only", "dense on card", "all on card"]
     assert [r["placement"] for r in d["decode"]] == placements
@@ -890,5 +890,5 @@ def test_on_a_card_it_benches(card, capsys):
     d = json.loads(capsys.readouterr().out)
     assert d["copy_gbs"] > 0
     assert {r["name"] for r in d["kernels"]} == set(FORMS)
-    assert all(r["rel_error"] < 1e-6 for r in d["kernels"])
+    assert all(r["rel_error"] < 1e-6 for r in d["kernels"])  # √depth·2⁻²⁴, at most 4e-7
     assert [r["placement"] for r in d["decode"]] == ["CPU only", "dense on card", "all on card"]
