@@ -6,14 +6,15 @@ refmoe.generate(model, "ROMEO:")             text, piece by piece
 refmoe.trace(model, tokens, ["lm_head"])     {point: array}
 """
 
-from refmoe.config import Config, InputError
+from refmoe.config import Config
+from refmoe.files import InputError
 from refmoe.oracle.compare import check
 from refmoe.oracle.readers import read_dump
 from refmoe.oracle.trace import trace
 from refmoe.run.generate import generate
 from refmoe.run.model import Model, load
+from refmoe.version import __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "Config",
     "InputError",

@@ -21,8 +21,9 @@ import numpy as np
 from tqdm import tqdm
 
 import refmoe
-from refmoe.config import CONVENTIONS, InputError, as_bytes, read_json, read_text
+from refmoe.engines import CONVENTIONS
 from refmoe.fast.threads import use as use_threads
+from refmoe.files import InputError, as_bytes, read_json, read_text
 from refmoe.model.numerics import POLICIES, NonFinite
 from refmoe.oracle import bench, golden, lint, mutate, quant, repro
 from refmoe.oracle.base_logits import divergence, read_base, write_base

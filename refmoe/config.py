@@ -1,4 +1,4 @@
-"""config.json → a frozen `Config`; the sides taken where engines disagree → `Conventions`.
+"""config.json → a frozen `Config`.
 
 Every number of the model comes from config.json; what the graph cannot do is refused here, by
 field name. Nested `text_config` (K2.5 and later) and both spellings of the rope settings
@@ -15,15 +15,12 @@ Axis letters, everywhere in this project:
 A stored matrix is [O, I], as on disk. There is no batch axis: many prompts are many rows.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-
-class InputError(ValueError):
-    """Bad input from outside: says what was found, what was expected, where, and what to do."""
+from refmoe.files import InputError, read_object
 
 
 @dataclass(frozen=True)
@@ -182,48 +179,6 @@ class Config:
 MODEL_TYPES = ("kimi_k2", "deepseek_v3")
 
 
-FILE_LIMIT = 200_000_000  # bytes; the index of K2's 208,550 tensors has some 20 million
-
-
-def read_text(file: Path) -> str:
-    """A UTF-8 file; `InputError` if it is not there, too large, or anything else."""
-    try:
-        if file.stat().st_size > FILE_LIMIT:
-            raise InputError(f"{file}: more than {FILE_LIMIT:,} bytes; is it the right file?")
-        return file.read_bytes().decode("utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{file}: cannot be read as UTF-8 ({e})") from None
-
-
-def read_json(file: Path) -> Any:
-    """What a JSON file holds."""
-    try:
-        return json.loads(read_text(file))
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as e:  # also an integer of more than 4,300 digits
-        raise InputError(f"{file}: not JSON ({e})") from None
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """What a JSON file holds, which must be an object."""
-    value = read_json(file)
-    if not isinstance(value, dict):
-        raise InputError(f"{file}: a JSON {type(value).__name__}, expected an object")
-    return value
-
-
-def as_bytes(text: str, what: str = "a size") -> int:
-    """64GB is 64·10⁹, 64GiB 64·2³⁰, 1.5e9 itself. Raises `InputError`."""
-    m = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]{1,2})?)\s*([kmgt]?)(i?)b?\s*", text.lower())
-    if m is None or (m[3] and not m[2]) or float(m[1]) <= 0:
-        raise InputError(f"{what} = {text!r}, expected bytes like 64GB (10⁹) or 64GiB (2³⁰)")
-    power = "kmgt".index(m[2]) + 1 if m[2] else 0
-    return int(float(m[1]) * (1024 if m[3] else 1000) ** power)
-
-
 def as_ids(value: Any) -> tuple[int, ...]:
     """`eos_token_id` is written as nothing, one id or several."""
     ids = [] if value is None else value if isinstance(value, list) else [value]
@@ -361,63 +316,3 @@ def _consistent(cfg: Config) -> None:
     eligible = cfg.n_routed_experts // cfg.n_group * cfg.topk_group
     if cfg.num_experts_per_tok > eligible:
         raise InputError(f"num_experts_per_tok = {cfg.num_experts_per_tok} of {eligible} eligible")
-
-
-@dataclass(frozen=True)
-class Conventions:
-    """Where correct engines differ; each preset is true to one engine.
-
-    Sources: the tables of differences in docs/conventions.md, with repository and file.
-    """
-
-    name: str
-    latent_norm_eps: float | None = 1e-6  # q_a/kv_a norms; None: config.rms_norm_eps
-    rounded_products: tuple[str, ...] = ()  # formats whose q·s is rounded to bf16: int4, fp8
-    router_logits: Literal["wide", "activations"] = "wide"  # float32 at least, or as activations
-    normaliser: Literal["sum + 1e-20", "sum", "max(sum, 2^-14)"] = "sum + 1e-20"
-    routed_scale: Literal["weights", "sum"] = "weights"  # what γ multiplies: decides what is dumped
-    masked_groups: float = float("-inf")  # choice score of experts in groups not chosen
-    rope_layout: Literal["pairs", "halves"] = "pairs"  # of q_pe, k_pe in memory and in dumps
-    yarn_betas: tuple[float, float] | None = None  # (fast, slow); None: the config's
-
-
-CONVENTIONS = {
-    c.name: c
-    for c in (
-        Conventions("refmoe"),
-        Conventions(
-            "moonshot", rounded_products=("int4",), masked_groups=0.0, rope_layout="halves"
-        ),
-        Conventions("transformers", rounded_products=("int4",), rope_layout="halves"),
-        # Marlin multiplies a dequantised nibble by its scale in the activations' dtype
-        Conventions(
-            "vllm",
-            latent_norm_eps=None,
-            rounded_products=("int4",),
-            router_logits="activations",
-            normaliser="sum",
-            routed_scale="sum",
-        ),
-        Conventions(
-            "sglang",
-            latent_norm_eps=None,
-            rounded_products=("int4",),
-            router_logits="activations",
-            masked_groups=0.0,
-        ),
-        # its converter writes the betas, its deepseek2 loader never reads them
-        Conventions(
-            "llama.cpp",
-            latent_norm_eps=None,
-            normaliser="max(sum, 2^-14)",
-            yarn_betas=(32.0, 1.0),
-        ),
-        Conventions(
-            "mlx",
-            rounded_products=("fp8",),
-            router_logits="activations",
-            normaliser="sum",
-            masked_groups=0.0,
-        ),
-    )
-}

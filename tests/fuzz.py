@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from refmoe.config import InputError
+from refmoe.files import InputError
 from refmoe.model.decoder import policy
 from refmoe.run.model import golden_folder
 from refmoe.text.chat import ChatTemplate

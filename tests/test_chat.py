@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refmoe.config import InputError
+from refmoe.files import InputError
 from refmoe.run.model import golden_folder
 from refmoe.text.chat import (
     ChatTemplate,

@@ -13,7 +13,8 @@ import safetensors.numpy
 
 import refmoe
 from refmoe import cli
-from refmoe.config import CONVENTIONS, InputError
+from refmoe.engines import CONVENTIONS
+from refmoe.files import InputError
 from refmoe.oracle import bench
 from refmoe.oracle.compare import check
 from refmoe.oracle.readers import Dump, fit, read_dump

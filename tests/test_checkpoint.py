@@ -10,7 +10,8 @@ import pytest
 import safetensors.numpy
 
 import refmoe
-from refmoe.config import Config, InputError
+from refmoe.config import Config
+from refmoe.files import InputError
 from refmoe.weights.checkpoint import Checkpoint, expected, read_header, summary
 from refmoe.weights.random import INT4_CONFIG, axes, write_random
 from tests.networks import SHAPE

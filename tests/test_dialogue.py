@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import refmoe
-from refmoe.config import InputError
+from refmoe.files import InputError
 from refmoe.run import generate
 from refmoe.run.dialogue import Dialogue, printable
 from refmoe.text.chat import ChatTemplate, Problem, collect

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 import refmoe
 from refmoe.cli import main
-from refmoe.config import InputError
 from refmoe.fast.engine import engine
 from refmoe.fast.kquants import DECODERS, HALVES
 from refmoe.fast.linear import linear
+from refmoe.files import InputError
 from refmoe.model.matrix import Q4, Coded, Heads, Int4, dequantize
 from refmoe.run import export
 from refmoe.run.export import int4_of, q4_of, to_gguf, to_safetensors

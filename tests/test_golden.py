@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from refmoe import cli
-from refmoe.config import InputError
+from refmoe.files import InputError
 from refmoe.oracle import golden
 from refmoe.run.model import golden_folder
 from refmoe.weights.members import MEMBERS

@@ -22,10 +22,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from refmoe import cli
-from refmoe.config import InputError
 from refmoe.fast import gpu
 from refmoe.fast.gpu import Card, Request
 from refmoe.fast.gpu_kernels import FEW, FORMS, depth, source
+from refmoe.files import InputError
 from refmoe.model import matrix
 from refmoe.model.decoder import Decoder
 from refmoe.model.matrix import E4M3, Q8, Coded, Fp8Block, dequantize

@@ -12,7 +12,19 @@ import pytest
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "refmoe"
-ROOMS = ["config", "model", "weights", "fast", "text", "run", "oracle", "cli"]  # ground floor first
+ROOMS = [  # ground floor first
+    "version",
+    "files",
+    "engines",
+    "config",
+    "model",
+    "weights",
+    "fast",
+    "text",
+    "run",
+    "oracle",
+    "cli",
+]
 PAPER = ["matrix", "numerics", "norm", "rope", "cache", "mla", "router", "experts", "decoder"]
 
 

@@ -15,7 +15,8 @@ import safetensors
 
 import refmoe
 from refmoe.cli import main
-from refmoe.config import Config, InputError
+from refmoe.config import Config
+from refmoe.files import InputError
 from refmoe.model.matrix import Int4, widen_bf16
 from refmoe.weights import k2_full as module
 from refmoe.weights.checkpoint import INDEX, Checkpoint, read_header

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from refmoe.config import InputError
+from refmoe.files import InputError
 from refmoe.model import experts
 from refmoe.model.decoder import Decoder, policy
 from refmoe.model.numerics import NonFinite

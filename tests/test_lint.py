@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors import TensorSpec, serialize_file
 
-from refmoe.config import Config, InputError
+from refmoe.config import Config
+from refmoe.files import InputError
 from refmoe.model.matrix import bf16_bits, dequantize, widen_bf16
 from refmoe.model.router import GateWeights, route
 from refmoe.oracle import lint as lint_module

@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 
 import refmoe
-from refmoe.config import CONVENTIONS
+from refmoe.engines import CONVENTIONS
 from refmoe.fast.engine import engine
 from refmoe.oracle.base_logits import divergence, read_base, write_base
 from refmoe.oracle.readers import read_dump

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import refmoe
-from refmoe.config import Config, Fp8Scheme, InputError, OtherScheme
+from refmoe.config import Config, Fp8Scheme, OtherScheme
+from refmoe.files import InputError
 from refmoe.model import matrix
 from refmoe.model.matrix import E4M3, Fp8Block, dequantize, rows, tiles
 from refmoe.weights.checkpoint import Checkpoint, canonical, expected

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refmoe.config import CONVENTIONS, InputError
+from refmoe.engines import CONVENTIONS
+from refmoe.files import InputError
 from refmoe.model import matrix
 from refmoe.model.cache import LatentCache
 from refmoe.model.decoder import policy

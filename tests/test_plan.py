@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refmoe import cli
-from refmoe.config import InputError, as_bytes
+from refmoe.files import InputError, as_bytes
 from refmoe.run import plan
 from refmoe.run.export import to_gguf
 from refmoe.run.model import load

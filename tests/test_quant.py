@@ -10,7 +10,7 @@ import pytest
 
 import refmoe
 from refmoe.cli import main
-from refmoe.config import InputError
+from refmoe.files import InputError
 from refmoe.model.experts import MlpWeights
 from refmoe.model.matrix import Int4, dequantize
 from refmoe.oracle import quant

@@ -11,7 +11,7 @@ import pytest
 
 import refmoe
 from refmoe import cli
-from refmoe.config import InputError
+from refmoe.files import InputError
 from refmoe.oracle.compare import check
 from refmoe.oracle.readers import read_dump
 

@@ -8,7 +8,7 @@ import pytest
 
 import refmoe
 from refmoe import cli
-from refmoe.config import InputError
+from refmoe.files import InputError
 from refmoe.oracle import repro
 from refmoe.oracle.compare import Case
 from refmoe.oracle.readers import Dump

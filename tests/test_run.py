@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import refmoe
-from refmoe.config import InputError
+from refmoe.files import InputError
 from refmoe.run.generate import generate_tokens, working
 from refmoe.run.sampler import Sampling, sample
 from tests.networks import envelope, gamma

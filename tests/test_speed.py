@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 import refmoe
 from refmoe.cli import main
-from refmoe.config import InputError
+from refmoe.files import InputError
 from refmoe.model.matrix import Q8, dequantize, quantize_q8
 from refmoe.run import bench
 from refmoe.run.generate import prefill, step, working

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refmoe.cli import main
-from refmoe.config import InputError, as_bytes
 from refmoe.fast.engine import engine
+from refmoe.files import InputError, as_bytes
 from refmoe.run.export import to_gguf
 from refmoe.run.generate import generate_tokens, prefill, step
 from refmoe.run.model import load

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 
 import refmoe
 from refmoe import cli
-from refmoe.config import InputError
+from refmoe.files import InputError
 from refmoe.model.matrix import dequantize
 from refmoe.model.norm import rms_norm
 from refmoe.oracle.readers import read_dump

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 import refmoe
-from refmoe.config import CONVENTIONS, Config, InputError
+from refmoe.config import Config
+from refmoe.engines import CONVENTIONS
+from refmoe.files import InputError
 from refmoe.model.decoder import policy
 from refmoe.oracle import noise
 from refmoe.oracle import truth as truths

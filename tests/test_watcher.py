@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import refmoe
-from refmoe.config import CONVENTIONS
+from refmoe.engines import CONVENTIONS
 from refmoe.model.decoder import Decoder, policy
 from refmoe.model.matrix import round_bf16
 from refmoe.model.numerics import POLICIES

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
-from refmoe.config import Conventions
+from refmoe.engines import Conventions
 from refmoe.fast.attention import absorbed, expanded
 from refmoe.fast.linear import experts, linear
 from refmoe.model.decoder import policy

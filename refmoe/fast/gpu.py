@@ -36,9 +36,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from refmoe.config import Config, Conventions, InputError
+from refmoe.config import Config
+from refmoe.engines import Conventions
 from refmoe.fast.engine import engine as cpu_engine
 from refmoe.fast.gpu_kernels import FEW, FORMS, THREADS, TOKENS, WARPS, Form, shared_bytes, source
+from refmoe.files import InputError
 from refmoe.model import matrix, mla
 from refmoe.model.cache import LatentCache
 from refmoe.model.decoder import Decoder, LayerWeights

@@ -15,7 +15,7 @@ from typing import Any
 
 from threadpoolctl import ThreadpoolController
 
-from refmoe.config import InputError
+from refmoe.files import InputError
 
 Piece = Callable[[], None]
 

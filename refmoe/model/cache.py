@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.config import Config, InputError
+from refmoe.config import Config
+from refmoe.files import InputError
 from refmoe.model.matrix import array_module, bf16_bits, widen_bf16
 from refmoe.model.numerics import Numerics
 

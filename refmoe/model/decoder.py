@@ -16,7 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refmoe.config import CONVENTIONS, Config, Conventions, InputError
+from refmoe.config import Config
+from refmoe.engines import CONVENTIONS, Conventions
+from refmoe.files import InputError
 from refmoe.model import matrix
 from refmoe.model.cache import LatentCache, caches
 from refmoe.model.experts import Experts, MlpWeights, MoeWeights, moe, routed_experts, swiglu

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.config import CONVENTIONS, Conventions
+from refmoe.engines import CONVENTIONS, Conventions
 from refmoe.model.matrix import Matrix, round_bf16
 
 Linear = Callable[[np.ndarray, Matrix], np.ndarray]

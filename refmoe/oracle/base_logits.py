@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from refmoe.config import InputError
+from refmoe.files import InputError
 from refmoe.run.model import Model
 
 MAGIC = b"_logits_"

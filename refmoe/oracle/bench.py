@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.config import InputError
+from refmoe.files import InputError
 from refmoe.model.decoder import Decoder, policy
 from refmoe.model.matrix import E4M3, Fp8Block, Matrix, dequantize, round_bf16
 from refmoe.model.numerics import round_float16

@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.config import CONVENTIONS, InputError
+from refmoe.engines import CONVENTIONS
+from refmoe.files import InputError
 from refmoe.model.decoder import Decoder, policy
 from refmoe.model.experts import MoeWeights
 from refmoe.model.matrix import dequantize

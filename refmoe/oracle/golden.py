@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import safetensors.numpy
 
-from refmoe.config import InputError
+from refmoe.files import InputError
 from refmoe.oracle.trace import trace
 from refmoe.run.generate import prefill, working
 from refmoe.run.model import Model, golden_folder, load

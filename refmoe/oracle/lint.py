@@ -48,7 +48,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from refmoe.config import Config, Fp8Scheme, InputError, OtherScheme, Yarn, as_ids, read_object
+from refmoe.config import Config, Fp8Scheme, OtherScheme, Yarn, as_ids
+from refmoe.files import InputError, read_object
 from refmoe.model.decoder import policy
 from refmoe.model.matrix import (
     BF16,

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refmoe.config import InputError
+from refmoe.files import InputError
 
 HEADER = re.compile(
     r"(?:ggml_debug|common_debug_cb_eval):\s+(\S.*?) = \((\w+)\)\s+(\w+)\((.*)\) = \{([\d, ]+)\}"

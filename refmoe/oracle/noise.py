@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refmoe.config import CONVENTIONS
+from refmoe.engines import CONVENTIONS
 from refmoe.model import matrix
 from refmoe.model.decoder import Decoder
 from refmoe.model.matrix import Fp8Block, Matrix, dequantize

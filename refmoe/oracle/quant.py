@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refmoe.config import InputError
+from refmoe.files import InputError
 from refmoe.model.decoder import Decoder
 from refmoe.model.experts import MlpWeights, routed_experts
 from refmoe.model.matrix import (

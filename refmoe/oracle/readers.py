@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.config import Conventions, InputError, read_json
+from refmoe.engines import Conventions
+from refmoe.files import InputError, read_json
 from refmoe.model.matrix import widen_bf16
 from refmoe.oracle.huggingface import hugging_face
 from refmoe.oracle.llamacpp_text import read_llamacpp

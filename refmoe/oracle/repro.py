@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refmoe.config import InputError
+from refmoe.files import InputError
 from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import MlpWeights, MoeWeights
 from refmoe.model.matrix import Matrix, dequantize

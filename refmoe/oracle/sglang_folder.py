@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refmoe.config import InputError
+from refmoe.files import InputError
 from refmoe.oracle.torch_file import ForeignError, read_torch
 
 INPUTS = {"o_proj": "#context", "down_proj": ".act"}  # a module's input that is a point

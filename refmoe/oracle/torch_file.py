@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.config import InputError
+from refmoe.files import InputError
 from refmoe.model.matrix import widen_bf16
 
 PICKLE_LIMIT = 100_000_000  # bytes of data.pkl; tensors lie beside it

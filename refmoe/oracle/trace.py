@@ -19,7 +19,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from refmoe.config import InputError
+from refmoe.files import InputError
 from refmoe.run.model import Model
 
 DIRECTIONS = 64  # of a sketch

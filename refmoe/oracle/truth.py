@@ -55,7 +55,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import refmoe
-from refmoe.config import CONVENTIONS, Config, Conventions, Fp8Scheme, InputError, Int4Scheme
+from refmoe.config import Config, Fp8Scheme, Int4Scheme
+from refmoe.engines import CONVENTIONS, Conventions
+from refmoe.files import InputError
 from refmoe.model.cache import LatentCache
 from refmoe.model.decoder import (
     Decoder,

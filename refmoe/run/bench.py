@@ -26,11 +26,10 @@ from typing import Any
 import numba
 import numpy as np
 
-from refmoe import __version__ as refmoe_version
-from refmoe.config import InputError, read_object
 from refmoe.fast import threads
 from refmoe.fast.kernels import VNNI, kernel
 from refmoe.fast.linear import Inputs, multiply, stored
+from refmoe.files import InputError, read_object
 from refmoe.model import matrix
 from refmoe.model.decoder import Decoder
 from refmoe.model.experts import MoeWeights
@@ -47,6 +46,7 @@ from refmoe.model.matrix import (
 from refmoe.run.export import q4_of, to_gguf
 from refmoe.run.generate import prefill, step, working
 from refmoe.run.model import Model, load
+from refmoe.version import __version__ as refmoe_version
 from refmoe.weights.checkpoint import Checkpoint, expected
 from refmoe.weights.random import SINGLE
 from refmoe.weights.stream import Spec, write_stream

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.config import InputError
+from refmoe.files import InputError
 from refmoe.run.bench import random_tokens, timed
 from refmoe.run.generate import prefill, step, working
 from refmoe.run.model import load

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from refmoe.config import InputError
+from refmoe.files import InputError
 from refmoe.run.bench import random_tokens
 from refmoe.run.model import Model, load
 from refmoe.run.sweep import sweep

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TextIO
 
-from refmoe.config import InputError
+from refmoe.files import InputError
 from refmoe.model.cache import LatentCache
 from refmoe.model.decoder import Decoder
 from refmoe.run.generate import context_of, generate_tokens, working

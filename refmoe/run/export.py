@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refmoe.config import Config, InputError, read_object
+from refmoe.config import Config
+from refmoe.files import InputError, read_object
 from refmoe.model.matrix import (
     BF16,
     Q4,

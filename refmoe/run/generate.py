@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.config import InputError
 from refmoe.fast import threads
+from refmoe.files import InputError
 from refmoe.model.cache import LatentCache
 from refmoe.model.decoder import Decoder, check_tokens
 from refmoe.model.experts import Lender, routed_experts

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from refmoe.config import Config, Conventions, InputError, read_object
+from refmoe.config import Config
+from refmoe.engines import Conventions
+from refmoe.files import InputError, read_object
 from refmoe.model.decoder import Decoder, policy
 from refmoe.model.numerics import Numerics
 from refmoe.text.tokenizer import Tokenizer

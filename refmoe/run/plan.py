@@ -49,7 +49,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refmoe.config import Config, InputError, as_bytes
+from refmoe.config import Config
+from refmoe.files import InputError, as_bytes
 from refmoe.weights.members import MEMBERS, published
 from refmoe.weights.placement import (
     CARD_RESERVE,

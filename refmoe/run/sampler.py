@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refmoe.config import InputError
+from refmoe.files import InputError
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from refmoe import __version__
-from refmoe.config import Config, InputError
+from refmoe.config import Config
+from refmoe.files import InputError
 from refmoe.model import matrix
 from refmoe.model.cache import LatentCache
 from refmoe.model.decoder import (
@@ -72,6 +72,7 @@ from refmoe.model.numerics import NonFinite, Numerics
 from refmoe.model.router import Routing, route
 from refmoe.run.generate import CHUNK, alone
 from refmoe.run.model import Model
+from refmoe.version import __version__
 from refmoe.weights.checkpoint import summary
 from refmoe.weights.stream import Spec, write_stream
 

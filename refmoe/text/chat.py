@@ -52,7 +52,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from refmoe.config import InputError, read_json, read_object, read_text
+from refmoe.files import InputError, read_json, read_object, read_text
 from refmoe.text.tokenizer import Tokenizer
 
 SOURCE = 2**20  # characters of a template; K2's have 4,000

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import regex
 import tiktoken
 
-from refmoe.config import InputError, read_object
+from refmoe.files import InputError, read_object
 
 RESERVED = 256
 CHUNK = 400_000  # characters

@@ -29,15 +29,8 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from refmoe.config import (
-    Config,
-    Fp8Scheme,
-    InputError,
-    Int4Scheme,
-    OtherScheme,
-    as_ids,
-    read_object,
-)
+from refmoe.config import Config, Fp8Scheme, Int4Scheme, OtherScheme, as_ids
+from refmoe.files import InputError, read_object
 from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import MlpWeights, MoeWeights
 from refmoe.model.matrix import BF16, Q8, Fp8Block, Int4, Matrix

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from refmoe.config import InputError
+from refmoe.files import InputError
 from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import MlpWeights, MoeWeights
 from refmoe.model.matrix import Q4, Q8, Int4, Matrix, dequantize, quantize_q8, tiles

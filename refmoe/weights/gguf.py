@@ -34,7 +34,8 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.config import Config, InputError
+from refmoe.config import Config
+from refmoe.files import InputError
 from refmoe.model.matrix import BF16, Q4, Q8, Coded, Heads, Matrix
 from refmoe.weights.checkpoint import MISSING_LIMIT, Checkpoint, Stored, expected
 

@@ -33,7 +33,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from refmoe.config import Config, InputError
+from refmoe.config import Config
+from refmoe.files import InputError
 from refmoe.model.matrix import bf16_bits
 from refmoe.weights.checkpoint import INDEX, expected
 from refmoe.weights.k2_slice import SHAPE, YARN, Numbers, scaled, weight_shape

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.config import Config, InputError
+from refmoe.config import Config
+from refmoe.files import InputError
 from refmoe.model.matrix import bf16_bits
 from refmoe.weights.checkpoint import expected
 from refmoe.weights.random import FIXED, INT4_CONFIG, SINGLE

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refmoe.config import Config, InputError
+from refmoe.config import Config
+from refmoe.files import InputError
 from refmoe.model.matrix import bf16_bits
 from refmoe.weights.random import RESERVED, SHAPE, Tensors, draw, write, write_vocabulary
 

@@ -28,7 +28,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refmoe.config import Config, InputError, OtherScheme
+from refmoe.config import Config, OtherScheme
+from refmoe.files import InputError
 from refmoe.weights.checkpoint import DTYPES, Checkpoint, expected, tensor_class
 from refmoe.weights.dense import CLASSES
 

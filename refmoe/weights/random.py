@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from safetensors import TensorSpec, serialize_file
 
-from refmoe.config import Config, Fp8Scheme, InputError
+from refmoe.config import Config, Fp8Scheme
+from refmoe.files import InputError
 from refmoe.model.matrix import E4M3, bf16_bits
 from refmoe.weights.checkpoint import INDEX, expected, tensor_class
 

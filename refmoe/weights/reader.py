@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refmoe.config import InputError
+from refmoe.files import InputError
 
 PAGE = 4096  # bytes: direct reads begin, end and land at whole ones
 PIECE = 4 << 20  # bytes of one read

@@ -36,7 +36,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refmoe.config import Config, InputError
+from refmoe.config import Config
+from refmoe.files import InputError
 from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import MlpWeights, MoeWeights
 from refmoe.model.matrix import Matrix, Tiled, dequantize
