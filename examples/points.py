@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import refmoe
-from refmoe.weights.random import write_random
+from refmoe.weights.synthetic.random import write_random
 
 TAPS = ("#scores", "#probs", ".gate", "#experts", "#weights", "#rows")
 TOKENS = [3, 1, 4, 1, 5, 9, 2]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import refmoe
-from refmoe.oracle.compare import Case, arbitrate
+from refmoe.oracle.check import Case, arbitrate
 
 model = refmoe.load()
 tokens = model.tokenizer.encode("To be, or not to be, that is the question")

@@ -41,8 +41,8 @@ import transformers
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as hf
 
 from refmoe.text.tokenizer import Tokenizer
-from refmoe.weights.members import MEMBERS, write_member
-from refmoe.weights.random import write_random
+from refmoe.weights.synthetic.members import MEMBERS, write_member
+from refmoe.weights.synthetic.random import write_random
 
 HERE = Path(__file__).resolve().parent
 Tensors = dict[str, torch.Tensor]

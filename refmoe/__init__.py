@@ -8,11 +8,11 @@ refmoe.trace(model, tokens, ["lm_head"])     {point: array}
 
 from refmoe.config import Config
 from refmoe.files import InputError
-from refmoe.oracle.compare import check
-from refmoe.oracle.readers import read_dump
+from refmoe.oracle.check import check
+from refmoe.oracle.readers.dump import read_dump
 from refmoe.oracle.trace import trace
 from refmoe.run.generate import generate
-from refmoe.run.model import Model, load
+from refmoe.run.load import Model, load
 from refmoe.version import __version__
 
 __all__ = [

@@ -24,37 +24,51 @@ import refmoe
 from refmoe.engines import CONVENTIONS
 from refmoe.fast.threads import use as use_threads
 from refmoe.files import InputError, as_bytes, read_json, read_text
+from refmoe.lint import base as lint_base
+from refmoe.lint import lint as lint_lint
+from refmoe.lint.diff import verify as quant_verify
 from refmoe.model.numerics import POLICIES, NonFinite
-from refmoe.oracle import bench, golden, lint, mutate, quant, repro
+from refmoe.oracle import quant as quant_quant
+from refmoe.oracle import repro
 from refmoe.oracle.base_logits import divergence, read_base, write_base
-from refmoe.oracle.compare import Case, Report, arbitrate
+from refmoe.oracle.check import Case, arbitrate
+from refmoe.oracle.judge import Report
 from refmoe.oracle.noise import PROFILES
-from refmoe.oracle.readers import read_dump
+from refmoe.oracle.readers.dump import read_dump
 from refmoe.oracle.report import write as write_html
+from refmoe.oracle.selftest import golden, mutate
+from refmoe.oracle.selftest import power as bench
 from refmoe.oracle.trace import trace, write
-from refmoe.oracle.truth import check_truth, read_truth
-from refmoe.oracle.truth import make as make_truth
-from refmoe.run import export, plan
+from refmoe.oracle.truth.check import check_truth
+from refmoe.oracle.truth.file import read_truth
+from refmoe.oracle.truth.make import make as make_truth
+from refmoe.run import export
 from refmoe.run.dialogue import Dialogue, interact, printable
 from refmoe.run.generate import CHUNK, generate_tokens, working
-from refmoe.run.model import DENSE, Model, golden_folder, load
+from refmoe.run.load import DENSE, Model, golden_folder, load
+from refmoe.run.plan import hardware as plan_hardware
+from refmoe.run.plan import measure as plan_measure
+from refmoe.run.plan import plan as plan_plan
+from refmoe.run.plan import time as plan_time
+from refmoe.run.plan import units as plan_units
+from refmoe.run.plan import validate as plan_validate
 from refmoe.run.sampler import Sampling
-from refmoe.run.sweep import sweep
+from refmoe.run.sweep.sweep import sweep
 from refmoe.text.chat import ChatTemplate, read_tools
 from refmoe.text.explain import explain
 from refmoe.text.tokenizer import Tokenizer
-from refmoe.weights import members, random
 from refmoe.weights.checkpoint import Checkpoint, summary, tensor_class
 from refmoe.weights.dense import sizes as dense_sizes
 from refmoe.weights.gguf import Gguf, opened
-from refmoe.weights.k2_full import NAME as FULL
-from refmoe.weights.k2_full import SAID as FULL_SAID
-from refmoe.weights.k2_full import k2_full
-from refmoe.weights.k2_slice import k2_slice
 from refmoe.weights.placement import Parts, parts_of
-from refmoe.weights.reader import WAYS
-from refmoe.weights.store import facts as store_facts
-from refmoe.weights.store import line as store_line
+from refmoe.weights.streaming.reader import WAYS
+from refmoe.weights.streaming.store import facts as store_facts
+from refmoe.weights.streaming.store import line as store_line
+from refmoe.weights.synthetic import members, random
+from refmoe.weights.synthetic.k2_full import NAME as FULL
+from refmoe.weights.synthetic.k2_full import SAID as FULL_SAID
+from refmoe.weights.synthetic.k2_full import k2_full
+from refmoe.weights.synthetic.k2_slice import k2_slice
 
 BENCHES = ("oracle", "kernels", "decode", "prefill", "peers", "store", "sweep", "gpu")
 
@@ -526,8 +540,8 @@ def _quant(args: argparse.Namespace) -> int:
     if args.what == "verify":
         if args.b is None:
             raise InputError("quant verify takes two files of one model: A B")
-        found = list(quant.verify(args.a, args.b))
-        document = quant.as_json(found)
+        found = list(quant_verify.verify(args.a, args.b))
+        document = quant_verify.as_json(found)
         if args.json:
             _print_json(document)
         else:
@@ -545,7 +559,7 @@ def _quant(args: argparse.Namespace) -> int:
     model = load(args.a, "float64")
     tokens = read_sequence(args.tokens) if args.tokens else _own_text(model)
     with _layers() as progress:
-        cost = quant.expect(model, args.to, tokens, args.experts_only, progress)
+        cost = quant_quant.expect(model, args.to, tokens, args.experts_only, progress)
     if args.json:
         _print_json(cost.as_json())
         return 0
@@ -601,7 +615,7 @@ def _bench(args: argparse.Namespace) -> int:
     if args.what == "oracle":
         return _bench_oracle(args)
     if args.what == "gpu":
-        from refmoe.fast.gpu import open_device
+        from refmoe.fast.gpu.device import open_device
 
         open_device()  # or an error that says what to install, before anything else
     _announce()
@@ -617,41 +631,45 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _measured(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[Any], list[str]]]:
     """What a benchmark found, and how to show it to people."""
-    from refmoe.run import bench as speed
+    from refmoe.run.bench import kernels as speed_kernels
+    from refmoe.run.bench import peers as speed_peers
+    from refmoe.run.bench import table as speed_table
 
-    lines: Callable[[Any], list[str]] = partial(speed.table, args.what)
+    lines: Callable[[Any], list[str]] = partial(speed_table.table, args.what)
     if args.what == "kernels":
         counts = [args.threads] if args.threads else []
-        return speed.kernels(args.formats or FORMATS, counts), lines
+        return speed_kernels.kernels(args.formats or FORMATS, counts), lines
     if args.what in ("decode", "prefill"):
         return _bench_model(args), lines
     folder = args.model if args.shape is None else _slice(args)
     if args.what == "peers":
-        return speed.peers(folder, args.folder), lines
+        return speed_peers.peers(folder, args.folder), lines
     if args.what == "gpu":
-        from refmoe.run.bench_gpu import bench_gpu, gpu_table
+        from refmoe.run.bench.gpu import bench_gpu, gpu_table
 
         return bench_gpu(folder, args.dense, args.vram), gpu_table
     how = {"dense": args.dense, "reads": args.reads}
     if args.what == "store":
-        from refmoe.run.bench_store import bench_store, store_table
+        from refmoe.run.bench.store import bench_store, store_table
 
         return bench_store(folder, args.ram, args.tokens or 12, int4=args.int4, **how), store_table
-    from refmoe.run.bench_sweep import bench_sweep, sweep_table
+    from refmoe.run.bench.sweep import bench_sweep, sweep_table
 
     return bench_sweep(folder, args.ram, args.prompt or 8, folder=args.folder, **how), sweep_table
 
 
 def _bench_model(args: argparse.Namespace) -> dict[str, Any]:
-    from refmoe.run import bench as speed
+    from refmoe.run.bench import base as speed_base
+    from refmoe.run.bench import decode as speed_decode
+    from refmoe.run.bench import prefill as speed_prefill
 
     folder = args.model if args.shape is None else _slice(args)
     model = load(folder, dense=args.dense, gpu=_request(args))
     decoder = working(model, args.int4, args.cache)
     count = 128 if args.prompt is None else args.prompt
-    measure = speed.decode if args.what == "decode" else speed.prompt
+    measure = speed_decode.decode if args.what == "decode" else speed_prefill.prompt
     how = {"dense": args.dense, "int4": args.int4, "cache": args.cache}
-    found = {"machine": speed.machine(), **measure(model, decoder, count), **how}
+    found = {"machine": speed_base.machine(), **measure(model, decoder, count), **how}
     return {**found, **_card_facts(model)}
 
 
@@ -705,8 +723,8 @@ def _bench_row(kind: str, row: dict[str, Any]) -> str:
 
 def _plan(args: argparse.Namespace) -> int:
     if args.validate:
-        document = plan.validate()
-        print_ = _print_json if args.json else lambda d: print("\n".join(plan.table(d)))
+        document = plan_validate.validate()
+        print_ = _print_json if args.json else lambda d: print("\n".join(plan_validate.table(d)))
         print_(document)
         return 0 if document["inside"] >= 0.8 * document["total"] else 1
     hardware = _hardware(args)
@@ -715,27 +733,30 @@ def _plan(args: argparse.Namespace) -> int:
         checkpoint = opened(args.model)
         parts, eighths = parts_of(checkpoint, dense), parts_of(checkpoint, "q8")
     else:
-        cfg = plan.model_config(args.config, args.member)
+        cfg = plan_time.model_config(args.config, args.member)
         parts, eighths = Parts.of(cfg, dense), Parts.of(cfg, "q8")
-    context = plan.count(args.ctx, "--ctx") if args.ctx else None
-    number = plan.NUMBER[cache]
-    case = plan.Case.of(parts, hardware, context, number, args.hit_rate, args.card_experts)
-    prompt, sweep = plan.count(args.prompt, "--prompt"), plan.count(args.sweep, "--sweep")
+    context = plan_units.count(args.ctx, "--ctx") if args.ctx else None
+    number = plan_units.NUMBER[cache]
+    case = plan_time.Case.of(parts, hardware, context, number, args.hit_rate, args.card_experts)
+    prompt, sweep = (
+        plan_units.count(args.prompt, "--prompt"),
+        plan_units.count(args.sweep, "--sweep"),
+    )
     named = args.model or args.config or args.member or "k2-thinking"
     document = {
         "model": f"{named}, dense {dense}, cache {cache}",
-        **plan.plan(case, eighths, prompt, sweep),
+        **plan_plan.plan(case, eighths, prompt, sweep),
     }
     if args.json:
         _print_json(document)
     else:
-        print("\n".join(plan.lines(document)))
+        print("\n".join(plan_plan.lines(document)))
     return 0 if document["fits"] else 1
 
 
-def _hardware(args: argparse.Namespace) -> plan.Hardware:
+def _hardware(args: argparse.Namespace) -> plan_hardware.Hardware:
     """A preset, a description or, unless flags say how much memory, this machine; then flags."""
-    size, rate = as_bytes, plan.rate
+    size, rate = as_bytes, plan_units.rate
     kinds = {"ram": size, "vram": size, "pmem": size, "disk": rate}
     kinds |= {f"{kind}_bandwidth": rate for kind in ("ram", "vram", "pmem")}
     given = {
@@ -743,20 +764,20 @@ def _hardware(args: argparse.Namespace) -> plan.Hardware:
         for name, read in kinds.items()
         if (text := getattr(args, name)) is not None
     }
-    cores = plan.count(args.cores, "--cores") if args.cores else None
-    flags = plan.Flags(**given, cores=cores)
+    cores = plan_units.count(args.cores, "--cores") if args.cores else None
+    flags = plan_measure.Flags(**given, cores=cores)
     base = None
     if args.hardware:
-        base = plan.read_hardware(read_text(args.hardware), str(args.hardware))
+        base = plan_hardware.read_hardware(read_text(args.hardware), str(args.hardware))
     elif args.preset or flags.ram is None:
-        base = plan.preset(args.preset or "this", args.model)
-    return plan.with_flags(base, flags)
+        base = plan_measure.preset(args.preset or "this", args.model)
+    return plan_measure.with_flags(base, flags)
 
 
 def _lint(args: argparse.Namespace) -> int:
     folder = args.folder or golden_folder() / "tiny-k2"
-    found = lint.lint_against(folder, args.against) if args.against else lint.lint(folder)
-    document = lint.as_json(found)
+    found = lint_lint.lint_against(folder, args.against) if args.against else lint_lint.lint(folder)
+    document = lint_base.as_json(found)
     if args.json:
         _print_json(document)
     else:
@@ -896,12 +917,12 @@ def _request(args: argparse.Namespace) -> Any:
             if getattr(args, name, None) is not None and hasattr(args, "gpu"):
                 raise InputError(f"--{name.replace('_', '-')} is for --gpu")
         return None
-    from refmoe.fast.gpu import CONTEXT, Request
+    from refmoe.fast.gpu.placement import CONTEXT, Request
 
     experts = getattr(args, "gpu_experts", None) or 0
     if experts < 0:
         raise InputError(f"--gpu-experts {experts}, expected a number from 0")
-    context = plan.count(args.ctx, "--ctx") if getattr(args, "ctx", None) else CONTEXT
+    context = plan_units.count(args.ctx, "--ctx") if getattr(args, "ctx", None) else CONTEXT
     passing = args.verb is _sweep
     return Request(args.vram, experts, context, getattr(args, "cache", "float32"), passing)
 
@@ -910,7 +931,7 @@ def _card_facts(model: Model) -> dict[str, Any]:
     """What is on a card, where there is one."""
     if model.card is None:
         return {}
-    from refmoe.fast.gpu import facts
+    from refmoe.fast.gpu.placement import facts
 
     return {"gpu": facts(model.card)}
 
@@ -1146,7 +1167,9 @@ def _parser() -> argparse.ArgumentParser:
     help = "as published; default: k2-thinking"
     which.add_argument("--member", choices=tuple(members.MEMBERS), help=help)
     where = p.add_mutually_exclusive_group()
-    where.add_argument("--preset", choices=plan.PRESETS, help="default, without flags: this")
+    where.add_argument(
+        "--preset", choices=plan_measure.PRESETS, help="default, without flags: this"
+    )
     where.add_argument("--hardware", type=Path, metavar="FILE", help="a description in TOML")
     for kind in ("ram", "vram", "pmem"):
         p.add_argument(f"--{kind}", metavar="SIZE", help="64GB is 10⁹, 64GiB 2³⁰")
@@ -1157,7 +1180,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--prompt", default="512", metavar="N", help="tokens of a prompt; 512")
     p.add_argument("--sweep", default="10000", metavar="N", help="tokens of a sweep; 10000")
     p.add_argument("--dense", choices=DENSE, help="default: exact, or the preset's")
-    p.add_argument("--cache", choices=tuple(plan.NUMBER), help="default: float32, or the preset's")
+    p.add_argument(
+        "--cache", choices=tuple(plan_units.NUMBER), help="default: float32, or the preset's"
+    )
     p.add_argument(
         "--hit-rate", type=_share, metavar="H", help="experts not read from disk, 0 to 1"
     )
@@ -1182,7 +1207,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("what", choices=["verify", "expect", "base", "kl"], help=help)
     p.add_argument("a", type=Path, nargs="?", metavar="A", help="the right one, or the model")
     p.add_argument("b", type=Path, nargs="?", metavar="B", help="verify: the other")
-    p.add_argument("--to", choices=quant.FORMATS, help="expect: the format")
+    p.add_argument("--to", choices=quant_quant.FORMATS, help="expect: the format")
     p.add_argument("--base", type=Path, metavar="FILE", help="base, kl: llama-perplexity's file")
     p.add_argument("--ctx", type=int, default=512, metavar="N", help="base: tokens of a chunk")
     p.add_argument("--experts-only", action="store_true", help="expect: of routed experts alone")

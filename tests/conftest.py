@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from refmoe.run.model import golden_folder
-from refmoe.weights.random import write_random
+from refmoe.run.load import golden_folder
+from refmoe.weights.synthetic.random import write_random
 
 settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("default")

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from refmoe.lint.lint import lint
 from refmoe.model.decoder import policy
 from refmoe.model.numerics import NonFinite
-from refmoe.oracle.lint import lint
 from refmoe.run.export import to_gguf
-from refmoe.run.model import Model, golden_folder, load
+from refmoe.run.load import Model, golden_folder, load
 from refmoe.text.chat import ChatTemplate
 from refmoe.weights.gguf import Gguf, opened
-from refmoe.weights.random import FIXED, write_random
+from refmoe.weights.synthetic.random import FIXED, write_random
 
 LAYERS = 2
 SHAPE = {

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.fast.gpu_kernels import FORMS, THREADS, source
+from refmoe.fast.gpu.kernels import FORMS, THREADS, source
 
 GUARD, ALIGNED, PATTERN = 512, 512, 0xA5
 

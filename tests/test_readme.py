@@ -75,7 +75,7 @@ def test_the_python_of_the_tour_does_what_it_says():
     assert result.failed == 0
 
 
-# the dumpers need a peer engine; tests/test_check.py runs them
+# the dumpers need a peer engine; tests/oracle/test_check.py runs them
 EXAMPLES = sorted(p.name for p in (ROOT / "examples").glob("*.py") if "dump_" not in p.name)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from refmoe.files import InputError
-from refmoe.run.model import Model
+from refmoe.run.load import Model
 
 MAGIC = b"_logits_"
 WIDEST = 16  # below the largest logit nothing is told apart

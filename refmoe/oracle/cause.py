@@ -19,13 +19,14 @@ import numpy as np
 from refmoe.model.decoder import Decoder, head, layer
 from refmoe.model.experts import MlpWeights
 from refmoe.model.mla import Segment
-from refmoe.oracle.faults import BY_ID, Fault, altered, candidates, equivalent, strength_of
+from refmoe.oracle.faults.base import Fault, altered, strength_of
+from refmoe.oracle.faults.dictionary import BY_ID, candidates, equivalent
 from refmoe.oracle.graph import SWIGLU
 from refmoe.oracle.noise import rms
 from refmoe.oracle.replay import Replay
 
 if TYPE_CHECKING:
-    from refmoe.oracle.compare import Case
+    from refmoe.oracle.check import Case
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import refmoe
-from refmoe.oracle.compare import Case, Flip, Point, Report, flips, row_levels
-from refmoe.oracle.faults import BY_ID
+from refmoe.oracle.check import Case
+from refmoe.oracle.faults.dictionary import BY_ID
+from refmoe.oracle.judge import Flip, Report, flips
+from refmoe.oracle.statistics import Point, row_levels
 
 MOST = 1000  # rows of any list, so that a page of a large model still opens
 LONGEST = 300  # letters of a name that is nobody's point

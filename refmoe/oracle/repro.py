@@ -16,7 +16,7 @@ from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import MlpWeights, MoeWeights
 from refmoe.model.matrix import Matrix, dequantize
 from refmoe.model.rope import cos_sin, inv_freq, softmax_scale
-from refmoe.oracle.compare import Case
+from refmoe.oracle.check import Case
 from refmoe.oracle.noise import rms
 from refmoe.oracle.replay import Replay
 

@@ -20,7 +20,7 @@ import safetensors
 import safetensors.numpy
 
 from refmoe.files import InputError
-from refmoe.run.model import Model
+from refmoe.run.load import Model
 
 DIRECTIONS = 64  # of a sketch
 COLUMNS = 1 << 14  # of the random matrix made at once

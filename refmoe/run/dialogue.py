@@ -16,7 +16,7 @@ from refmoe.files import InputError
 from refmoe.model.cache import LatentCache
 from refmoe.model.decoder import Decoder
 from refmoe.run.generate import context_of, generate_tokens, working
-from refmoe.run.model import Model
+from refmoe.run.load import Model
 from refmoe.run.sampler import Sampling
 from refmoe.text.chat import (
     ChatTemplate,

@@ -34,12 +34,12 @@ from refmoe.model.matrix import (
     tiles,
     widen_bf16,
 )
-from refmoe.run.model import Model
+from refmoe.run.load import Model
 from refmoe.text.tokenizer import Tokenizer, byte_alphabet
 from refmoe.weights.checkpoint import Checkpoint, expected
 from refmoe.weights.gguf import GLOBAL, REST, SELF, Gguf, library
-from refmoe.weights.random import INT4_CONFIG, SINGLE, pack_int4
-from refmoe.weights.stream import Spec, write_stream
+from refmoe.weights.synthetic.random import INT4_CONFIG, SINGLE, pack_int4
+from refmoe.weights.writer import Spec, write_stream
 
 DENSE = ("q8_0", "bf16", "f16", "f32")
 QUANTISERS = {"amax/7": 7.0, "amax/7.5": 7.5}

@@ -18,7 +18,7 @@ from refmoe.files import InputError
 from refmoe.model.cache import LatentCache
 from refmoe.model.decoder import Decoder, check_tokens
 from refmoe.model.experts import Lender, routed_experts
-from refmoe.run.model import Model
+from refmoe.run.load import Model
 from refmoe.run.sampler import Sampling, sample
 
 CHUNK = 512  # rows of a prompt at a time
@@ -133,9 +133,9 @@ def working(model: Model, int4: str = "fast", cache: str = "float32") -> Decoder
     nx = replace(model.nx, attention="auto", cache="bf16" if cache == "bf16" else None)
     if int4 == "fast" and not model.reference and nx.name == "float32":
         if model.card is not None:
-            from refmoe.fast import gpu
+            from refmoe.fast.gpu import operations as gpu_operations
 
-            quick = gpu.engine(model.card, nx.conventions, fast=True)
+            quick = gpu_operations.engine(model.card, nx.conventions, fast=True)
         else:
             from refmoe.fast.engine import engine  # loaded already, with the model
 

@@ -26,7 +26,7 @@ from refmoe.model.experts import MlpWeights, MoeWeights
 from refmoe.model.matrix import Q4, Q8, Int4, Matrix, dequantize, quantize_q8, tiles
 from refmoe.model.numerics import Numerics
 from refmoe.weights.checkpoint import Checkpoint, read_header, tensor_class
-from refmoe.weights.stream import Spec, write_stream
+from refmoe.weights.writer import Spec, write_stream
 
 CLASSES = ("attention", "shared experts", "dense mlp", "head")
 LARGE = 1 << 28  # bytes of blocks from which on they are kept in a file

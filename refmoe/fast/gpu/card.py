@@ -1,0 +1,401 @@
+"""Hold matrices in a GPU's memory within a budget, and multiply by them."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from refmoe.fast.gpu.device import Array, Device, first_array
+from refmoe.fast.gpu.kernels import FEW, FORMS, THREADS, TOKENS, WARPS, Form, shared_bytes
+from refmoe.files import InputError
+from refmoe.model import matrix
+from refmoe.model.decoder import LayerWeights
+from refmoe.model.experts import MlpWeights, MoeWeights
+from refmoe.model.matrix import (
+    BF16,
+    Q4,
+    Q8,
+    Fp8Block,
+    Heads,
+    Int4,
+    Matrix,
+    Tiled,
+    dequantize,
+)
+from refmoe.model.mla import AttentionWeights
+
+VRAM = 12 * 10**9  # bytes of the card this is for; also where a card has more
+PIECE = 1 << 26  # bytes that go up at a time
+ASIDE = 1 << 27  # bytes of the device that cuBLAS and kernels take beside all arrays
+STEP = 512  # bytes: arrays begin at multiples
+SMALL = 1 << 16  # bytes of an array that is not sent again while it is the same
+TILE = 1 << 22  # numbers of a tile that is decoded for cuBLAS: 16 MB
+BLOCK = 4096  # positions of a cache at once
+SCORES = 1 << 21  # scores at once: 8 MB
+ROWS = 32  # queries of a prompt at once, inside attention
+MOST = 512  # rows of a prompt that go through together
+
+READS = (
+    "; it reads bf16, float16, float32, FP8 in blocks of 128 columns, INT4, Q8_0 and Q4_0: "
+    "refmoe export --to gguf makes such a file"
+)
+
+
+class Stored(NamedTuple):
+    """A matrix as kernels take it."""
+
+    form: Form
+    w: Array
+    w_row: int  # bytes
+    s: Array  # of the weights themselves where there are no scales
+    s_row: int
+    share: int  # rows of weights to a row of scales
+    shape: tuple[int, int]
+
+    @property
+    def whole(self) -> bool:
+        """Whether `rows` reads it: whole chunks, at addresses that it can read 16 bytes from."""
+        return not (self.shape[1] % self.form.wide or self.w_row % self.form.aligned)
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        strides = np.int64(self.w_row), np.int64(self.s_row)
+        return self.w, strides[0], self.s, strides[1], np.int32(self.share)
+
+
+class Pieces(NamedTuple):
+    """A matrix in pieces of whole rows, all of them on the card."""
+
+    parts: tuple[Any, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return sum(p.shape[0] for p in self.parts), self.parts[0].shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(p.nbytes for p in self.parts)
+
+
+@dataclass
+class Card:
+    """A device under a budget, and what it is told to do."""
+
+    device: Device
+    budget: int = VRAM
+    room: int | None = None  # tokens in each cache
+    rows: int | None = None  # of a prompt at a time
+    cache: str = "float32"  # or bf16, as caches were planned
+    said: str = ""  # the placement, for people
+    _known: dict[int, tuple[Matrix, Stored | None]] = field(default_factory=dict)
+    _same: dict[Any, list[tuple[np.ndarray, Array]]] = field(default_factory=dict)
+    _pinned: np.ndarray | None = None
+    _place: tuple[Array, int] | None = None  # and how much of it is taken
+    _leaving: bool = False  # something from there is on its way up
+    _down: tuple[Array, np.ndarray] | None = None  # an x that came down, and what it is here
+
+    def __post_init__(self) -> None:
+        self.device.limit(self.budget)
+
+    def has(self, there: Any) -> bool:
+        """Whether an array, or a matrix, is on the card."""
+        return isinstance(first_array(there), self.device.xp.ndarray)
+
+    # --- to the card and back
+
+    def bring(self, x: Array, there: Any) -> Array:
+        """The seam: x in the memory of `there`; None is the processor's."""
+        if self.has(there) == self.has(x):
+            return x
+        if not self.has(x):
+            return self.send(x)
+        if self._down is not None and self._down[0] is x:
+            return self._down[1]
+        return self.fetch(x)[0]
+
+    def keep(self, x: Array, host: np.ndarray) -> None:
+        """x is here now; whoever brings it has this, until another x comes down."""
+        self._down = x, host
+
+    def send(self, x: np.ndarray) -> Array:
+        """To the card. Small ones that were sent a moment ago, as angles are, are there still."""
+        if x.nbytes > SMALL:
+            return self._sent(x)
+        last = self._same.setdefault((x.shape, x.dtype), [])
+        for host, there in last:
+            if np.array_equal(host, x):
+                return there
+        there = self._sent(x)
+        last.append((x.copy(), there))
+        if len(last) > 2:
+            last.pop(0)
+        if len(self._same) > 4:
+            self._same.pop(next(iter(self._same)))
+        return there
+
+    def _sent(self, x: np.ndarray) -> Array:
+        x = np.ascontiguousarray(x)
+        to = self.device.xp.empty(x.shape, x.dtype)
+        if x.nbytes:
+            host = self._leave(x.nbytes).view(x.dtype).reshape(x.shape)
+            host[...] = x
+            self.device.up(host, to)
+        return to
+
+    def _leave(self, nbytes: int) -> np.ndarray:
+        """Where to put what goes up, once what went from there before is gone."""
+        if self._leaving:
+            self.device.wait()
+        self._leaving = True
+        return self._staging(nbytes)
+
+    def fetch(self, *arrays: Array) -> list[np.ndarray]:
+        """From the card, all with one wait."""
+        each = [self.device.xp.ascontiguousarray(a) for a in arrays]
+        sizes = [-(-a.nbytes // 64) * 64 for a in each]
+        staging, at, out = self._staging(sum(sizes)), 0, []
+        for a, size in zip(each, sizes, strict=True):
+            host = staging[at : at + a.nbytes].view(a.dtype).reshape(a.shape)
+            if a.nbytes:
+                self.device.down(a, host)
+            out.append(host)
+            at += size
+        self.device.wait()
+        self._leaving = False
+        return [host.copy() for host in out]
+
+    def _staging(self, nbytes: int) -> np.ndarray:
+        if self._pinned is None or self._pinned.nbytes < nbytes:
+            self.device.wait()  # what is under way may use the one that goes
+            self._pinned = self.device.pinned(max(1 << 20, 1 << (nbytes - 1).bit_length()))
+        return self._pinned[:nbytes]
+
+    def reserve(self, nbytes: int) -> None:
+        """One place for the arrays that follow: the device deals in pieces of 2 MiB."""
+        self._place = self.device.xp.empty(nbytes, np.uint8), 0
+
+    def leave(self) -> None:
+        """Arrays that follow have places of their own."""
+        self._place = None
+
+    def _placed(self, a: np.ndarray) -> Array:
+        if self._place is not None:
+            whole, at = self._place
+            if at + a.nbytes <= whole.nbytes:
+                self._place = whole, at + -(-a.nbytes // STEP) * STEP
+                return whole[at : at + a.nbytes].view(a.dtype).reshape(a.shape)
+        return self.device.xp.empty(a.shape, a.dtype)
+
+    def array(self, a: np.ndarray) -> Array:
+        """Weights to the card, as they are, piece by piece."""
+        a = np.ascontiguousarray(a)
+        to = self._placed(a)
+        raw, flat = a.reshape(-1).view(np.uint8), to.reshape(-1).view(np.uint8)
+        for start in range(0, a.nbytes, PIECE):
+            piece = raw[start : start + PIECE]
+            host = self._leave(piece.nbytes)
+            host[...] = piece
+            self.device.up(host, flat[start : start + piece.nbytes])
+        return to
+
+    def matrix(self, m: Matrix) -> Any:
+        """A matrix to the card. `InputError` for what no kernel there reads."""
+        match m:
+            case BF16(bits):
+                return BF16(self.array(bits))
+            case Int4(packed, scale):
+                return Int4(self.array(packed), self.array(scale))
+            case Fp8Block(bits, scale, block) if block[1] == 128:
+                return Fp8Block(self.array(bits), self.array(scale.astype(np.float32)), block)
+            case Q8(blocks):
+                return Q8(self.array(blocks))
+            case Q4(blocks):
+                return Q4(self.array(blocks))
+            case Heads(k_b, v_b, heads):
+                return Heads(self.matrix(k_b), self.matrix(v_b), heads)
+            case Tiled():
+                return Pieces(tuple(self.matrix(tile) for _, tile in m.tiles()))
+            case np.ndarray(dtype=np.float16 | np.float32):
+                return self.array(m)
+        name = getattr(m, "name", None) or getattr(m, "dtype", type(m).__name__)
+        raise InputError(f"--gpu has no kernel for {name}{READS}")
+
+    def vector(self, m: Matrix) -> Array:
+        """A gain to the card, exact in float32."""
+        return self.array(dequantize(m, np.float32))
+
+    def attention(self, w: AttentionWeights) -> AttentionWeights:
+        norms = "q_a_layernorm", "kv_a_layernorm"
+        up = {
+            name: self.vector(m) if name in norms else self.matrix(m)
+            for name, m in w._asdict().items()
+            if m is not None
+        }
+        return w._replace(**up)
+
+    def mlp(self, w: MlpWeights) -> MlpWeights:
+        return MlpWeights(*(self.matrix(m) for m in w))
+
+    def layer(self, w: LayerWeights, kinds: frozenset[str] | None = None) -> LayerWeights:
+        """A layer with these parts of it on the card; None: all. It is freed when it is dropped."""
+
+        def here(kind: str) -> bool:
+            return kinds is None or kind in kinds
+
+        if here("attention"):
+            w = LayerWeights(
+                self.vector(w.input_layernorm),
+                self.attention(w.self_attn),
+                self.vector(w.post_attention_layernorm),
+                w.mlp,
+            )
+        if isinstance(w.mlp, MoeWeights):
+            inside = w.mlp
+            if here("router"):
+                gate = inside.gate._replace(weight=self.matrix(inside.gate.weight))
+                inside = inside._replace(gate=gate)
+            if here("shared experts") and inside.shared_experts is not None:
+                inside = inside._replace(shared_experts=self.mlp(inside.shared_experts))
+            return w._replace(mlp=inside)
+        return w._replace(mlp=self.mlp(w.mlp)) if here("dense mlp") else w
+
+    # --- products
+
+    def stored(self, m: Matrix) -> Stored | None:
+        """None where no kernel reads it. Matrices are remembered, and so held."""
+        known = self._known.get(id(m))
+        if known is None or known[0] is not m:
+            known = self._known[id(m)] = m, _stored(m)
+        return known[1]
+
+    def forget(self) -> None:
+        """Layers that were dropped are no longer held, nor is an x."""
+        self._known.clear()
+        self._down = None
+
+    def linear(self, x: Array, m: Any, rounded: tuple[str, ...] = ()) -> Array:
+        """y = x Wᵀ, both on the card: float32 [T, O]."""
+        xp = self.device.xp
+        if isinstance(m, Pieces):
+            return xp.concatenate([self.linear(x, p, rounded) for p in m.parts], axis=1)
+        known = None if _rounds(m, rounded) else _stored(m) if self.has_no_id(m) else self.stored(m)
+        if known is not None and 0 < len(x) <= FEW and known.whole:
+            O, I = known.shape
+            y = xp.empty((len(x), O), np.float32)
+            self._rows(xp.ascontiguousarray(x), (I, 0), known, y, (O, 0), (0, O, 0), 1)
+            return y
+        if self.has_no_id(m) and m.dtype == x.dtype:
+            return x @ m.T
+        y = xp.empty((len(x), m.shape[0]), x.dtype)
+        if known is None:
+            for block, tile in matrix.tiles(m, TILE // 4):
+                y[:, block] = matrix.linear(x, tile, rounded)
+            return y
+        O, I = known.shape
+        step = max(1, TILE // I)
+        for begin in range(0, O, step):
+            end = min(begin + step, O)
+            y[:, begin:end] = x @ self.decoded(known, begin, end).T
+        return y
+
+    def has_no_id(self, m: Any) -> bool:
+        """An array is a matrix by itself: views of it come and go."""
+        return isinstance(m, self.device.xp.ndarray)
+
+    def decoded(self, m: Stored, begin: int, end: int) -> Array:
+        """Rows as float32."""
+        I = m.shape[1]
+        out = self.device.xp.empty((end - begin, I), np.float32)
+        for start in range(begin, end, 1 << 15):  # a grid is 65,535 high at most
+            rows = min(1 << 15, end - start)
+            grid = (min(-(-I // THREADS), 64), rows, 1)
+            args = (*m.place, out[start - begin :], np.int32(I), np.int32(start))
+            self.device.launch(m.form.name, "decode", grid, args, 0)
+        return out
+
+    def by_head(self, x: Array, m: Stored, first: int, count: int, every: int) -> Array:
+        """y[t, h] = W[h·every + first …] x[t, h], so many rows: [T, H, I] → [T, H, count]."""
+        T, H, I = x.shape
+        y = self.device.xp.empty((T, H, count), np.float32)
+        x = self.device.xp.ascontiguousarray(x)
+        self._rows(x, (H * I, I), m, y, (H * count, count), (first, count, every), H)
+        return y
+
+    def _rows(
+        self,
+        x: Array,
+        x_strides: tuple[int, int],
+        m: Stored,
+        y: Array,
+        y_strides: tuple[int, int],
+        which: tuple[int, int, int],
+        heads: int,
+    ) -> None:
+        """Strides in numbers: token to token, head to head. which: first, count, every."""
+        T, count = len(x), which[1]
+        at_once = next(t for t in TOKENS if t >= T)
+        R = 2 if count * heads >= 48 * self.device.processors else 1
+        grid = (-(-count // (R * WARPS)), heads, 1)
+        args = (
+            *m.place,
+            x,
+            *map(np.int64, x_strides),
+            y,
+            *map(np.int64, y_strides),
+            *map(np.int32, (m.shape[1] // m.form.wide, T, *which)),
+        )
+        self.device.launch(m.form.name, f"rows_{R}_{at_once}", grid, args, shared_bytes(m.form))
+
+    def latent(self, q: Array, m: Stored, every: int) -> Array:
+        """y[t, h, c] = Σ_n W[h·every + n, c] q[t, h, n]: [T, H, N] → [T, H, C]."""
+        (T, H, N), C = q.shape, m.shape[1]
+        y = self.device.xp.empty((T, H, C), np.float32)
+        q = self.device.xp.ascontiguousarray(q)
+        args = (*m.place, q, np.int64(H * N), np.int64(N), y, *map(np.int32, (C, N, every)))
+        self.device.launch(m.form.name, "latent", (-(-C // THREADS), H, T), args, 0)
+        return y
+
+
+def _stored(m: Any) -> Stored | None:
+    scale: Array = None
+    share = 1
+    match m:
+        case BF16(w):
+            name = "bf16"
+        case Int4(w, scale):
+            name = "int4"
+        case Fp8Block(w, scale, (share, 128)):
+            name = "fp8"
+        case Q8(w):
+            name = "q8"
+        case Q4(w):
+            name = "q4"
+        case _ if getattr(m, "dtype", None) in (np.float32, np.float16) and m.ndim == 2:
+            name, w = {4: "f32", 2: "f16"}[m.dtype.itemsize], m
+        case _:
+            return None
+    if not w.flags.c_contiguous:
+        return None
+    s = w if scale is None else scale
+    return Stored(FORMS[name], w, w.strides[0], s, s.strides[0], share, tuple(m.shape))
+
+
+def _rounds(m: Any, rounded: tuple[str, ...]) -> bool:
+    return (isinstance(m, Int4) and "int4" in rounded) or (
+        isinstance(m, Fp8Block) and "fp8" in rounded
+    )
+
+
+def _complete(w: Any) -> bool:
+    """Whether every part is there; `...` stands for one that is in memory."""
+    if isinstance(w, LayerWeights | MoeWeights):
+        return all(_complete(part) for part in w)
+    return w is not ...
+
+
+def _joined(mine: Any, theirs: Any) -> Any:
+    if mine is ...:
+        return theirs
+    if isinstance(mine, LayerWeights | MoeWeights):
+        return type(mine)(*(_joined(a, b) for a, b in zip(mine, theirs, strict=True)))
+    return mine

@@ -1,0 +1,3 @@
+"""Tile matrices of two checkpoints alike."""
+
+TILE = 1 << 20

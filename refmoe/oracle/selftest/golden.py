@@ -1,0 +1,190 @@
+"""Goldens: another engine's numbers, with provenance, and how far refmoe is from them.
+
+golden/vectors/manifest.json names for each case the engine and its version, the conventions it
+holds to, the tokens, and the file that has its points; for each model the sha256 of every file
+the engine read. `golden/make.py` writes them with transformers and mlx-lm; refmoe never does. A
+checkpoint of random weights is remade from shape (or member) and seed, and is the one the witness
+read if its sha256 is.
+
+    rel_error   max over rows of  max|ours - theirs| / max|theirs|  in that row
+    bound       float64 numerics, float64 witness    1e-10
+                float32 numerics, float64 witness    2e-5
+                float32 numerics, float32 witness    2e-5 + its own distance from the float64 one;
+                                                     3e-5 for another engine's
+                chosen experts                       0: the same sets
+                greedy                               0: the same token wherever the witness's margin
+                                                     exceeds twice the bound on the largest logit
+
+1e-10 leaves four decimal places to the order of float64 sums; 2e-5 is some 170 float32 units
+(2^-23), which the K2 graph stays below in a few layers.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors.numpy
+
+from refmoe.files import InputError
+from refmoe.oracle.trace import trace
+from refmoe.run.generate import prefill, working
+from refmoe.run.load import Model, golden_folder, load
+from refmoe.weights.synthetic.members import write_member
+from refmoe.weights.synthetic.random import write_random
+
+if TYPE_CHECKING:
+    from refmoe.fast.gpu.placement import Request
+
+VERSION = 2
+BOUNDS = {"float64": 1e-10, "float32": 2e-5}
+OTHER_ENGINE = 3e-5
+
+
+@dataclass(frozen=True)
+class Row:
+    model: str  # model and sequence
+    witness: str
+    numerics: str
+    point: str
+    rel_error: float
+    bound: float
+    ok: bool
+
+
+def verify(
+    folder: Path | None = None, reference: bool = False, gpu: "Request | None" = None
+) -> Iterator[Row]:
+    """Compare every golden with what refmoe computes now, a row for each point.
+
+    `reference`: with the definition in `model/` alone. `gpu`: on a card, in float32. Raises
+    `InputError` if a file is missing, of another version, or not the one the witness read.
+    """
+    folder = folder or golden_folder() / "vectors"
+    manifest = read_manifest(folder)
+    with tempfile.TemporaryDirectory() as tmp:
+        for name, spec in manifest["models"].items():
+            path = folder.parent / spec["folder"] if "folder" in spec else Path(tmp) / name
+            if "random" in spec:
+                write_random(path, **spec["random"])
+            elif "member" in spec:
+                write_member(path, **spec["member"])
+            for file, wanted in spec["sha256"].items():
+                _same(path / file, wanted)
+            cases = [case for case in manifest["cases"] if case["model"] == name]
+            for numerics in BOUNDS if gpu is None else ("float32",):
+                for case in cases:
+                    if case["witness"] == "float64" or numerics == "float32":
+                        model = load(path, numerics, reference, case["conventions"], gpu=gpu)
+                        yield from _case(model, case, cases, folder)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    file = folder / "manifest.json"
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file; run: python golden/make.py") from None
+    if manifest.get("version") != VERSION:
+        raise InputError(
+            f"{file} is version {manifest.get('version')}, this refmoe reads {VERSION}; "
+            "run: python golden/make.py"
+        )
+    return manifest
+
+
+def rel_error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """max over rows of max|ours - theirs| / max|theirs|; inf where shapes or finiteness differ."""
+    if ours.shape != theirs.shape:
+        return float("inf")
+    a = ours.reshape(len(ours), -1).astype(np.float64)
+    b = theirs.reshape(len(theirs), -1).astype(np.float64)
+    distance, size = np.abs(a - b).max(axis=1), np.abs(b).max(axis=1)
+    ratio = np.divide(distance, size, out=np.where(distance > 0, np.inf, 0.0), where=size > 0)
+    return float(ratio.max()) if np.isfinite(ratio).all() else float("inf")
+
+
+def _case(
+    model: Model, case: dict[str, Any], cases: list[dict[str, Any]], folder: Path
+) -> Iterator[Row]:
+    name, numerics = f"{case['model']}/{case['sequence']}", model.nx.name
+    witness = f"{case['engine']} {case['witness']}"
+    theirs = points(folder, case)
+    ours = trace(model, case["tokens"], theirs)
+    wider: dict[str, np.ndarray] = {}
+    if case["witness"] != "float64":
+        same = {key: case[key] for key in ("sequence", "engine")} | {"witness": "float64"}
+        for other in cases:
+            if same.items() <= other.items():
+                wider = points(folder, other)
+    for point, value in theirs.items():
+        mine = _like_witness(point, ours, case["positions"])
+        bound = BOUNDS[numerics] if case["witness"] == "float64" or wider else OTHER_ENGINE
+        if point in wider:
+            bound += rel_error(value, wider[point])
+        if point.endswith("#experts"):
+            bound = 0.0
+            error = float((mine != value).any(axis=-1).mean())
+        else:
+            error = rel_error(mine, value)
+        yield Row(name, witness, numerics, point, error, bound, error <= bound)
+    if "greedy" in case:
+        error = _greedy(model, case["tokens"], case["greedy"])
+        yield Row(name, witness, numerics, "greedy", error, 0.0, error == 0)
+
+
+def points(folder: Path, case: dict[str, Any]) -> dict[str, np.ndarray]:
+    _same(folder / case["file"], case["sha256"])
+    points = safetensors.numpy.load_file(folder / case["file"])
+    return points | {name: points[twin] for name, twin in case["same"].items()}
+
+
+def _like_witness(
+    point: str, ours: dict[str, np.ndarray], positions: Sequence[int] | None
+) -> np.ndarray:
+    """Our point at the kept positions; choices are kept as sets, by expert index."""
+    mine = ours[point]
+    base, mark, kind = point.rpartition("#")
+    if mark and kind in ("experts", "weights"):
+        order = ours[f"{base}#experts"].argsort(axis=-1)
+        mine = np.take_along_axis(mine, order, axis=-1)
+    return mine if positions is None else mine[list(positions)]
+
+
+def _greedy(model: Model, prompt: Sequence[int], wanted: dict[str, Any]) -> float:
+    """The share of the witness's continuation that differs where its margin decides.
+
+    Token by token over the cache, as generation goes, and along the witness's tokens.
+    """
+    decoder = working(model)
+    memory = decoder.caches()
+    tie = 2 * BOUNDS[model.nx.name] * wanted["largest_logit"]
+    logits = prefill(decoder, prompt, memory)
+    wrong = 0
+    for token, margin in zip(wanted["tokens"], wanted["margins"], strict=True):
+        wrong += margin > tie and int(logits.argmax()) != token
+        logits = decoder.logits([token], memory)[0]
+    return wrong / len(wanted["tokens"])
+
+
+def _same(file: Path, wanted: str) -> None:
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; run: python golden/make.py")
+    found = sha256(file)
+    if found != wanted:
+        raise InputError(
+            f"{file}: sha256 {found[:12]}…, the manifest says {wanted[:12]}…; "
+            "not the file the witness saw or wrote; run: python golden/make.py"
+        )
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def as_json(rows: Sequence[Row]) -> dict[str, Any]:
+    return {"rows": [asdict(row) for row in rows], "ok": all(row.ok for row in rows)}

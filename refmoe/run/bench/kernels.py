@@ -1,0 +1,103 @@
+"""Measure each stored format's kernel beside the rate of plain reading."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from refmoe.fast import threads
+from refmoe.fast.linear import Inputs, multiply, stored
+from refmoe.model.matrix import (
+    BF16,
+    E4M3,
+    Fp8Block,
+    Int4,
+    Matrix,
+    quantize_q8,
+)
+from refmoe.run.bench.base import ROUNDS, Stream, _relative_error, machine, timed
+from refmoe.run.export import q4_of
+
+NAMES = ("bf16", "q8", "int4-fast", "int4-exact", "q4-fast", "q4", "fp8", "f16", "f32")
+SHAPES = ((2048, 7168), (7168, 2048))  # K2's experts: gate and up, down
+EIGHT = 8  # matrices at once, as many as a token has experts
+
+
+def draw(name: str, O: int, I: int, rng: np.random.Generator) -> Matrix:
+    """A random matrix in this format."""
+    if name.startswith("q4"):
+        m = draw("int4", O, I, rng)
+        assert isinstance(m, Int4)
+        return q4_of(m)
+    if name.startswith("int4"):
+        packed = rng.integers(-(2**31), 2**31, (O, I // 8), np.int32)
+        scale = rng.uniform(0.5, 1, (O, I // 32)).astype(np.float32).view(np.uint32) >> 16
+        return Int4(packed, scale.astype(np.uint16))
+    if name == "fp8":
+        finite = np.flatnonzero(np.isfinite(E4M3)).astype(np.uint8)
+        scale = rng.uniform(0.5, 1, (-(-O // 128), -(-I // 128))).astype(np.float32)
+        return Fp8Block(finite[rng.integers(0, len(finite), (O, I), np.uint8)], scale, (128, 128))
+    w = rng.standard_normal((O, I), np.float32)
+    if name == "bf16":
+        return BF16((w.view(np.uint32) >> 16).astype(np.uint16))
+    if name == "q8":
+        return quantize_q8(w)
+    return w.astype(np.float16) if name == "f16" else w
+
+
+def kernels(
+    names: Sequence[str] = NAMES,
+    counts: Sequence[int] = (),
+    tokens: Sequence[int] = (1, 4),
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+) -> dict[str, Any]:
+    """A row for each format, shape, number of threads and of tokens."""
+    counts = list(counts) or sorted({1, threads.available()})
+    rng = np.random.default_rng(0)
+    streams: dict[int, Stream] = {}
+    for count in counts:
+        threads.use(count)
+        streams[count] = Stream()
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        for O, I in shapes:
+            each = [draw(name, O, I, rng) for _ in range(EIGHT)]
+            for T in tokens:
+                x = rng.standard_normal((T, I)).astype(np.float32)
+                error = _relative_error(name, each[0], x)
+                for count in counts:
+                    threads.use(count)
+                    rates, ratios = _rates(name, each, x, streams[count])
+                    shape = {"rows": O, "cols": I, "tokens": T}
+                    row: dict[str, Any] = {"name": name, "format": _format(each[0])}
+                    row |= {"threads": count, **shape}
+                    middle, best = float(np.median(rates)), max(rates)
+                    row |= {"gbs": middle, "gbs_best": best, "ratio": float(np.median(ratios))}
+                    rows.append({**row, "rel_error": error})
+    threads.use(threads.available())
+    reading = {str(count): s.rate for count, s in streams.items()}
+    return {"machine": machine(), "stream_gbs": reading, "kernels": rows}
+
+
+def _format(m: Matrix) -> str:
+    return m.dtype.name if isinstance(m, np.ndarray) else type(m).__name__
+
+
+def _rates(
+    name: str, each: Sequence[Matrix], x: np.ndarray, stream: Stream
+) -> tuple[list[float], list[float]]:
+    """GB/s of weights, and its ratios to reading."""
+    known = [stored(m, fast=name.endswith("-fast")) for m in each]
+    here = [m for m in known if m is not None]
+    nbytes = sum(m.nbytes for m in each)
+    rates: list[float] = []
+
+    def run() -> float:
+        inputs = Inputs(x)
+        rates.append(nbytes / timed(lambda: multiply([(inputs, m) for m in here])) / 1e9)
+        return rates[-1]
+
+    run()
+    stream.measure()
+    rates.clear()
+    return rates, [stream.beside(run) for _ in range(ROUNDS)]

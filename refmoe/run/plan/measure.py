@@ -1,0 +1,218 @@
+"""Measure this machine's memory and disk."""
+
+import mmap
+import os
+import platform
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from refmoe.files import InputError
+from refmoe.run.plan.hardware import (
+    DISK,
+    MEASURED,
+    RAM,
+    VRAM,
+    Hardware,
+    Machine,
+    Memory,
+    _data,
+    read_hardware,
+)
+from refmoe.weights.placement import (
+    CARD_RESERVE,
+    KINDS,
+)
+
+PRESETS = ("rtx3060-optane768", "epyc9b45-4xpro6000", "2x-m3-ultra", "laptop-64gb-nvme", "this")
+
+
+def preset(name: str, model: Path | None = None) -> Hardware:
+    """A machine by name; `this` is measured. Raises `InputError`."""
+    if name not in PRESETS:
+        raise InputError(f"no preset {name!r}; known: {', '.join(PRESETS)}")
+    if name == "this":
+        return this(model)
+    return read_hardware(_data(f"hardware/{name}.toml"), name)
+
+
+class Flags(NamedTuple):
+    """What the command line says of the hardware; None where it does not."""
+
+    ram: float | None = None
+    ram_bandwidth: float | None = None
+    disk: float | None = None  # bytes a second
+    vram: float | None = None
+    vram_bandwidth: float | None = None
+    pmem: float | None = None
+    pmem_bandwidth: float | None = None
+    cores: int | None = None
+
+
+def with_flags(hardware: Hardware | None, flags: Flags) -> Hardware:
+    """The hardware with the tiers that flags name put in or changed, in each machine."""
+    notes = list(hardware.notes) if hardware else []
+    sizes = {"ram": flags.ram, "vram": flags.vram, "pmem": flags.pmem, "disk": None}
+    rates = {
+        "ram": flags.ram_bandwidth,
+        "vram": flags.vram_bandwidth,
+        "pmem": flags.pmem_bandwidth,
+        "disk": flags.disk,
+    }
+    usual = {"ram": RAM, "vram": VRAM, "pmem": 39e9, "disk": DISK}
+
+    def changed(machine: Machine) -> Machine:
+        tiers = {t.kind: t for t in machine.tiers}
+        for kind in KINDS:
+            capacity, bandwidth = sizes[kind], rates[kind]
+            if capacity is None and bandwidth is None:
+                continue
+            old = tiers.get(kind)
+            if old is None and capacity is None and kind != "disk":
+                raise InputError(f"--{kind}-bandwidth: there is no {kind}; give --{kind} SIZE")
+            if old is None:
+                reserve = CARD_RESERVE if kind == "vram" else 0
+                old = Memory(kind.upper(), kind, 1e15, usual[kind], reserve=reserve)
+                old = old._replace(name="disk") if kind == "disk" else old
+                if bandwidth is None:
+                    notes.append(f"{kind}: {usual[kind] / 1e9:g} GB/s assumed")
+            elif capacity is not None:
+                old = old._replace(pieces=1, reserve=old.reserve if kind == "vram" else 0)
+            if bandwidth is not None:
+                old = old._replace(bandwidth=bandwidth, measured=False)
+            if capacity is not None:
+                old = old._replace(capacity=capacity)
+            tiers[kind] = old
+        cores = flags.cores or machine.cores
+        return replace(machine, tiers=tuple(tiers.values()), cores=cores)
+
+    base = hardware or Hardware("flags", (Machine((), os.cpu_count() or 1),))
+    machines = tuple(changed(m) for m in base.machines)
+    return replace(base, machines=machines, notes=tuple(dict.fromkeys(notes)))
+
+
+# --- measuring this machine
+
+
+def this(model: Path | None = None) -> Hardware:
+    """This machine, here and now: memory and its rate, the disk's rate, the cores' flops."""
+    from refmoe.run.bench.base import Stream
+
+    memory, notes = _memory(), []
+    stream = Stream()
+    ram = max(stream.measure() for _ in range(5)) * 1e9
+    tiers = [Memory("RAM", "ram", memory, ram, measured=True)]
+    disk, how = _disk(model)
+    notes.append(how)
+    if disk is not None:
+        tiers.append(Memory("disk", "disk", 1e15, disk, measured=True))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = cores or 1
+    a = np.ones((1024, 1024), np.float32)
+    best = max(2 * 1024**3 / _seconds(lambda: a @ a) for _ in range(20)) / 1e9
+    notes.insert(0, f"memory: {ram / 1e9:.1f} GB/s; products: {best:.0f} GFLOP/s")
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > cores / 2:
+        notes.append(f"others are at work here (load {load:.1f}): rates alone would be higher")
+    notes.append("a card is not looked for: --vram SIZE --vram-bandwidth RATE")
+    machine = Machine(tuple(tiers), cores, core_gflops=best / cores / MEASURED)
+    return Hardware(f"this ({platform.node() or 'here'})", (machine,), notes=tuple(notes))
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def _memory() -> float:
+    """Bytes that this process may have: what is free or can be freed, within its group's limit."""
+    try:
+        total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        raise InputError("this system does not say how much memory it has; give --ram") from None
+    if Path("/proc/meminfo").is_file():
+        free = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        total = min(total, 1024.0 * int(free[1])) if free else total
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, float(Path(file).read_text()))
+        except (OSError, ValueError):
+            continue
+    return total
+
+
+PROBE = 1 << 28  # bytes that are read of the disk
+BLOCK = 1 << 23
+
+
+def _disk(model: Path | None) -> tuple[float | None, str]:
+    """Bytes a second, and how it was found: the model's own file, or one of 256 MB."""
+    if not hasattr(os, "preadv"):
+        return None, "disk: not measured on this system; give --disk RATE"
+    files = [model] if model and model.is_file() else list(model.glob("*")) if model else []
+    large = [f for f in files if f.is_file() and f.stat().st_size >= PROBE]
+    if large:
+        return _read_rate(max(large, key=lambda f: f.stat().st_size))
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) if Path(base).is_dir() else Path(tempfile.gettempdir())
+    if shutil.disk_usage(folder).free < 8 * PROBE:
+        return None, f"disk: not measured, {folder} is nearly full; give --disk RATE"
+    block = np.random.default_rng(0).bytes(BLOCK)
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="refmoe-plan-") as f:
+            for _ in range(PROBE // BLOCK):
+                f.write(block)
+            f.flush()
+            os.fsync(f.fileno())
+            return _read_rate(Path(f.name), "a file of 256 MB")
+    except OSError as e:
+        return None, f"disk: not measured ({e}); give --disk RATE"
+
+
+def _read_rate(file: Path, name: str | None = None) -> tuple[float, str]:
+    """Past the page cache where the system allows it: blocks of 8 MiB, four at a time."""
+    handle, direct = _opened(file)
+    total = min(file.stat().st_size, 4 * PROBE) // BLOCK * BLOCK
+
+    def read(start: int) -> int:
+        with mmap.mmap(-1, BLOCK) as block:  # aligned, as O_DIRECT wants it
+            return os.preadv(handle, [block], start)
+
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            began = time.perf_counter()
+            done = sum(pool.map(read, range(0, total, BLOCK)))
+            seconds = time.perf_counter() - began
+    finally:
+        os.close(handle)
+    way = "past the page cache" if direct else "through the page cache, which may flatter it"
+    return done / seconds, f"disk: {done / seconds / 1e9:.2f} GB/s, {name or file.name} {way}"
+
+
+def _opened(file: Path) -> tuple[int, bool]:
+    """A handle, and whether it reads past the page cache."""
+    if direct := getattr(os, "O_DIRECT", 0):
+        try:
+            handle = os.open(file, os.O_RDONLY | direct)
+        except OSError:  # not every file system has it
+            pass
+        else:
+            try:
+                with mmap.mmap(-1, 4096) as block:
+                    os.preadv(handle, [block], 0)
+                return handle, True
+            except OSError:
+                os.close(handle)
+    handle = os.open(file, os.O_RDONLY)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    return handle, False

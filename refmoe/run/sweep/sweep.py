@@ -1,0 +1,105 @@
+"""Many prompts, layer by layer: each weight is asked for once, and no expert that nobody chose.
+
+    x  = embed(tokens)                                       rows of all prompts      [T, D]
+    for each layer
+        h, choice = attend(x), route(norm(h))                prompt by prompt         [T, D], [T, K]
+        y  = Σ_e g · E_e(norm(h))                            expert by expert         [T, D]
+        x' = mix(h, y)                                       rows in any order        [T, D]
+    logits = norm(x) lm_headᵀ                                tile by tile of the head [T, Z]
+
+The formulas are those of model/; here is only the order. Rows go through in chunks of `chunk`, a
+long prompt in several, over the latent cache of this layer, which then is dropped. Experts are
+asked for in index order, each with all rows that chose it, and the routed sum is added up in that
+order, as the definition of the `nx.experts` seam has it: what the chunks are, and whether a sweep
+was interrupted, changes no bit but those that BLAS makes depend on how many rows it multiplies.
+
+Hidden states lie in files, mapped where they are worked on. Beside the weights, which are the
+decoder's affair, and the tokens, memory is bounded whatever T is. With b bytes a number, c rows a
+chunk, S positions of the longest prompt, W the widest of a layer's activations:
+
+    b·(8·c·W  +  S·(C+R) + S·H·(N+V)  +  4·2²⁴  +  2²²)  +  64 MiB
+       a chunk   a prompt's latents and keys   scores   tile of the head
+
+`OUT.part/` beside the result holds what a second run goes on from. A layer's hidden states are
+written beside those they are made of, and count once all is on the disk and `state.json` has been
+replaced; a sweep killed at any moment does the layer again that it was in.
+
+    OUT.part/lock            held by the process at work
+    OUT.part/state.json      what is computed, of what; layers done
+    OUT.part/x0, x1          hidden states after even and odd layers; h, chosen, weight: of this one
+    OUT.part/points/         what the result is made of
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from refmoe.run.generate import CHUNK, alone
+from refmoe.run.load import Model
+from refmoe.run.sweep.files import _clear, _explained, _locked
+from refmoe.run.sweep.head import _head
+from refmoe.run.sweep.layers import _begin, _embedding, _layer
+from refmoe.run.sweep.result import _result
+from refmoe.run.sweep.work import _prepared
+
+
+class Swept(NamedTuple):
+    out: Path
+    tensors: dict[str, tuple[str, tuple[int, ...]]]  # dtype as safetensors spells it, shape
+    rows: int
+    begun_at: int  # layers that an earlier run had done
+    bytes_read: int  # of weights that this run asked for
+    seconds: float
+
+
+def sweep(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    out: str | Path,
+    *,
+    logits: str = "top:64",
+    positions: str | Sequence[int] | Sequence[Sequence[int]] | None = None,
+    points: Sequence[str] = (),
+    chunk: int = CHUNK,
+    restart: bool = False,
+    how: Mapping[str, Any] | None = None,
+) -> Swept:
+    """Write what a forward pass over each prompt makes, as `refmoe trace` names it.
+
+    logits     all: `lm_head` [T, Z]; top:K: `lm_head#ids` and `#logprobs` [T, K], likeliest first,
+               `#logsumexp` [T, 1], logit = log-probability + this; none
+    positions  of which there are logits: all; last; a list for every prompt, from the end where
+               negative; or a list for each. Then also `lm_head#positions`
+    points     names or patterns, beside hidden states of the last layer, `gate#experts`,
+               `gate#weights` and `gate#margin` of all, which are always written; `lm_head` is not
+               among them
+    chunk      rows at a time. A point that is not of single rows (`#scores`, `#probs`, `kv_b_proj`)
+               needs prompts no longer than it
+    restart    forget what an earlier run left
+    how        what else a second run must have in common with the first
+
+    Names begin with `0/`, `1/` … where prompts are several. Raises `InputError` for a second run
+    that is not of the same computation, for a disk that is or becomes too full, for a checkpoint
+    that changes, and where another process sweeps to the same file.
+    """
+    out = Path(out)
+    work = _prepared(model, prompts, out, logits, positions, points, chunk, how or {})
+    folder = out.with_name(out.name + ".part")
+    with _locked(folder, restart), _explained(work, folder), np.errstate(over="ignore"):
+        began = time.perf_counter()
+        with np.errstate(invalid="ignore"), alone(model.decoder):  # points name what is not finite
+            run = _begin(work, folder)
+            before, read = run.state["done"], run.state["bytes_read"]
+            with run.bar:
+                _embedding(run)
+                while run.state["done"] < work.cfg.num_hidden_layers:
+                    _layer(run, run.state["done"])
+                if run.state["done"] == work.cfg.num_hidden_layers:
+                    _head(run)
+        tensors = _result(run, out)
+        _clear(folder)
+    seconds = time.perf_counter() - began
+    return Swept(out, tensors, work.T, max(0, before), run.state["bytes_read"] - read, seconds)

@@ -1,0 +1,297 @@
+"""Say what a sweep has to do before it begins."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from refmoe.config import Config
+from refmoe.files import InputError
+from refmoe.model.decoder import (
+    Decoder,
+    check_tokens,
+)
+from refmoe.run.load import Model
+
+VERSION = 1  # of the folder's contents
+TILE = 1 << 22  # elements of a tile of the head
+BLOCK = 1 << 16  # rows of routing looked through at once
+TOGETHER = 16  # experts of a mapped checkpoint in one parallel region
+COPIED = 1 << 24  # bytes of the result at once
+LOGITS = "lm_head"
+LETTERS = {
+    "float64": "F64",
+    "float32": "F32",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+}
+
+
+# --- what is to be done -------------------------------------------------------------------------
+
+
+class Piece(NamedTuple):
+    """Rows of one prompt in a chunk."""
+
+    prompt: int
+    begin: int  # rows of all prompts
+    end: int
+    first: bool  # of the prompt
+    last: bool
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a sweep computes; nothing of it changes."""
+
+    model: Model
+    ids: np.ndarray  # [T]
+    starts: list[int]  # row of each prompt's first token, and T
+    chunks: list[list[Piece]]
+    chunk: int
+    logits: str
+    picked: np.ndarray | None  # rows whose logits are wanted; None: all
+    counts: list[int]  # of them in each prompt
+    wanted: frozenset[str]  # points
+    needed: int  # bytes on the disk
+    facts: dict[str, Any]  # what makes two sweeps the same
+    tokens: str  # JSON, for the result
+
+    @property
+    def cfg(self) -> Config:
+        return self.model.cfg
+
+    @property
+    def decoder(self) -> Decoder:
+        return self.model.decoder
+
+    @property
+    def T(self) -> int:
+        return len(self.ids)
+
+    @property
+    def top(self) -> int:
+        """Likeliest tokens that are kept; 0: whole logits."""
+        kind, _, k = self.logits.partition(":")
+        return min(int(k), self.cfg.vocab_size) if kind == "top" else 0
+
+
+def _prepared(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    out: Path,
+    logits: str,
+    positions: str | Sequence[int] | Sequence[Sequence[int]] | None,
+    points: Sequence[str],
+    chunk: int,
+    how: Mapping[str, Any],
+) -> Work:
+    cfg, nx = model.cfg, model.nx
+    if not prompts:
+        raise InputError("no prompt; give at least one")
+    for n, prompt in enumerate(prompts):
+        try:
+            check_tokens(prompt, 0, cfg)
+        except InputError as e:
+            raise InputError(f"prompt {n}: {e}" if len(prompts) > 1 else str(e)) from None
+    if chunk < 1:
+        raise InputError(f"chunk = {chunk}, expected at least 1")
+    kind, _, k = logits.partition(":")
+    if logits not in ("all", "none") and (kind != "top" or not k.isdecimal() or int(k) < 1):
+        raise InputError(f"logits {logits!r}; expected all, none or top:K")
+    lengths = [len(tokens) for tokens in prompts]
+    if nx.room is not None and max(lengths) > nx.room:
+        raise InputError(
+            f"a prompt of {max(lengths)} tokens, and the card's caches have room for {nx.room}"
+        )
+    chunk = min(chunk, nx.rows or chunk)
+    starts = [0, *np.cumsum(lengths).tolist()]
+    picked = None if logits == "none" else _picked(positions, lengths)
+    counts = lengths if picked is None else [len(rows) for rows in picked]
+    wanted = _wanted(cfg, points, max(lengths), chunk)
+    tokens = json.dumps([[int(t) for t in p] for p in prompts])
+    facts = {
+        "version": VERSION,
+        "tokens": hashlib.sha256(tokens.encode()).hexdigest(),
+        "model": str(model.checkpoint.path.resolve()),
+        "checkpoint": model.checkpoint.identity,
+        "numerics": nx.name,
+        "conventions": asdict(nx.conventions),
+        "attention": [nx.attention, nx.cache],
+        "reference": model.reference,
+        "logits": logits,
+        "positions": None if picked is None else [p.tolist() for p in picked],
+        "points": sorted(points),
+        "chunk": chunk,
+        **how,
+    }
+    rows = None
+    if picked is not None:
+        rows = np.concatenate([p + s for p, s in zip(picked, starts, strict=False)]).astype(int)
+    work = Work(
+        model,
+        np.concatenate([np.asarray(t, np.intp) for t in prompts]),
+        starts,
+        list(_chunks(starts, chunk)),
+        chunk,
+        logits,
+        rows,
+        counts,
+        wanted,
+        0,
+        json.loads(json.dumps(facts)),
+        tokens if len(prompts) > 1 else tokens[1:-1],
+    )
+    return replace(work, needed=_needed(work))
+
+
+def _picked(
+    positions: str | Sequence[int] | Sequence[Sequence[int]] | None, lengths: list[int]
+) -> list[np.ndarray] | None:
+    """Of each prompt, the positions whose logits are wanted, in order."""
+    if positions is None or positions == "all":
+        return None
+    if isinstance(positions, str):
+        if positions != "last":
+            raise InputError(f"positions {positions!r}; expected all, last, or a list of integers")
+        positions = [-1]
+    each: Any = list(positions)
+    if not (each and all(isinstance(p, list | tuple) for p in each)):
+        each = [each] * len(lengths)
+    if len(each) != len(lengths):
+        raise InputError(f"positions for {len(each)} prompts, there are {len(lengths)}")
+    out = []
+    for n, (own, length) in enumerate(zip(each, lengths, strict=True)):
+        if not all(type(p) is int for p in own):
+            raise InputError("positions are no list of integers, nor a list of such lists")
+        if bad := [p for p in own if not -length <= p < length]:
+            raise InputError(f"position {bad[0]} of prompt {n}, which has {length} tokens")
+        out.append(np.unique(np.array([p % length for p in own], np.int64)))
+    if not any(map(len, out)):
+        raise InputError("no position is wanted; for none, logits = none")
+    return out
+
+
+def _chunks(starts: Sequence[int], chunk: int) -> Iterator[list[Piece]]:
+    """Rows in order; a prompt is split only if it is longer than a chunk."""
+    pieces: list[Piece] = []
+    room = chunk
+    for n, (begin, end) in enumerate(pairwise(starts)):
+        if pieces and end - begin > room:
+            yield pieces
+            pieces, room = [], chunk
+        for at in range(begin, end, chunk):
+            stop = min(at + chunk, end)
+            pieces.append(Piece(n, at, stop, at == begin, stop == end))
+            room -= stop - at
+            if not room:
+                yield pieces
+                pieces, room = [], chunk
+    if pieces:
+        yield pieces
+
+
+WHOLE = ("#scores", "#probs", ".kv_b_proj")  # of a prompt, not of a row
+
+
+def point_sizes(cfg: Config) -> dict[str, float]:
+    """Every point but the logits, in some order, and how many numbers it has for each row.
+
+    `#scores` and `#probs` have as many for each pair of rows of a prompt; of experts' points the
+    numbers are those of a row on average.
+    """
+    D, H, A, C = cfg.hidden_size, cfg.num_attention_heads, cfg.q_lora_rank, cfg.kv_lora_rank
+    N, R, V, K = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim, cfg.num_experts_per_tok
+    F, E = cfg.moe_intermediate_size, cfg.n_routed_experts
+    out: dict[str, float] = {"model.embed_tokens": D}
+
+    def mlp(at: str, width: float, D: float) -> None:
+        out.update({f"{at}{part}": width for part in ("gate_proj", "up_proj", "act")})
+        out[f"{at}down_proj"] = D
+
+    for i in range(cfg.num_hidden_layers):
+        at = f"model.layers.{i}"
+        a = f"{at}.self_attn"
+        out |= {f"{at}.input_layernorm": D}
+        if A is None:
+            out |= {f"{a}.q_proj": H * (N + R)}
+        else:
+            out |= {f"{a}.q_a_proj": A, f"{a}.q_a_layernorm": A, f"{a}.q_b_proj": H * (N + R)}
+        out |= {f"{a}.kv_a_proj_with_mqa": C + R, f"{a}.kv_a_layernorm": C}
+        out |= {f"{a}#q_pe": H * R, f"{a}#k_pe": R}
+        out |= {f"{a}.kv_b_proj": H * (N + V), f"{a}#q_latent": H * C}
+        out |= {f"{a}#context_latent": H * C}
+        out |= {f"{a}#scores": H, f"{a}#probs": H, f"{a}#context": H * V, f"{a}.o_proj": D}
+        out |= {a: D, f"{at}#attn_residual": D, f"{at}.post_attention_layernorm": D}
+        m = f"{at}.mlp"
+        if cfg.is_moe(i):
+            out |= {f"{m}.gate": E, f"{m}.gate#experts": K, f"{m}.gate#weights": K}
+            for e in range(E):
+                out[f"{m}.experts.{e}#rows"] = K / E
+                mlp(f"{m}.experts.{e}.", F * K / E, D * K / E)
+            out |= {f"{m}.experts": D}
+            if cfg.n_shared_experts:
+                mlp(f"{m}.shared_experts.", F * cfg.n_shared_experts, D)
+                out |= {f"{m}.shared_experts": D}
+        else:
+            mlp(f"{m}.", cfg.intermediate_size, D)
+        out |= {m: D, at: D}
+    return out | {"model.norm": D}
+
+
+def _wanted(cfg: Config, patterns: Sequence[str], longest: int, chunk: int) -> frozenset[str]:
+    """Points that the patterns name, and what always is written."""
+    last = f"model.layers.{cfg.num_hidden_layers - 1}"
+    sizes = point_sizes(cfg) if patterns else {}
+    out: set[str] = set()
+    for pattern in patterns:
+        found = {name for name in sizes if fnmatchcase(name, pattern)}
+        if not found:
+            hint = "; logits are asked for by themselves" if fnmatchcase(LOGITS, pattern) else ""
+            raise InputError(
+                f"no point matches {pattern!r}{hint}; points are named like model.norm, "
+                "model.layers.0, model.layers.0.self_attn.q_a_proj, model.layers.1.mlp.gate"
+            )
+        out |= found
+    whole = sorted(name for name in out if name.endswith(WHOLE))
+    if whole and longest > chunk:
+        raise InputError(
+            f"{whole[0]} is not of single rows, and the longest prompt has {longest} tokens, a "
+            f"chunk {chunk}; make chunks as long, or ask for fewer points"
+        )
+    out |= {f"{_expert(name)}#rows" for name in out if ".mlp.experts." in name}
+    for i in range(cfg.num_hidden_layers):
+        if cfg.is_moe(i):
+            out |= {f"model.layers.{i}.mlp.gate#{part}" for part in ("experts", "weights")}
+    return frozenset(out - {last})
+
+
+def _expert(name: str) -> str:
+    """model.layers.L.mlp.experts.E of one of its points."""
+    return name.removesuffix("#rows") if name.endswith("#rows") else name.rpartition(".")[0]
+
+
+def _needed(work: Work) -> int:
+    """Bytes on the disk while it works: its files, and the result beside them."""
+    cfg, T = work.cfg, work.T
+    b, K = np.dtype(work.decoder.nx.dtype).itemsize, cfg.num_experts_per_tok
+    scratch = T * (3 * cfg.hidden_size * b + K * (4 + b))
+    n = sum(work.counts) if work.logits != "none" else 0
+    head = n * (work.top * (b + 4) + 16 if work.top else b * cfg.vocab_size)
+    moe = sum(map(cfg.is_moe, range(cfg.num_hidden_layers)))
+    kept = moe * T * (K * (2 + b) + 16) + head
+    lengths = np.diff(work.starts)
+    sizes = point_sizes(cfg) if len(work.wanted) > 2 * moe else {}
+    for name in work.wanted & sizes.keys():
+        if name.endswith(("gate#experts", "gate#weights")):
+            continue
+        pairs = name.endswith(("#scores", "#probs"))
+        kept += int(b * sizes[name] * ((lengths**2).sum() if pairs else T))
+    return scratch + 2 * kept + T * b * cfg.hidden_size
