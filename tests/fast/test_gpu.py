@@ -22,9 +22,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from refmoe import cli
-from refmoe.fast.gpu import card, operations, placement
 from refmoe.fast.gpu import card as gpu_card
 from refmoe.fast.gpu import device as gpu_device
+from refmoe.fast.gpu import operations, placement
 from refmoe.fast.gpu import operations as gpu_operations
 from refmoe.fast.gpu import placement as gpu_placement
 from refmoe.fast.gpu.card import Card
@@ -380,7 +380,7 @@ def test_what_is_computed_stays_within_what_is_planned_for_it(device, rows, cach
     With blocks and tiles so small that what grows with the model and the rows is seen.
     """
     for name, small in (("SCORES", 1 << 10), ("BLOCK", 32), ("TILE", 1 << 12)):
-        for module in (card, operations, placement):
+        for module in (gpu_card, operations, placement):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, small)
     model = load(gpu=Request(10**9, 0, 512, cache))
