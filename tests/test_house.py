@@ -15,6 +15,7 @@ PACKAGE = ROOT / "refmoe"
 ROOMS = [  # ground floor first
     "version",
     "files",
+    "progress",
     "engines",
     "config",
     "model",

@@ -28,6 +28,7 @@ from refmoe.text.chat import (
     collect,
     ends_in_thought,
 )
+from refmoe.text.terminal import printable
 
 with contextlib.suppress(ImportError):  # not everywhere; lines can be edited, and be long, with it
     import readline  # noqa: F401
@@ -217,10 +218,3 @@ def show(events: Iterator[Event], out: TextIO) -> None:
             out.flush()
     finally:  # also where the reply is stopped: the terminal must not stay dim
         print(plain if kind == "reasoning" else "", file=out)
-
-
-def printable(text: str, out: TextIO) -> str:
-    """On a terminal, control characters that a model may write must not move the cursor."""
-    if not out.isatty():
-        return text
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from refmoe.files import InputError, as_bytes
-from refmoe.run.plan.units import NUMBER, rate
+from refmoe.run.plan.units import NUMBER, capacity, rate
 from refmoe.weights.placement import (
     CARD_RESERVE,
     KINDS,
@@ -212,7 +212,7 @@ def _machine(m: _Table) -> Machine:
             Memory(
                 t.text("name", kind),
                 kind,
-                as_bytes(t.text("capacity"), f"{t.where}: capacity"),
+                capacity(t.text("capacity"), f"{t.where}: capacity"),
                 rate(t.text("bandwidth"), f"{t.where}: bandwidth"),
                 t.flag("measured", False),
                 t.whole("count", 1),

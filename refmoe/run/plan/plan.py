@@ -65,7 +65,7 @@ def plan(
     c = constants or fitted()
     times = case.work().times(c)
     total = sum(times.values())
-    lo, hi = c.range(1 / total)
+    decode = list(c.range(1 / total)) if fits else None
     wide = c._replace(deviation=1.0)  # prompts: few reports
     tokens = case.traffic()
     cache = case.parts.cache_bytes(case.context, case.number) * case.parts.layers
@@ -85,7 +85,7 @@ def plan(
             }
             for s, nbytes in tokens
         ],
-        "decode_tok_s": [lo, hi] if fits else None,
+        "decode_tok_s": decode,
         "prefill_tok_s": list(wide.range(prompt / case.prompt(prompt, c))) if fits else None,
         "prefill_tokens": prompt,
         "binds": binds if fits else None,
@@ -124,11 +124,11 @@ def holdings(s: Share, parts: Parts) -> list[str]:
 
 def best_change(case: Case, c: Constants, eighths: Parts | None = None) -> tuple[str, float]:
     """The one change of a handful that makes decoding fastest, and how many times faster."""
-    now = 1 / case.work().total(c)
     if not case.placement.fits:
         lacking = _gb(case.placement.homeless + case.placement.needed)
         else_ = "" if case.placement.on("disk") else ", or a disk to stream from"
         return f"{lacking} more memory{else_}: it does not fit", 1.0
+    now = 1 / case.work().total(c)
     options = []
     for what, other in _changes(case, eighths):
         factor = 1 / other.work().total(c) / now
