@@ -23,7 +23,7 @@ from tqdm import tqdm
 import refmoe
 from refmoe.engines import CONVENTIONS
 from refmoe.fast.threads import use as use_threads
-from refmoe.files import InputError, as_bytes, read_json, read_text
+from refmoe.files import InputError, parse_size, read_json, read_text
 from refmoe.lint import base as lint_base
 from refmoe.lint import lint as lint_lint
 from refmoe.lint.diff import verify as quant_verify
@@ -756,7 +756,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _hardware(args: argparse.Namespace) -> plan_hardware.Hardware:
     """A preset, a description or, unless flags say how much memory, this machine; then flags."""
-    size, rate = as_bytes, plan_units.rate
+    size, rate = parse_size, plan_units.rate
     kinds = {"ram": size, "vram": size, "pmem": size, "disk": rate}
     kinds |= {f"{kind}_bandwidth": rate for kind in ("ram", "vram", "pmem")}
     given = {
@@ -964,7 +964,7 @@ def _process_age() -> float | None:
 
 def _bytes(text: str) -> int:
     try:
-        return as_bytes(text)
+        return parse_size(text)
     except InputError as e:
         raise argparse.ArgumentTypeError(str(e)) from None
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refmoe import cli
-from refmoe.files import InputError, as_bytes
+from refmoe.files import InputError, parse_size
 from refmoe.run.export import to_gguf
 from refmoe.run.load import load
 from refmoe.run.plan import hardware as plan_hardware
@@ -150,13 +150,13 @@ def test_where_the_head_is_largest_two_tiles_of_it_pass():
     ],
 )
 def test_sizes(text, value):
-    assert as_bytes(text) == value
+    assert parse_size(text) == value
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "0GB", "7GB/s", "4iB", "nanGB"])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(InputError, match="expected bytes"):
-        as_bytes(text, "--ram")
+        parse_size(text, "--ram")
 
 
 def test_rates_and_counts():

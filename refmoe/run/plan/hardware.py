@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from refmoe.files import InputError, as_bytes
+from refmoe.files import InputError, parse_size
 from refmoe.run.plan.units import NUMBER, rate
 from refmoe.weights.placement import (
     CARD_RESERVE,
@@ -212,12 +212,12 @@ def _machine(m: _Table) -> Machine:
             Memory(
                 t.text("name", kind),
                 kind,
-                as_bytes(t.text("capacity"), f"{t.where}: capacity"),
+                parse_size(t.text("capacity"), f"{t.where}: capacity"),
                 rate(t.text("bandwidth"), f"{t.where}: bandwidth"),
                 t.flag("measured", False),
                 t.whole("count", 1),
                 t.flag("together", True),
-                as_bytes(reserve, f"{t.where}: reserve") if reserve != "0.0B" else 0.0,
+                parse_size(reserve, f"{t.where}: reserve") if reserve != "0.0B" else 0.0,
                 t.number("tflops", 0) or None,
             )
         )

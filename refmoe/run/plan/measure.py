@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refmoe.files import InputError
+from refmoe.files import InputError, cache_home
 from refmoe.run.plan.hardware import (
     DISK,
     MEASURED,
@@ -162,8 +162,7 @@ def _disk(model: Path | None) -> tuple[float | None, str]:
     large = [f for f in files if f.is_file() and f.stat().st_size >= PROBE]
     if large:
         return _read_rate(max(large, key=lambda f: f.stat().st_size))
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) if Path(base).is_dir() else Path(tempfile.gettempdir())
+    folder = cache_home() if cache_home().is_dir() else Path(tempfile.gettempdir())
     if shutil.disk_usage(folder).free < 8 * PROBE:
         return None, f"disk: not measured, {folder} is nearly full; give --disk RATE"
     block = np.random.default_rng(0).bytes(BLOCK)

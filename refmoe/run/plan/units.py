@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from refmoe.files import InputError, as_bytes
+from refmoe.files import InputError, parse_size
 
 NUMBER = {"float32": 4, "bf16": 2}
 
@@ -14,7 +14,7 @@ NUMBER = {"float32": 4, "bf16": 2}
 def rate(text: str, what: str = "a bandwidth") -> float:
     """Bytes a second: 50GB/s. Raises `InputError`."""
     try:
-        return as_bytes(re.sub(r"/s\s*$", "", text), what)
+        return parse_size(re.sub(r"/s\s*$", "", text), what)
     except InputError:
         raise InputError(f"{what} = {text!r}, expected bytes a second like 50GB/s") from None
 
