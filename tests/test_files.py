@@ -5,6 +5,15 @@ import pytest
 from refmoe.files import cache_folder, write_atomically
 
 
+def fail(target, error, folder=False):
+    with write_atomically(target) as part:
+        if folder:
+            part.mkdir()
+            part = part / "x"
+        part.write_text("half")
+        raise error
+
+
 def test_a_target_has_its_name_only_once_it_is_whole(tmp_path):
     target = tmp_path / "t.json"
     target.write_text("before")
@@ -13,9 +22,8 @@ def test_a_target_has_its_name_only_once_it_is_whole(tmp_path):
         assert target.read_text() == "before"
         assert part.parent == tmp_path
     assert target.read_text() == "after"
-    with pytest.raises(KeyboardInterrupt), write_atomically(target) as part:
-        part.write_text("half")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        fail(target, KeyboardInterrupt())
     assert target.read_text() == "after"
     assert [f.name for f in tmp_path.iterdir()] == ["t.json"]
 
@@ -25,10 +33,8 @@ def test_a_folder_and_a_given_part_work_too(tmp_path):
         part.mkdir()
         (part / "x").write_text("x")
     assert (tmp_path / "folder" / "x").read_text() == "x"
-    with pytest.raises(ValueError), write_atomically(tmp_path / "other") as part:
-        part.mkdir()
-        (part / "x").write_text("x")
-        raise ValueError
+    with pytest.raises(OSError, match="full"):
+        fail(tmp_path / "other", OSError("full"), folder=True)
     with write_atomically(tmp_path / "y", part=tmp_path / "z", to_disk=True) as part:
         assert part == tmp_path / "z"
         part.write_text("y")
