@@ -19,6 +19,7 @@ class InputError(ValueError):
 
 
 FILE_LIMIT = 200_000_000  # bytes; the index of K2's 208,550 tensors has some 20 million
+SIZE_LIMIT = 1e24  # bytes: beyond every memory and disk there is
 
 
 def read_text(file: Path) -> str:
@@ -57,13 +58,16 @@ def read_object(file: Path) -> dict[str, Any]:
 def parse_size(text: str, what: str = "a size") -> int:
     """Return the bytes that a text means: 64GB is 64·10⁹, 64GiB 64·2³⁰, 1.5e9 is itself.
 
-    Raises `InputError`, which names `what`, for a text of another form and for a size of zero.
+    Raises `InputError`, which names `what`, for a text of another form, for less than one byte and
+    for more than `SIZE_LIMIT`.
     """
     m = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]{1,2})?)\s*([kmgt]?)(i?)b?\s*", text.lower())
-    if m is None or (m[3] and not m[2]) or float(m[1]) <= 0:
-        raise InputError(f"{what} = {text!r}, expected bytes like 64GB (10⁹) or 64GiB (2³⁰)")
-    power = "kmgt".index(m[2]) + 1 if m[2] else 0
-    return int(float(m[1]) * (1024 if m[3] else 1000) ** power)
+    if m is not None and (m[2] or not m[3]):
+        power = "kmgt".index(m[2]) + 1 if m[2] else 0
+        size = float(m[1]) * (1024 if m[3] else 1000) ** power
+        if 1 <= size <= SIZE_LIMIT:
+            return int(size)
+    raise InputError(f"{what} = {text!r}, expected bytes like 64GB (10⁹) or 64GiB (2³⁰)")
 
 
 @contextmanager

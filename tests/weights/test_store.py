@@ -347,9 +347,9 @@ def test_bench_store_prints_its_document(capsys):
 
 BUDGET = """
 import sys
-from refmoe.run.model import load
+from refmoe.run.load import load
 from refmoe.run.generate import working, prefill, step
-from refmoe.weights.reader import high_water
+from refmoe.weights.streaming.reader import high_water
 def start(model):
     decoder = working(model)
     memory = decoder.caches()
