@@ -491,7 +491,7 @@ GROWTH = """
 import sys
 import refmoe
 from refmoe.run.sweep import sweep
-from refmoe.weights.reader import high_water
+from refmoe.weights.streaming.reader import high_water
 folder, count, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 prompts = [[(n + 7 * i) % 500 for i in range(128)] for n in range(count)]
 sweep(refmoe.load(folder, reference=True), prompts, out, chunk=128)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from refmoe.cli import main
 from refmoe.fast.engine import engine
-from refmoe.files import InputError, as_bytes
+from refmoe.files import InputError, parse_size
 from refmoe.run.export import to_gguf
 from refmoe.run.generate import generate_tokens, prefill, step
 from refmoe.run.load import load
@@ -307,12 +307,12 @@ def test_the_way_is_chosen_among_those_that_work(tmp_path):
 
 
 def test_sizes_have_units():
-    assert as_bytes("4GB") == 4 * 10**9
-    assert as_bytes("512 MiB") == 512 << 20
-    assert as_bytes("1.5e9") == 1_500_000_000
+    assert parse_size("4GB") == 4 * 10**9
+    assert parse_size("512 MiB") == 512 << 20
+    assert parse_size("1.5e9") == 1_500_000_000
     for bad in ("", "GB", "-1GB", "4XB", "1.2.3", "0GB", "3iB"):
         with pytest.raises(InputError, match="expected bytes like"):
-            as_bytes(bad)
+            parse_size(bad)
 
 
 # --- the verbs
@@ -350,9 +350,9 @@ def test_bench_store_prints_its_document(capsys):
 
 BUDGET = """
 import sys
-from refmoe.run.model import load
+from refmoe.run.load import load
 from refmoe.run.generate import working, prefill, step
-from refmoe.weights.reader import high_water
+from refmoe.weights.streaming.reader import high_water
 def start(model):
     decoder = working(model)
     memory = decoder.caches()
