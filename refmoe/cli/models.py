@@ -50,12 +50,12 @@ def gpu_request(args: argparse.Namespace, passing: bool = False) -> "Request | N
     if not getattr(args, "gpu", False):
         return None
     from refmoe.fast.gpu.placement import CONTEXT, Request
-    from refmoe.run.plan.units import count
+    from refmoe.run.plan.units import parse_count
 
     experts = getattr(args, "gpu_experts", None) or 0
     if experts < 0:
         raise InputError(f"--gpu-experts {experts}, expected a number from 0")
-    context = count(args.ctx, "--ctx") if getattr(args, "ctx", None) else CONTEXT
+    context = parse_count(args.ctx, "--ctx") if getattr(args, "ctx", None) else CONTEXT
     return Request(args.vram, experts, context, getattr(args, "cache", "float32"), passing)
 
 

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from refmoe.engines import CONVENTIONS
-from refmoe.files import InputError, as_bytes
+from refmoe.files import InputError, parse_size
 from refmoe.model.numerics import POLICIES
 from refmoe.run.load import DENSE
-from refmoe.run.plan.units import NUMBER
+from refmoe.run.plan.units import NUMBER_BYTES
 from refmoe.weights.streaming.reader import WAYS
 
 ENGINES = tuple(CONVENTIONS)
 NUMERICS = tuple(POLICIES)
-CACHES = tuple(NUMBER)
+CACHES = tuple(NUMBER_BYTES)
 MODEL = "a checkpoint's folder or a GGUF file; default: the embedded tiny-k2"
 TOKENS = "JSON file: a list of token ids"
 PROMPTS = "JSON file: a list of token ids, or a list of such lists for several prompts"
@@ -137,7 +137,7 @@ def add_generation(parser: argparse.ArgumentParser, budget: bool = True) -> None
 def size(text: str) -> int:
     """Return bytes: 64GB is 64·10⁹, 64GiB 64·2³⁰."""
     try:
-        return as_bytes(text)
+        return parse_size(text)
     except InputError as e:
         raise argparse.ArgumentTypeError(str(e)) from None
 

@@ -8,19 +8,18 @@ from pathlib import Path
 from refmoe.cli.options import CACHES, add_dense, add_json, refuse, share
 from refmoe.cli.parser import Parser, describe
 from refmoe.cli.show import print_json
-from refmoe.files import read_text
-from refmoe.run.plan.hardware import Hardware, read_hardware
-from refmoe.run.plan.measure import PRESETS, Flags, preset, with_flags
-from refmoe.run.plan.plan import lines, plan
-from refmoe.run.plan.time import Case, model_config
-from refmoe.run.plan.units import NUMBER, capacity, count, rate
-from refmoe.run.plan.validate import table, validate
+from refmoe.files import parse_size, read_text
+from refmoe.run.plan.hardware import Hardware, parse_hardware
+from refmoe.run.plan.measure import PRESETS, Flags, load_preset, with_flags
+from refmoe.run.plan.plan import format_plan, plan
+from refmoe.run.plan.time import Placed, model_config
+from refmoe.run.plan.units import NUMBER_BYTES, parse_count, parse_rate
+from refmoe.run.plan.validate import format_validation, validate
 from refmoe.weights.gguf import opened
 from refmoe.weights.placement import Parts, parts_of
 from refmoe.weights.synthetic.members import MEMBERS
 
 INSIDE = 0.8  # of the public reports must lie in the predicted ranges, or --validate exits with 1
-MOST_CORES = 1_000_000  # as in a description in TOML
 PROMPT, SWEEP = "512", "10000"  # tokens whose times are told
 MEMORIES = {"ram": "main memory", "vram": "card memory", "pmem": "persistent memory"}
 
@@ -94,10 +93,12 @@ def run(args: Namespace) -> int:
     else:
         cfg = model_config(args.config, args.member)
         parts, eighths = Parts.of(cfg, dense), Parts.of(cfg, "q8")
-    context = None if args.ctx is None else count(args.ctx, "--ctx")
-    prompt = count(PROMPT if args.prompt is None else args.prompt, "--prompt")
-    sweep = count(SWEEP if args.sweep is None else args.sweep, "--sweep")
-    case = Case.of(parts, hardware, context, NUMBER[cache], args.hit_rate, args.card_experts)
+    context = None if args.ctx is None else parse_count(args.ctx, "--ctx")
+    prompt = parse_count(PROMPT if args.prompt is None else args.prompt, "--prompt")
+    sweep = parse_count(SWEEP if args.sweep is None else args.sweep, "--sweep")
+    case = Placed.of(
+        parts, hardware, context, NUMBER_BYTES[cache], args.hit_rate, args.card_experts
+    )
     named = args.model or args.config or args.member or "k2-thinking"
     document = {
         "model": f"{named}, dense {dense}, cache {cache}",
@@ -106,7 +107,7 @@ def run(args: Namespace) -> int:
     if args.json:
         print_json(document)
     else:
-        print("\n".join(lines(document)))
+        print("\n".join(format_plan(document)))
     return 0 if document["fits"] else 1
 
 
@@ -118,24 +119,24 @@ def _validate(args: Namespace) -> int:
     if args.json:
         print_json(document)
     else:
-        print("\n".join(table(document)))
+        print("\n".join(format_validation(document)))
     return 0 if document["inside"] >= INSIDE * document["total"] else 1
 
 
 def _hardware(args: Namespace) -> Hardware:
     """Return a preset, a description or, unless flags give the memory, this machine; then flags."""
-    kinds: dict[str, Callable[[str, str], float]] = {kind: capacity for kind in MEMORIES}
-    kinds |= {"disk": rate, **{f"{kind}_bandwidth": rate for kind in MEMORIES}}
+    kinds: dict[str, Callable[[str, str], float]] = {kind: parse_size for kind in MEMORIES}
+    kinds |= {"disk": parse_rate, **{f"{kind}_bandwidth": parse_rate for kind in MEMORIES}}
     given = {
         name: read(text, f"--{name.replace('_', '-')}")
         for name, read in kinds.items()
         if (text := getattr(args, name)) is not None
     }
-    cores = None if args.cores is None else count(args.cores, "--cores", MOST_CORES)
+    cores = None if args.cores is None else parse_count(args.cores, "--cores")
     flags = Flags(**given, cores=cores)
     base = None
     if args.hardware:
-        base = read_hardware(read_text(args.hardware), str(args.hardware))
+        base = parse_hardware(read_text(args.hardware), str(args.hardware))
     elif args.preset or flags.ram is None:
-        base = preset(args.preset or "this", args.model)
+        base = load_preset(args.preset or "this", args.model)
     return with_flags(base, flags)
