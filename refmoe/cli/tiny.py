@@ -50,7 +50,7 @@ def add(parser: Parser) -> None:
 def run(args: Namespace) -> int:
     shape = _shape([item for item in args.shape if item != FULL])
     if FULL in args.shape:
-        why = f"does not go with --shape {FULL}, which decides layout, format and shards"
+        why = f"does not go with --shape {FULL}: {FULL} decides layout, format and shards"
         refuse(args, ("--like", "--format", "--shards"), why)
         return _write_full(args, shape)
     if args.like:

@@ -1,15 +1,14 @@
 """Collect findings about a checkpoint."""
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from refmoe.files import InputError, read_object
+from refmoe.progress import Progress
 
 Level = Literal["error", "warning", "note"]
 SHOWN = 5  # findings of one kind that are listed
@@ -59,11 +58,10 @@ class _Findings:
 def _watched(names: Iterable[str], size: Callable[[str], int]) -> Iterator[str]:
     """The names, with a bar of bytes on a terminal."""
     names = list(names)
-    total, quiet = sum(map(size, names)), not sys.stderr.isatty()
-    with tqdm(total=total, unit="B", unit_scale=True, disable=quiet, leave=False) as bar:
+    with Progress(sum(map(size, names))) as bar:
         for name in names:
             yield name
-            bar.update(size(name))
+            bar.advance(size(name))
 
 
 def _read(file: Path, out: _Findings) -> dict[str, Any]:

@@ -32,7 +32,6 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from refmoe.config import Config
 from refmoe.engines import Conventions
@@ -62,6 +61,7 @@ from refmoe.model.matrix import (
     dequantize,
 )
 from refmoe.model.mla import AttentionWeights
+from refmoe.progress import Progress
 from refmoe.weights.placement import CARD_RESERVE, Parts, Share, Tier, on_card
 
 CONTEXT = 4096  # tokens
@@ -313,7 +313,7 @@ def loaded(
             _check_formats(decoder.layers[i] if i in kinds else None)
         _check_formats(decoder.lm_head if "lm_head" in names else None)
     size = share.nbytes - len(share.caches) * share.cache
-    with tqdm(total=size, unit="B", unit_scale=True, desc="to the card", disable=None) as bar:
+    with Progress(size, name="to the card") as bar:
         for i in range(decoder.cfg.num_hidden_layers):
             here = frozenset(kinds.get(i, set()))
             held = [p for p in share.parts if p.layer == i]
@@ -323,11 +323,11 @@ def loaded(
             parts.append(mine)
             no_shared = not decoder.cfg.n_shared_experts
             up[i] = "attention" in here and ("shared experts" in here or no_shared)
-            bar.update(sum(p.nbytes for p in held))
+            bar.advance(sum(p.nbytes for p in held))
             for e in own.get(i, ()):
                 card.reserve(share.expert + MODULE)
                 experts.setdefault(i, {})[e] = card.mlp(decoder.experts_of(i)(e))
-                bar.update(share.expert)
+                bar.advance(share.expert)
         card.leave()
         head = "lm_head" in names
         norm = card.vector(decoder.norm) if head else decoder.norm

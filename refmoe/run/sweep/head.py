@@ -18,7 +18,7 @@ def _head(run: Run) -> None:
     """Norm of all rows; the wanted logits, each tile of the head with all of them."""
     work, decoder, cfg = run.work, run.work.decoder, run.work.cfg
     _unchanged(run)
-    run.bar.set_description("sweep head", refresh=False)
+    run.bar.rename("sweep head")
     nx = decoder.nx.watching(run.points)
     x = run.x[cfg.num_hidden_layers % 2]
     for begin in range(0, work.T, work.chunk):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from refmoe.config import Config
 from refmoe.files import InputError
@@ -26,6 +25,7 @@ from refmoe.model.experts import Experts, Lender, Lent, MlpWeights, MoeWeights, 
 from refmoe.model.mla import Segment
 from refmoe.model.numerics import NonFinite, Numerics
 from refmoe.model.router import Routing, route
+from refmoe.progress import Progress
 from refmoe.run.sweep.files import Points, Rows, _empty, _replaced
 from refmoe.run.sweep.work import BLOCK, TOGETHER, Piece, Work
 from refmoe.weights.checkpoint import summary
@@ -45,14 +45,14 @@ class Run:
     h: Rows
     chosen: Rows
     weight: Rows
-    bar: Any
+    bar: Progress
     guessed: float  # bytes of a layer's experts that the bar counts on
     caches: dict[int, LatentCache] = field(default_factory=dict)
 
     def read(self, size: float, instead_of: float = 0.0) -> None:
         self.state["bytes_read"] += int(size)
         self.bar.total += size - instead_of
-        self.bar.update(size)
+        self.bar.advance(size)
 
     def finish(self, done: int) -> None:
         """So far it counts; what was before may be overwritten."""
@@ -100,14 +100,8 @@ def _begin(work: Work, folder: Path) -> Run:
     )
     points = Points(folder / "points", work.wanted, cfg.n_routed_experts)
     once, guessed = _expected(work)
-    bar = tqdm(
-        total=once + guessed * sum(map(cfg.is_moe, range(cfg.num_hidden_layers))),
-        initial=state["bytes_read"],
-        unit="B",
-        unit_scale=True,
-        desc="sweep",
-        disable=None,
-    )
+    total = once + guessed * sum(map(cfg.is_moe, range(cfg.num_hidden_layers)))
+    bar = Progress(total, name="sweep", done=state["bytes_read"])
     return Run(work, folder, state, points, x, h, chosen, weight, bar, guessed)
 
 
@@ -156,7 +150,7 @@ def _layer(run: Run, i: int) -> None:
     """Layer i of all rows."""
     work, decoder, cfg = run.work, run.work.decoder, run.work.cfg
     _unchanged(run)
-    run.bar.set_description(f"sweep layer {i} of {cfg.num_hidden_layers}", refresh=False)
+    run.bar.rename(f"sweep layer {i} of {cfg.num_hidden_layers}")
     nx = decoder.nx.within(f"model.layers.{i}.").watching(run.points)
     old, new = run.x[i % 2], run.x[(i + 1) % 2]
     w, experts = decoder.layers[i], decoder.experts_of(i)
