@@ -11,13 +11,13 @@ from typing import Any
 
 from refmoe.engines import CONVENTIONS
 from refmoe.files import InputError, parse_size
-from refmoe.model.numerics import POLICIES
+from refmoe.model.numerics import PRECISIONS
 from refmoe.run.load import DENSE
 from refmoe.run.plan.units import NUMBER_BYTES
 from refmoe.weights.streaming.reader import WAYS
 
 ENGINES = tuple(CONVENTIONS)
-NUMERICS = tuple(POLICIES)
+NUMERICS = tuple(PRECISIONS)
 CACHES = tuple(NUMBER_BYTES)
 MODEL = "a checkpoint's folder or a GGUF file; default: the embedded tiny-k2"
 TOKENS = "JSON file: a list of token ids"
