@@ -20,7 +20,7 @@ def add(parser: Parser) -> None:
         "to a safetensors file. Of several prompts the names begin with 0/, 1/, …",
         [
             'refmoe trace --text "My lord" --out mine.safetensors',
-            "refmoe trace --text x --numerics float64 --points lm_head '*.gate#*' --out mine.safetensors",
+            "refmoe trace --tokens ids.json --points lm_head '*.gate#*' --out mine.safetensors",
         ],
     )
     source = parser.add_mutually_exclusive_group(required=True)
