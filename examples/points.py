@@ -1,23 +1,24 @@
-"""Which tensors can be watched, and what shape do they have?
+"""Which tensors can be watched, and what shape has each of them?
 
     python examples/points.py
 
-runs a small random network whose axes all differ and prints every point of a dense layer and of
-a mixture layer, sizes turned back into axis letters. docs/points.md is this program's output.
+This runs a small random network in which no two axes have the same size, and prints every point of
+a dense layer and of a layer with experts, with sizes turned back into the letters of their axes.
 """
 
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import refmoe
-from refmoe.weights.random import write_random
 
 TAPS = ("#scores", "#probs", ".gate", "#experts", "#weights", "#rows")
 TOKENS = [3, 1, 4, 1, 5, 9, 2]
 
 
 def letters(cfg: refmoe.Config) -> dict[int, str]:
-    """Size → axis letter, derived axes included; no two are alike in this shape."""
+    """Return the letter of each axis by its size, products and sums of axes included."""
     H, N, R, V, C = (
         cfg.num_attention_heads,
         cfg.qk_nope_head_dim,
@@ -33,8 +34,10 @@ def letters(cfg: refmoe.Config) -> dict[int, str]:
 
 
 with tempfile.TemporaryDirectory() as tmp:
-    write_random(Path(tmp) / "model", seed=0)
-    model = refmoe.load(Path(tmp) / "model")
+    folder = Path(tmp) / "model"
+    command = [sys.executable, "-m", "refmoe", "tiny", folder, "--seed", "0"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    model = refmoe.load(folder)
     axes = letters(model.cfg)
     points = refmoe.trace(model, TOKENS)
 
