@@ -1,6 +1,7 @@
 """The commands of README and of the pages in docs/ run, and print what the pages say they print.
 
-    python tests/test_readme.py [PAGE ...]      write what they print now into the pages
+    python tests/test_readme.py [PAGE ...]              write what they print now into the pages
+    python tests/test_readme.py --figures [PAGE ...]    also where only measured figures differ
 
 A block fenced as `console` is executed: each line that begins with `$ ` is a command, what follows
 is its output. A block fenced as `sh` or `text` is not executed. An HTML comment on the line above a
@@ -34,7 +35,7 @@ INSTALLING = ("pip ", "pytest", "git ")  # what brought us here is not done agai
 GENERATED = ("docs/faults.md", "docs/lint.md")  # refmoe writes them; a link may come first
 BLOCK = re.compile(r"^(?:<!-- ([a-z0-9_ -]+) -->\n)?```console\n(.*?)^```", re.M | re.S)
 FILE = re.compile(r"[\w./-]+\.(?:json|safetensors|npz|gguf|html|py|base)\b")
-MADE = re.compile(r"(?:>|--out|--repro|--html) (\S+)")
+MADE = re.compile(r"(?:>|--out|--repro|--html|dump_\w+\.py \S+) (\S+)")
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def runs(page: Path) -> bool:
     return any(not block.needs for block in blocks(page))
 
 
-@pytest.mark.parametrize("page", filter(runs, PAGES), ids=name_of)
+@pytest.mark.parametrize("page", list(filter(runs, PAGES)), ids=name_of)
 def test_the_commands_of_a_page_print_what_it_shows(page, shell):
     for block in blocks(page):
         if not block.needs:
@@ -250,7 +251,7 @@ def cut(shown: list[str], printed: str) -> list[str] | None:
     return out[:-1]
 
 
-def rewrite(pages: list[Path]) -> None:
+def rewrite(pages: list[Path], figures: bool) -> None:
     with tempfile.TemporaryDirectory() as tmp:
         shell = Shell(Path(tmp))
         for page in pages:
@@ -260,6 +261,8 @@ def rewrite(pages: list[Path]) -> None:
                     print(f"{name_of(page)}: not run, needs {', '.join(block.needs)}")
                     continue
                 for command, shown, printed in shell.run_block(block):
+                    if is_shown(shown, printed) and not figures:
+                        continue
                     new = re.sub(r"^refmoe: compiling.*\n", "", printed, flags=re.MULTILINE)
                     new = new.replace(str(ROOT) + "/", "")
                     if "..." in shown.splitlines():
@@ -273,4 +276,5 @@ def rewrite(pages: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    rewrite([Path(name).resolve() for name in sys.argv[1:]] or PAGES)
+    names = [name for name in sys.argv[1:] if name != "--figures"]
+    rewrite([Path(name).resolve() for name in names] or PAGES, "--figures" in sys.argv)
