@@ -141,10 +141,8 @@ def _show_report(report: Report, every: bool, truth: bool) -> None:
     print(f"\n{'rel error':>10} {'explained':>10} {'multiple':>9}  point")
     for p in shown:
         print(f"{p.rel_error:10.1e} {p.envelope:10.1e} {p.multiple:9.2f}  {p.name}")
-    print(
-        "explained: the largest error that rounding explains; multiple: the error over that, of all"
-    )
-    print("rows or of the worst one; above 1 is a fault")
+    print("explained: the largest error that rounding explains; multiple: the error over that, of")
+    print("all rows or of the worst one; above 1 is a fault")
     flips = report.router
     print(f"\nrouter: {flips['flips']} choices differ, {flips['explained']} explained by noise")
     if report.missing:
