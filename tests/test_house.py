@@ -16,6 +16,7 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "refmoe"
 ROOMS = [  # ground floor first
     "version",
+    "ctrl_c",
     "files",
     "progress",
     "engines",

@@ -15,6 +15,7 @@ from refmoe.cli.options import (
     check_sampling,
 )
 from refmoe.cli.parser import Parser, describe
+from refmoe.ctrl_c import ctrl_c
 from refmoe.run.dialogue import Dialogue, interact
 from refmoe.run.generate import working
 from refmoe.text.chat import read_tools
@@ -44,6 +45,7 @@ def add(parser: Parser) -> None:
 
 def run(args: Namespace) -> int:
     check_sampling(args)
+    ctrl_c.does = "leave"  # until there is a prompt: loading leaves nothing behind
     model = open_model(args)
     tools = read_tools(args.tools) if args.tools else None
     variables = {} if args.thinking is None else {"thinking": args.thinking}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TextIO
 
+from refmoe.ctrl_c import ctrl_c
 from refmoe.files import InputError
 from refmoe.model.cache import LatentCache
 from refmoe.model.decoder import Decoder
@@ -99,6 +100,7 @@ class Dialogue:
         made = 0
         for token in self._tokens(prompt.tokens, max_new_tokens, sampling, seed):
             made += 1
+            ctrl_c.look()
             for event in parser.feed(words.feed(token)):
                 events.append(event)
                 yield event
@@ -121,9 +123,10 @@ class Dialogue:
                 break
             same += 1
         same = min(same, *(cache.length for cache in self.memory))  # a step may have been stopped
+        tokens = list(prompt)
+        self.remembered = tokens[:same]  # and no more, wherever this is stopped
         for cache in self.memory:
             cache.truncate(same)
-        tokens = list(prompt)
         try:
             for token in generate_tokens(
                 self._decoder,
@@ -147,15 +150,25 @@ def interact(
     max_new_tokens: int | None,
     out: TextIO,
 ) -> None:
-    """Read lines from standard input and answer them until the end of input or /exit."""
+    """Read lines from standard input and answer them until the end of input or /exit.
+
+    Ctrl-C leaves at the prompt, and in a reply stops it, after the product under way. One that
+    comes before a reply begins stops that reply; more of them while a reply is being stopped are
+    the same one.
+    """
+    ctrl_c.does = "wait"
     turn = 0
     while True:
         try:
+            ctrl_c.does = "once"
             line = input("> " if sys.stdin.isatty() else "").strip()
+            ctrl_c.does = "wait"
         except (EOFError, KeyboardInterrupt):
+            ctrl_c.does = "wait"
             print(file=out)
             return
         except UnicodeDecodeError:
+            ctrl_c.does = "wait"
             print("[that line is not UTF-8]", file=out)
             continue
         if not line:
@@ -195,6 +208,7 @@ def interact(
             print("[stopped; this turn is forgotten]", file=out)
         except InputError as e:
             print(f"[{e}]", file=out)
+        ctrl_c.came = False
 
 
 def show(events: Iterator[Event], out: TextIO) -> None:

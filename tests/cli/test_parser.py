@@ -11,12 +11,13 @@ import pytest
 
 from refmoe import cli
 from refmoe.cli.parser import WIDTH, Parser
+from refmoe.cli.verbs import VERBS, make_parser
 from tests.conftest import ROOT
 
 
 def parsers(parser: Parser | None = None) -> Iterator[Parser]:
     """Every parser: of `refmoe`, of each verb, of each part of a verb."""
-    parser = cli.parser() if parser is None else parser
+    parser = make_parser() if parser is None else parser
     yield parser.filled()
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -38,9 +39,9 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 def test_every_verb_has_a_file_and_every_file_a_verb():
     files = {p.stem for p in (ROOT / "refmoe" / "cli").glob("*.py")}
-    shared = {"__init__", "parser", "options", "inputs", "models", "show"}
-    assert files - shared == set(cli.VERBS)
-    assert {prog.split()[1] for prog in ALL if " " in prog} == set(cli.VERBS)
+    shared = {"__init__", "verbs", "parser", "options", "inputs", "models", "show"}
+    assert files - shared == set(VERBS)
+    assert {prog.split()[1] for prog in ALL if " " in prog} == set(VERBS)
 
 
 @pytest.mark.parametrize("columns", ["80", "200"])
@@ -56,7 +57,7 @@ def test_help_fits_and_ends_with_examples_that_parse(prog, columns, monkeypatch)
         command = line.strip().rpartition("| ")[2].partition(" < ")[0]
         name, *argv = shlex.split(command)
         assert name == "refmoe"
-        args = cli.parser().parse_args(argv)
+        args = make_parser().parse_args(argv)
         assert callable(args.run)
         ours = line.strip().startswith((prog, "echo"))
         assert ours or prog == "refmoe"
@@ -265,7 +266,7 @@ def test_a_refusal_says_where_to_read_more(capsys):
     ],
 )
 def test_what_is_meaningful_parses(argv, expected):
-    args = vars(cli.parser().parse_args(argv))
+    args = vars(make_parser().parse_args(argv))
     assert {key: args[key] for key in expected} == expected
 
 

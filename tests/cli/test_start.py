@@ -9,6 +9,7 @@ import pytest
 import refmoe
 from tests.conftest import ROOT
 
+SHARED = ("verbs", "parser", "options", "inputs", "models", "show")
 LIST = "import json, sys; print(json.dumps(sorted(sys.modules)))"
 
 
@@ -42,14 +43,14 @@ def test_what_no_verb_is_needed_for_loads_no_verb(argv):
     modules = after_main(*argv)
     assert "numpy" not in modules
     rooms = {m for m in ours(modules) if not m.startswith("refmoe.cli")}
-    assert rooms <= {"refmoe", "refmoe.version", "refmoe.files"}
-    assert ours(modules) - rooms == {"refmoe.cli", "refmoe.cli.parser"}
+    assert rooms <= {"refmoe", "refmoe.ctrl_c", "refmoe.version", "refmoe.files"}
+    assert ours(modules) - rooms == {"refmoe.cli", "refmoe.cli.parser", "refmoe.cli.verbs"}
 
 
 def test_a_verb_loads_no_other_verb_and_not_what_it_does_not_need():
     modules = after_main("generate", "ROMEO:", "--max-new-tokens", "1")
     verbs = {m for m in modules if m.startswith("refmoe.cli.")}
-    shared = {f"refmoe.cli.{name}" for name in ("parser", "options", "inputs", "models", "show")}
+    shared = {f"refmoe.cli.{name}" for name in SHARED}
     assert verbs - shared == {"refmoe.cli.generate"}
     for heavy in ("refmoe.oracle", "refmoe.lint", "jinja2", "tqdm", "torch", "gguf", "safetensors"):
         assert heavy not in modules
