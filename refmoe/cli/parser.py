@@ -50,6 +50,14 @@ class Parser(argparse.ArgumentParser):
             fill(self)
         return self
 
+    def filled_wholly(self) -> "Parser":
+        """Return this parser with all its arguments, and so all parsers below it."""
+        for action in self.filled()._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for below in action.choices.values():
+                    below.filled_wholly()
+        return self
+
     def format_help(self) -> str:
         self.filled()
         return super().format_help()

@@ -35,6 +35,7 @@ VERBS = {  # verb: its summary in `refmoe --help`; refmoe/cli/VERB.py has the re
     "export": "convert safetensors to GGUF and back, and INT4 to bf16 and back",
     "quant": "compare two files of one model; measure what a format costs",
     "tiny": "write a random checkpoint in Hugging Face layout",
+    "completion": "print a script that completes commands in bash, zsh or fish",
 }
 
 EPILOG = """\

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import re
 import shlex
 import subprocess
 import sys
@@ -54,7 +55,8 @@ def test_help_fits_and_ends_with_examples_that_parse(prog, columns, monkeypatch)
     examples = text.partition("example")[2].splitlines()[1:]
     assert examples
     for line in examples:
-        command = line.strip().rpartition("| ")[2].partition(" < ")[0]
+        command = line.strip().rpartition("| ")[2]
+        command = re.split(" [<>] ", command)[0]
         name, *argv = shlex.split(command)
         assert name == "refmoe"
         args = make_parser().parse_args(argv)
