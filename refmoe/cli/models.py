@@ -70,6 +70,6 @@ def gpu_facts(model: Model) -> dict[str, Any]:
 
 def announce_compilation() -> None:
     """Say it when kernels are compiled for the first time, which takes seconds."""
-    from refmoe.fast import kernels  # Numba, which the model has loaded
+    from refmoe.fast.compiling import announce
 
-    kernels.announce(remark)
+    announce(remark)

@@ -65,7 +65,7 @@ def add_sampling(parser: argparse.ArgumentParser, temperature: float) -> None:
     help = "drop tokens less likely than P times the likeliest; default: 0, none"
     group.add_argument("--min-p", type=float, metavar="P", help=help)
     help = "of the random draws; the same seed gives the same text; default: 0"
-    group.add_argument("--seed", type=int, default=0, metavar="N", help=help)
+    group.add_argument("--seed", type=seed, default=0, metavar="N", help=help)
 
 
 def add_dense(group: Group, default: str | None = "exact") -> None:
@@ -155,12 +155,21 @@ def share(text: str) -> float:
 
 def positive(text: str) -> int:
     """Return a whole number from 1."""
+    return _whole(text, 1)
+
+
+def seed(text: str) -> int:
+    """Return a whole number from 0, as NumPy's generators take it."""
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number from 1")
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number from {least}")
     return value
 
 

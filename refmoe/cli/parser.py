@@ -5,7 +5,6 @@ is first used, so that `refmoe --help` lists every verb without importing any of
 """
 
 import argparse
-import shutil
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn
@@ -25,6 +24,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """A help text of at most `WIDTH` columns, on wide terminals too."""
 
     def __init__(self, prog: str) -> None:
+        import shutil  # with compression libraries; only a help text needs it
+
         columns = min(WIDTH, shutil.get_terminal_size().columns)
         super().__init__(prog, max_help_position=30, width=columns - 2)
 

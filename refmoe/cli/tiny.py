@@ -5,7 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from refmoe.cli.options import add_json, positive, refuse
+from refmoe.cli.options import add_json, positive, refuse, seed
 from refmoe.cli.parser import Parser, describe
 from refmoe.cli.show import print_json, remark
 from refmoe.files import InputError
@@ -33,7 +33,7 @@ def add(parser: Parser) -> None:
     help = f"format of the weights: {', '.join(random.FORMATS)}; default: bf16"
     parser.add_argument("--format", choices=random.FORMATS, metavar="FORMAT", help=help)
     help = "of the random numbers; default: 0"
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help=help)
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help=help)
     help = "number of safetensors files; default: 1"
     parser.add_argument("--shards", type=positive, metavar="N", help=help)
     parser.add_argument(

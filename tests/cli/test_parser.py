@@ -228,6 +228,8 @@ TOKENS = ["--tokens", "t.json"]
         (["mutate", "--jobs", "0"], "--jobs: '0', expected a whole number from 1"),
         (["mutate", "--seeds", "-1"], "--seeds: '-1', expected a whole number from 1"),
         (["bench", "decode", "--prompt", "0"], "--prompt: '0', expected"),
+        (["generate", "x", "--seed", "-1"], "--seed: '-1', expected a whole number from 0"),
+        (["tiny", "d", "--seed", "a"], "--seed: 'a', expected a whole number from 0"),
         (["tiny", "d", "--shards", "0"], "--shards: '0', expected"),
         (["plan", "--hit-rate", "2"], "--hit-rate: '2', expected a number from 0 to 1"),
         (["plan", "--hit-rate", "much"], "--hit-rate: 'much', expected a number from 0 to 1"),
