@@ -51,7 +51,7 @@ def add(parser: Parser) -> None:
         ("sweep", "sweep some tokens layer by layer, reading from disk", _add_sweep),
         ("gpu", "run kernels and decode on a CUDA card", _add_gpu),
     ]
-    add_parts(parser, parts, "BENCHMARK")
+    add_parts(parser, parts)
 
 
 # --- arguments

@@ -32,7 +32,7 @@ def add(parser: Parser) -> None:
         ("verify", "compare every golden with what refmoe computes now", _add_verify),
         ("make", "write a truth of a checkpoint and some tokens", _add_make),
     ]
-    add_parts(parser, parts, "PART")
+    add_parts(parser, parts)
 
 
 def _add_verify(parser: Parser) -> None:

@@ -80,7 +80,8 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Refuse a value that is none of the choices, and suggest the nearest."""
         if action.choices is not None and value not in action.choices:
-            raise argparse.ArgumentError(action, unknown_name(value, list(action.choices)))
+            where = None if isinstance(action, argparse._SubParsersAction) else action
+            raise argparse.ArgumentError(where, unknown_name(value, list(action.choices)))
 
     def _unknown_argument(self, given: str) -> str:
         option = given.split("=")[0]
@@ -97,15 +98,14 @@ class Parser(argparse.ArgumentParser):
         return [name for name in self._option_string_actions if name.startswith("--")]
 
 
-def add_parts(
-    parser: Parser, parts: Sequence[tuple[str, str, Callable[[Parser], None]]], metavar: str
-) -> None:
+def add_parts(parser: Parser, parts: Sequence[tuple[str, str, Callable[[Parser], None]]]) -> None:
     """Add nested parsers, each `(name, summary, fill)`: `refmoe golden verify`.
 
     `--json` may stand before the part's name as well as after it.
     """
     parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
-    below = parser.add_subparsers(required=True, metavar=metavar, dest="part", title="parts")
+    names = "|".join(name for name, _, _ in parts)
+    below = parser.add_subparsers(required=True, metavar=names, dest="part", title="parts")
     for name, summary, fill in parts:
         below.add_parser(name, help=summary, fill=fill).siblings = below.choices
 

@@ -34,7 +34,7 @@ def add(parser: Parser) -> None:
         ("base", "write base logits as llama-perplexity does", _add_base),
         ("kl", "compare a model with a file of base logits", _add_kl),
     ]
-    add_parts(parser, parts, "PART")
+    add_parts(parser, parts)
 
 
 def _add_verify(parser: Parser) -> None:
