@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refmoe.files import InputError
-from refmoe.lint.diff.tile import TILE
 from refmoe.model.decoder import Decoder
 from refmoe.model.experts import MlpWeights, routed_experts
 from refmoe.model.matrix import (
@@ -46,6 +45,7 @@ from refmoe.weights.dense import replaced
 from refmoe.weights.gguf import library
 from refmoe.weights.synthetic.random import pack_fp8, pack_int4
 
+TILE = 1 << 20  # elements of a matrix that are rounded at a time
 FORMATS = ("bf16", "f16", "q8_0", "int4", "int4-7.5", "fp8", "q4_0", "q4_1", "q5_0", "q5_1")
 
 

@@ -12,6 +12,7 @@ import pytest
 
 import refmoe
 from refmoe.config import Config
+from refmoe.lint.diff.report import verify
 from refmoe.lint.lint import lint, lint_against
 from refmoe.run import export
 from refmoe.run.export import to_gguf
@@ -433,7 +434,7 @@ def test_what_ggmls_own_quantiser_makes_is_no_fault(kind, files, tmp_path):
     )
     for one, other in ((TINY, made), (made, TINY)):
         assert errors(lint_against(one, other)) == []
-    (verdict,) = [v for v in refmoe.lint.diff.verify.verify(TINY, made) if v.name == "lm_head"]
+    (verdict,) = [v for v in verify(TINY, made).tensors if v.name == "lm_head"]
     assert verdict.verdict == "rounded"
     if kind == "Q4_0":
         assert errors(lint(made)) == []
