@@ -2,8 +2,9 @@
 
 A mistake is one registered function. It is given a suspect, a pair that differs, and yields what
 the second matrix would hold if the mistake had been made, with the words for it. The first that is
-the second matrix, within what both formats allow, is the cause. If none is exactly, the first that
-is nearly is: codes that saturate, or a format that quantises coarsely, hide a mistake so.
+the second matrix, within what both formats allow, is the cause. If none is, the first that nearly
+is: codes that saturate, and formats that quantise coarsely, hide a mistake so. If none is that
+either, the difference is described.
 """
 
 import re
@@ -124,19 +125,25 @@ def find_cause(key: str, a: Matrix, b: Matrix, ours: Checkpoint, how: Compared) 
     if not is_float(a) or not is_float(b):
         return Cause("bits", "not the same bits, and no numbers to compare")
     if prod(b.shape) > CAUSE_LIMIT:
-        return Cause("wrong", f"{UNKNOWN}; too large to be looked into")
+        return Cause(UNKNOWN, f"{UNKNOWN}; too large to be looked into")
     with np.errstate(all="ignore"):  # values that are not finite are equal to nothing
         s = Suspect(key, ours, a, b)
-        return _search(s) or describe_difference(a, b, s.x.values, s.y.values)
+        if found := _search(s):
+            return found
+        described = describe_difference(a, b, s.x.values, s.y.values)
+        return (described.category == UNKNOWN and _scaled_nearly(s)) or described
+
+
+def _limit(s: Suspect) -> float:
+    """Return how far off a candidate may be that explains most of the difference."""
+    return min(LOOSE**2 if isinstance(s.b, Coded) else NEARLY, s.x.off(s.y) / 4)
 
 
 def _search(s: Suspect) -> Cause | None:
-    """Return the first exact cause, else the first that is nearly one."""
+    """Return the first mistake that is exactly the second matrix, or else nearly."""
     if not s.y.values.any():
         return Cause("all zero", "all zero: never loaded?")
-    direct = s.x.off(s.y)
-    limit = LOOSE**2 if isinstance(s.b, Coded) else NEARLY
-    limit = min(limit, direct / 4)  # a candidate must explain most of the difference
+    limit = _limit(s)
     nearly: Cause | None = None
     for each in MISTAKES:
         for cause, candidate in each(s):
@@ -144,14 +151,18 @@ def _search(s: Suspect) -> Cause | None:
                 return cause
             if nearly is None and candidate.off(s.y) <= limit:
                 nearly = cause
-    if nearly is not None:
-        return nearly
+    return nearly
+
+
+def _scaled_nearly(s: Suspect) -> Cause | None:
+    """Return the factor that nearly turns the first matrix into the second, if one does."""
     x, y = s.x.values, s.y.values
-    if x.shape == y.shape:
-        top = float((x * y).sum() / max(float((x * x).sum()), 1e-300))
-        scaled = s.x.moved(lambda w: w * top)
-        if abs(top) > FACTOR and abs(top - 1) > FACTOR and scaled.off(s.y) <= limit:
-            return Cause("factor", f"the right one times {top:.4g}")
+    if x.shape != y.shape:
+        return None
+    top = float((x * y).sum() / max(float((x * x).sum()), 1e-300))
+    scaled = s.x.moved(lambda w: w * top)
+    if abs(top) > FACTOR and abs(top - 1) > FACTOR and scaled.off(s.y) <= _limit(s):
+        return Cause("factor", f"the right one times {top:.4g}")
     return None
 
 
@@ -324,6 +335,8 @@ def offset(s: Suspect) -> Iterator[Candidate]:
     """Yield a vector plus a constant: gains stored less 1."""
     if s.x.values.ndim == 1 and s.x.values.shape == s.y.values.shape:
         k = float(np.median(s.y.values - s.x.values))
+        if abs(k) <= np.median(s.x.bound + s.y.bound):
+            return
         moved = Seen(s.x.values + k, s.x.bound + 2.0**-52 * abs(k))
         yield Cause("offset", f"the right one plus {k:.6g}"), moved
 
@@ -388,9 +401,9 @@ def _first_rows_alike(a: Matrix, b: Matrix) -> bool:
 def describe_difference(a: Matrix, b: Matrix, x: np.ndarray, y: np.ndarray) -> Cause:
     """Return in what two matrices differ: codes, scales or values, how many, by how much."""
     if x.shape != y.shape:
-        return Cause("wrong", UNKNOWN)
+        return Cause(UNKNOWN, UNKNOWN)
     n = int((~((x == y) | (np.isnan(x) & np.isnan(y)))).sum())
-    unknown = Cause("wrong", f"{UNKNOWN}; {n:,} of {x.size:,} values differ")
+    unknown = Cause(UNKNOWN, f"{UNKNOWN}; {n:,} of {x.size:,} values differ")
     if not same_format(a, b) or isinstance(a, Heads):
         return unknown
     if isinstance(a, Int4 | Q4 | Q8 | Fp8Block):

@@ -230,7 +230,7 @@ def _compare(key: str, a: Checkpoint, b: Checkpoint, seek: bool) -> Pair | Damag
         return Damaged(key, f"cannot be compared: {e}")
     cause = None
     if how.verdict == "wrong":
-        cause = find_cause(key, x, y, a, how) if seek else Cause("wrong", UNKNOWN)
+        cause = find_cause(key, x, y, a, how) if seek else Cause(UNKNOWN, UNKNOWN)
     formats = dict.fromkeys((_format(x, a, key), _format(y, b, key)))
     kind = f"{tensor_class(key, a.cfg)}, {' and '.join(formats)}"
     return Pair(key, how, cause, kind, (x.shape, y.shape))
