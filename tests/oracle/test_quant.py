@@ -20,7 +20,6 @@ from refmoe.run.export import to_gguf, to_safetensors
 from refmoe.weights.dense import replaced
 from refmoe.weights.synthetic.random import write_random
 
-pytest.importorskip("gguf", reason="the gguf package is not installed")
 TINY = refmoe.run.load.golden_folder() / "tiny-k2"
 
 
@@ -177,7 +176,7 @@ def at_once(model, kind: str, tokens: list[int]) -> quant_quant.Cost:
         return kept
 
     def expert(i: int, e: int) -> MlpWeights:
-        w = model.decoder.experts(i, e)._asdict()
+        w = model.decoder.experts[i](e)._asdict()
         at = f"model.layers.{i}.mlp.experts.{e}."
         return MlpWeights(*(changed(at + n, m) for n, m in w.items()))
 

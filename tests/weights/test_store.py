@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from refmoe.cli import main
 from refmoe.fast.engine import engine
-from refmoe.files import InputError, as_bytes
+from refmoe.files import InputError, parse_size
 from refmoe.run.export import to_gguf
 from refmoe.run.generate import generate_tokens, prefill, step
 from refmoe.run.load import load
@@ -47,6 +47,7 @@ def smallest(path):
     return s.least
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("way", reader.WAYS)
 @pytest.mark.parametrize("more", [1.0, 1.4, 2.5])
 @pytest.mark.parametrize("name", ["tiny-k2", "bf16", "int4", "fp8", "tiny.gguf"])
@@ -88,7 +89,7 @@ def test_with_places_for_one_choice_every_expert_is_read_anew(tiny_k2):
 
 
 @pytest.mark.parametrize("numerics", ["float64", "bfloat16"])
-def test_the_definition_takes_loans_too(tiny_k2, numerics):
+def test_the_definition_takes_batches_too(tiny_k2, numerics):
     model = load(tiny_k2, numerics, reference=True)
     streamed = Store(model.checkpoint, int(1.2 * smallest(tiny_k2)), "cached")
     decoder = streamed.decoder(model.nx)
@@ -108,18 +109,18 @@ def test_eight_bit_dense_weights_are_streamed_from_their_file(tiny_k2):
 def test_a_place_is_not_given_away_while_it_is_lent(tiny_k2):
     checkpoint = Checkpoint.open(tiny_k2)
     streamed = Store(checkpoint, int(1.1 * smallest(tiny_k2)), "cached")
-    experts = streamed.decoder(engine("float32")).experts_of(1)
+    experts = streamed.decoder(engine("float32")).experts[1]
     x = np.zeros((9, checkpoint.cfg.hidden_size), np.float32)
     chosen = list(range(checkpoint.cfg.n_routed_experts))
     seen = []
-    for loan in experts.loans(chosen, x):
+    for batch in experts.batches(chosen, x):
         key = (2, len(seen) % checkpoint.cfg.n_routed_experts)
         for e in range(checkpoint.cfg.n_routed_experts):  # all that would push it out
             if streamed.arena.ask((3, e)):
                 streamed.arena.wait((3, e))
                 streamed.arena.release([(3, e)])
         streamed.arena.guess(*key[:1], [key[1]])
-        for e, w in loan.items():
+        for e, w in batch.items():
             mine = checkpoint.expert(1, e)
             for lent, mapped in zip(w, mine, strict=True):
                 assert all(np.array_equal(p, q) for p, q in zip(lent, mapped, strict=True))
@@ -128,12 +129,12 @@ def test_a_place_is_not_given_away_while_it_is_lent(tiny_k2):
     streamed.close()
 
 
-def test_a_loan_that_is_broken_off_leaves_every_place_free(tiny_k2):
+def test_a_batch_that_is_broken_off_leaves_every_place_free(tiny_k2):
     streamed = Store(Checkpoint.open(tiny_k2), smallest(tiny_k2), "cached")
-    experts = streamed.decoder(engine("float32")).experts_of(1)
-    loans = experts.loans(list(range(12)), np.zeros((9, 256), np.float32))
-    next(loans)
-    loans.close()
+    experts = streamed.decoder(engine("float32")).experts[1]
+    batches = experts.batches(list(range(12)), np.zeros((9, 256), np.float32))
+    next(batches)
+    batches.close()
     assert not streamed.arena.held
     assert experts(3).gate_proj.shape == (128, 256)
     streamed.close()
@@ -196,6 +197,7 @@ def test_a_budget_too_small_is_refused_with_the_figure(tiny_k2, capsys):
     assert "budget of 0.00 GB is too small: 0.01 GB" in capsys.readouterr().err
 
 
+@pytest.mark.system
 def test_where_all_fits_or_lies_in_memory_nothing_is_streamed(tiny_k2):
     assert load(tiny_k2, ram=10**9).store is None
     shm = Path("/dev/shm")
@@ -256,6 +258,7 @@ def test_a_shard_that_is_cut_short_is_named(own_copy):
 # --- the reader
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("way", reader.WAYS)
 def test_what_is_read_is_what_is_there(tmp_path, way):
     file = tmp_path / "bytes"
@@ -304,12 +307,12 @@ def test_the_way_is_chosen_among_those_that_work(tmp_path):
 
 
 def test_sizes_have_units():
-    assert as_bytes("4GB") == 4 * 10**9
-    assert as_bytes("512 MiB") == 512 << 20
-    assert as_bytes("1.5e9") == 1_500_000_000
+    assert parse_size("4GB") == 4 * 10**9
+    assert parse_size("512 MiB") == 512 << 20
+    assert parse_size("1.5e9") == 1_500_000_000
     for bad in ("", "GB", "-1GB", "4XB", "1.2.3", "0GB", "3iB"):
         with pytest.raises(InputError, match="expected bytes like"):
-            as_bytes(bad)
+            parse_size(bad)
 
 
 # --- the verbs
@@ -347,9 +350,9 @@ def test_bench_store_prints_its_document(capsys):
 
 BUDGET = """
 import sys
-from refmoe.run.model import load
+from refmoe.run.load import load
 from refmoe.run.generate import working, prefill, step
-from refmoe.weights.reader import high_water
+from refmoe.weights.streaming.reader import high_water
 def start(model):
     decoder = working(model)
     memory = decoder.caches()
@@ -365,6 +368,7 @@ print(before, high_water(), model.store is not None)
 """
 
 
+@pytest.mark.system
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no high-water mark to read")
 @pytest.mark.parametrize("more", [1.0, 1.2])
 def test_no_more_is_resident_than_the_budget(tmp_path, more):

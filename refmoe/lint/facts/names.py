@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from refmoe.files import InputError
 from refmoe.lint.base import Place
-from refmoe.weights.checkpoint import MISSING_LIMIT, Checkpoint, Stored, expected, known_extra
+from refmoe.weights.checkpoint import MISSING_LIMIT, Checkpoint, TensorEntry, expected, known_extra
 from refmoe.weights.gguf import Gguf
 
 
@@ -19,8 +19,12 @@ class Names:
     fit: list[str] = field(default_factory=list)  # of the name, shape and dtype called for
     missing: list[str] = field(default_factory=list)
     gave_up: bool = False  # more are missing than any member of the family has
-    wrong_shape: list[tuple[Stored, tuple[int, ...]]] = field(default_factory=list)  # and expected
-    wrong_dtype: list[tuple[Stored, tuple[str, ...]]] = field(default_factory=list)  # and expected
+    wrong_shape: list[tuple[TensorEntry, tuple[int, ...]]] = field(
+        default_factory=list
+    )  # and expected
+    wrong_dtype: list[tuple[TensorEntry, tuple[str, ...]]] = field(
+        default_factory=list
+    )  # and expected
     unread: list[str] = field(default_factory=list)  # in no place of the network
     extra: list[str] = field(default_factory=list)  # published beside the text model
     apart: list[str] = field(default_factory=list)  # scales in another shard than their weight

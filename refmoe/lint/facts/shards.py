@@ -9,7 +9,7 @@ import numpy as np
 
 from refmoe.files import InputError, read_object
 from refmoe.lint.base import Findings, Place, same_bytes
-from refmoe.weights.checkpoint import INDEX, Stored, canonical, read_header
+from refmoe.weights.checkpoint import INDEX, TensorEntry, canonical, read_header
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class BadFile:
 class Twice(NamedTuple):
     """A tensor that is stored in two places."""
 
-    one: Stored
-    other: Stored
+    one: TensorEntry
+    other: TensorEntry
     stray: bool  # the index leaves one of them out
     same: bool  # byte for byte
 
@@ -32,7 +32,7 @@ class Twice(NamedTuple):
 class Stray(NamedTuple):
     """A tensor in a shard where the index does not have it."""
 
-    stored: Stored
+    stored: TensorEntry
     told: str | None  # the shard that the index names
 
 
@@ -63,7 +63,7 @@ def as_object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def gather(folder: Path, findings: Findings) -> dict[str, Stored]:
+def gather(folder: Path, findings: Findings) -> dict[str, TensorEntry]:
     """Return every tensor of the folder that the index knows, by canonical name.
 
     Without an index every shard counts. Damage becomes `Shards`, shown to the rules.
@@ -76,7 +76,7 @@ def gather(folder: Path, findings: Findings) -> dict[str, Stored]:
     out = Shards(folder)
     # a shard outside the folder counts as missing: nothing is looked for there
     out.missing = [(s, n) for s, n in Counter(weight_map.values()).items() if s not in files]
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, TensorEntry] = {}
     seen: set[tuple[str, str]] = set()
     for shard, file in files.items():
         try:
@@ -104,12 +104,12 @@ def gather(folder: Path, findings: Findings) -> dict[str, Stored]:
     return tensors
 
 
-def _twice(one: Stored, other: Stored, stray: bool) -> Twice:
+def _twice(one: TensorEntry, other: TensorEntry, stray: bool) -> Twice:
     alike = (one.dtype, one.shape) == (other.dtype, other.shape)
     return Twice(one, other, stray, alike and same_bytes(_mapped(one), _mapped(other)))
 
 
-def _mapped(t: Stored) -> np.ndarray:
+def _mapped(t: TensorEntry) -> np.ndarray:
     if not t.nbytes:
         return np.zeros(0, np.uint8)
     return np.memmap(t.file, np.uint8, "r", t.start, (t.nbytes,))
