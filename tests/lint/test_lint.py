@@ -15,6 +15,7 @@ from refmoe.config import Config
 from refmoe.files import InputError
 from refmoe.lint.base import Finding, as_json
 from refmoe.lint.diff import weights
+from refmoe.lint.facts import names
 from refmoe.lint.facts import tensors as tensor_facts
 from refmoe.lint.facts.router import share_of_flips
 from refmoe.lint.lint import lint, lint_against
@@ -887,3 +888,27 @@ def test_progress_is_shown_on_a_terminal_alone(thinking, monkeypatch, capsys):
     shown = capsys.readouterr()
     assert "B/s" in shown.err
     assert shown.out == ""
+
+
+# --- what ends an examination early
+
+
+def test_weights_in_a_format_that_cannot_be_read_end_it_after_the_settings(kimi, tmp_path):
+    source = kimi / "configs" / "nvidia--Kimi-K2.7-Code-NVFP4_config.json"
+    shutil.copy(source, tmp_path / "config.json")
+    found = lint(tmp_path)
+    assert [f.rule for f in found if f.level == "error"] == ["config-format"]
+    assert "yarn-engines" in {f.rule for f in found}
+
+
+def test_an_end_of_turn_that_is_no_id_is_named(int4):
+    edit_json(int4 / "generation_config.json", eos_token_id="[EOS]")
+    (found,) = errors(lint(int4))
+    assert (found.rule, found.text[:24]) == ("stop-invalid", "eos_token_id = '[EOS]', ")
+
+
+def test_a_config_of_another_model_is_told_once(int4, monkeypatch):
+    """No member has a million tensors; here a limit of three stands for it."""
+    monkeypatch.setattr(names, "MISSING_LIMIT", 3)
+    edit_json(int4 / "config.json", n_routed_experts=400)
+    says(lint(int4), "error", r"^config\.json is another model's$")

@@ -245,6 +245,24 @@ def test_blocks_of_other_types_are_looked_into(kind, files, tmp_path):
     )
 
 
+def test_a_type_that_nothing_decodes_is_named(files, tmp_path):
+    """The gguf package knows the size of Q8_K, and does not decode it."""
+    which = gguf.GGMLQuantizationType.Q8_K
+    raw = np.zeros((160, gguf.GGML_QUANT_SIZES[which][1]), np.uint8)
+    made = rewritten(files["f32"], tmp_path / "x.gguf", **{"blk.1.attn_q_a.weight": (raw, which)})
+    (found,) = errors(lint(made))
+    assert found.rule == "gguf-undecodable"
+    assert found.tensor == "model.layers.1.self_attn.q_a_proj.weight"
+    assert "cannot decode" in found.text
+
+
+def test_a_truncated_file_is_one_error(files, tmp_path):
+    (tmp_path / "x.gguf").write_bytes(files["f32"].read_bytes()[:-1000])
+    (found,) = lint(tmp_path / "x.gguf")
+    assert (found.level, found.rule) == ("error", "gguf-unreadable")
+    assert "truncated or damaged" in found.text
+
+
 def test_a_vocabulary_that_does_not_fit_is_named(files, tmp_path):
     tokens = read_part(files["f32"]).metadata["tokenizer.ggml.tokens"]
     short = rewritten(files["f32"], tmp_path / "x.gguf", {"tokenizer.ggml.tokens": tokens[:-3]})
