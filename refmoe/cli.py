@@ -26,7 +26,8 @@ from refmoe.fast.threads import use as use_threads
 from refmoe.files import InputError, parse_size, read_json, read_text
 from refmoe.lint import base as lint_base
 from refmoe.lint import lint as lint_lint
-from refmoe.lint.diff import verify as quant_verify
+from refmoe.lint import registry as lint_registry
+from refmoe.lint.diff.report import verify as quant_verify
 from refmoe.model.numerics import PRECISIONS, NonFinite
 from refmoe.oracle import quant as quant_quant
 from refmoe.oracle import repro
@@ -540,18 +541,20 @@ def _quant(args: argparse.Namespace) -> int:
     if args.what == "verify":
         if args.b is None:
             raise InputError("quant verify takes two files of one model: A B")
-        found = list(quant_verify.verify(args.a, args.b))
-        document = quant_verify.as_json(found)
+        found = quant_verify(args.a, args.b)
         if args.json:
-            _print_json(document)
+            _print_json(found.as_json())
         else:
-            for v in found:
+            for v in found.tensors:
                 if v.verdict == "wrong" or args.all:
                     rel = "" if v.max_rel is None else f" {v.max_rel:.1e}"
                     print(f"{v.verdict:<10} {v.name}{rel}{f': {v.likely}' if v.likely else ''}")
-            counts = Counter(v.verdict for v in found)
+            for f in found.findings:
+                if f.level != "note" and f.rule != "diff-weights":
+                    print(f)
+            counts = Counter(v.verdict for v in found.tensors)
             print(", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()))
-        return 0 if document["ok"] else 1
+        return 0 if found.ok else 1
     if args.what in ("base", "kl"):
         return _quant_base(args)
     if args.to is None:
@@ -777,17 +780,30 @@ def _hardware(args: argparse.Namespace) -> plan_hardware.Hardware:
 
 
 def _lint(args: argparse.Namespace) -> int:
+    if args.rules:
+        for r in lint_registry.rules():
+            print(f"{r.level:<8} {r.id:<23} {r.summary}")
+        return 0
     folder = args.folder or golden_folder() / "tiny-k2"
-    found = lint_lint.lint_against(folder, args.against) if args.against else lint_lint.lint(folder)
+    chosen = args.select, args.ignore
+    found = (
+        lint_lint.lint_against(folder, args.against, *chosen)
+        if args.against
+        else lint_lint.lint(folder, *chosen)
+    )
     document = lint_base.as_json(found)
     if args.json:
         _print_json(document)
     else:
         for f in found:
-            print(f"{f.level:<8} {f'{f.tensor}: ' if f.tensor else ''}{f.text}")
+            print(f)
         errors = sum(f.level == "error" for f in found)
         print(f"{errors or 'no'} errors in {len(found)} findings")
     return 0 if document["ok"] else 1
+
+
+def _ids(text: str) -> list[str]:
+    return text.split(",")
 
 
 def _mutate(args: argparse.Namespace) -> int:
@@ -1133,6 +1149,11 @@ def _parser() -> argparse.ArgumentParser:
     p = verb("lint", _lint, "what is wrong with a checkpoint, without running it", model=False)
     p.add_argument("folder", type=Path, nargs="?", metavar="DIR", help="default: tiny-k2")
     p.add_argument("--against", type=Path, metavar="DIR", help="another copy of the same model")
+    p.add_argument("--rules", action="store_true", help="list all rules")
+    help = "judge by these rules or families alone"
+    p.add_argument("--select", type=_ids, action="extend", default=[], metavar="ID", help=help)
+    help = "leave these rules or families out"
+    p.add_argument("--ignore", type=_ids, action="extend", default=[], metavar="ID", help=help)
 
     p = verb("mutate", _mutate, "plant every known fault and see it found", model=False)
     p.add_argument("faults", nargs="*", metavar="ID", help="default: all")
