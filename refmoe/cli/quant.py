@@ -11,7 +11,7 @@ from refmoe.cli.inputs import read_sequence
 from refmoe.cli.options import MODEL, TOKENS, add_json, positive
 from refmoe.cli.parser import Parser, add_parts, describe
 from refmoe.cli.show import layer_progress, print_json
-from refmoe.lint.diff.verify import as_json, verify
+from refmoe.lint.diff.report import verify
 from refmoe.oracle.base_logits import divergence, read_base, write_base
 from refmoe.oracle.quant import FORMATS, expect
 from refmoe.run.generate import generate_tokens
@@ -103,18 +103,20 @@ def _add_kl(parser: Parser) -> None:
 
 
 def _verify(args: Namespace) -> int:
-    found = list(verify(args.a, args.b))
-    document = as_json(found)
+    found = verify(args.a, args.b)
     if args.json:
-        print_json(document)
+        print_json(found.as_json())
     else:
-        for v in found:
+        for v in found.tensors:
             if v.verdict == "wrong" or args.all:
                 rel = "" if v.max_rel is None else f" {v.max_rel:.1e}"
                 print(f"{v.verdict:<10} {v.name}{rel}{f': {v.likely}' if v.likely else ''}")
-        counts = Counter(v.verdict for v in found)
+        for f in found.findings:
+            if f.level != "note" and f.rule != "diff-weights":
+                print(f)
+        counts = Counter(v.verdict for v in found.tensors)
         print(", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()))
-    return 0 if document["ok"] else 1
+    return 0 if found.ok else 1
 
 
 def _expect(args: Namespace) -> int:
