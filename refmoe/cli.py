@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 import refmoe
-from refmoe.engines import CONVENTIONS
+from refmoe.engines import CONVENTIONS, PROFILES
 from refmoe.fast.threads import use as use_threads
 from refmoe.files import InputError, as_bytes, read_json, read_text
 from refmoe.lint import base as lint_base
@@ -33,7 +33,6 @@ from refmoe.oracle import repro
 from refmoe.oracle.base_logits import divergence, read_base, write_base
 from refmoe.oracle.check import Case, arbitrate
 from refmoe.oracle.judge import Report
-from refmoe.oracle.noise import PROFILES
 from refmoe.oracle.readers.dump import read_dump
 from refmoe.oracle.report import write as write_html
 from refmoe.oracle.selftest import golden, mutate

@@ -1,49 +1,15 @@
 """Read YaRN's settings as each engine does."""
 
 from math import ceil, floor, log, pi, sqrt
-from typing import NamedTuple
 
 import numpy as np
 
 from refmoe.config import Config, Yarn
+from refmoe.engines import YARN_READINGS, YarnReading
 from refmoe.lint.base import _Findings
 from refmoe.model.rope import inv_freq, softmax_scale
 
 # --- YaRN, as engines take it from the config
-
-
-class Engine(NamedTuple):
-    name: str
-    source: str
-    betas: tuple[float, float] | None = None  # used whatever the config says
-    one_mscale: bool = False  # takes mscale to be mscale_all_dim
-    short: bool = False  # the softmax scale has mscale² only where the allocated length is longer
-
-
-ENGINES = (
-    Engine(
-        "refmoe, transformers",
-        "huggingface/transformers models/deepseek_v3/modeling_deepseek_v3.py",
-    ),
-    Engine("Moonshot", "modeling_deepseek.py of K2-Instruct, as in mfarisadip/Kimi-K2-Mini"),
-    Engine("DeepSeek", "deepseek-ai/DeepSeek-V3 inference/model.py", short=True),
-    Engine(
-        "vLLM",
-        "vllm-project/vllm layers/rotary_embedding/deepseek_scaling_rope.py, models/deepseek_v2.py",
-    ),
-    Engine("SGLang", "sgl-project/sglang srt/models/deepseek_v2.py"),
-    Engine(
-        "llama.cpp",
-        "ggml-org/llama.cpp src/llama-context.cpp, src/models/deepseek2.cpp, #18013",
-        betas=(32.0, 1.0),
-        one_mscale=True,
-    ),
-    Engine(
-        "KTransformers",
-        "kvcache-ai/ktransformers operators/RoPE.py, models/modeling_deepseek_v3.py",
-    ),
-    Engine("mlx-lm", "ml-explore/mlx-lm mlx_lm/models/deepseek_v3.py"),
-)
 
 
 def _yarn(cfg: Config, out: _Findings) -> None:
@@ -54,7 +20,7 @@ def _yarn(cfg: Config, out: _Findings) -> None:
         out.add("note", "yarn", None, text)
         return
     gain = _mscale(yarn, yarn.mscale) / _mscale(yarn, yarn.mscale_all_dim)
-    for e in ENGINES:
+    for e in YARN_READINGS:
         low, high = _ramp(cfg, yarn, e.betas or (yarn.beta_fast, yarn.beta_slow))
         short = (
             f" ({1 / sqrt(cfg.qk_head_dim):.6f} if not more than "
@@ -90,7 +56,7 @@ def _ramp(cfg: Config, yarn: Yarn, betas: tuple[float, float]) -> tuple[int, int
     return max(floor(fast), 0), min(ceil(slow), R - 1)
 
 
-def _other_betas(cfg: Config, yarn: Yarn, e: Engine, out: _Findings) -> None:
+def _other_betas(cfg: Config, yarn: Yarn, e: YarnReading, out: _Findings) -> None:
     ratio = inv_freq(cfg, e.betas) / inv_freq(cfg)
     wrong = np.flatnonzero(np.abs(ratio - 1) > 1e-12)
     if len(wrong):

@@ -22,11 +22,12 @@ from typing import Any
 
 import numpy as np
 
+from refmoe.engines import PROFILES, Profile, profile_of
 from refmoe.files import InputError
 from refmoe.model.decoder import Decoder, policy
 from refmoe.oracle import cause as causes
 from refmoe.oracle.judge import Report, _judge
-from refmoe.oracle.noise import PROFILES, Profile, envelope, profile_of
+from refmoe.oracle.noise import envelope
 from refmoe.oracle.readers.adapt import adapt
 from refmoe.oracle.readers.dump import Dump
 from refmoe.oracle.replay import Replay

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.engines import CONVENTIONS
+from refmoe.engines import CONVENTIONS, Profile
 from refmoe.model.decoder import Decoder
 from refmoe.model.experts import MoeWeights
 from refmoe.model.matrix import dequantize
 from refmoe.model.router import limit_groups, sigmoid
 from refmoe.oracle import cause as causes
 from refmoe.oracle.graph import through
-from refmoe.oracle.noise import Envelope, Profile
+from refmoe.oracle.noise import Envelope
 from refmoe.oracle.readers.dump import Dump, nearest
 from refmoe.oracle.replay import TOP, Replay
 from refmoe.oracle.statistics import WIDE, Point, Rows, _holm, _rows, _spread

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refmoe.engines import CONVENTIONS
+from refmoe.engines import Profile
 from refmoe.model import matrix
 from refmoe.model.decoder import Decoder
 from refmoe.model.matrix import Fp8Block, Matrix, dequantize
@@ -47,52 +47,6 @@ UNIT = {
 }
 TILE = 1 << 24  # elements of a matrix at once: 128 MB of float64
 ROUNDING = 0.425  # RMS of one rounding's relative error, in units of u
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Types by name; `UNIT` has their unit roundoffs."""
-
-    name: str
-    storage: str  # of every point
-    sums: str = "float32"  # accumulation in matrix products
-    logits: str = "float32"  # of the router
-    weights: str = "float32"  # of the router
-    angles: str = "float32"  # position · frequency
-    cache: str | None = None  # latent and rotated key, where narrower than storage
-    activations: str | None = None  # "int8/32", every product; "fp8/128", products of FP8 matrices
-
-
-PROFILES = {
-    p.name: p
-    for p in (
-        Profile("float64", *["float64"] * 5),
-        Profile("float32", "float32"),
-        Profile("bfloat16", "bfloat16"),
-        Profile("bfloat16-router", "bfloat16", logits="bfloat16", weights="bfloat16"),
-        Profile("float16", "float16"),
-        # DeepSeek's FP8: activations in e4m3, a scale for 128 (deepseek-ai/DeepSeek-V3 kernel.py)
-        Profile("fp8-block", "bfloat16", logits="bfloat16", activations="fp8/128"),
-        # Q8_0 activations before every product, f16 cache (ggml-org/llama.cpp ggml-cpu, defaults)
-        Profile("llama.cpp-q8", "float32", cache="float16", activations="int8/32"),
-        # as the engines are usually run
-        Profile("moonshot", "bfloat16"),
-        Profile("transformers", "bfloat16"),
-        Profile("vllm", "bfloat16", logits="bfloat16"),
-        Profile("sglang", "bfloat16", logits="bfloat16"),
-        Profile("mlx", "bfloat16", logits="bfloat16"),
-        Profile("llama.cpp", "float32", cache="float16", activations="int8/32"),
-    )
-}
-
-
-def profile_of(rounded: str, engine: str) -> Profile:
-    """The profile of an engine whose dumped values are of this type."""
-    if engine == "llama.cpp":
-        return PROFILES["llama.cpp"]
-    if CONVENTIONS[engine].router_logits == "activations":
-        return replace(PROFILES[rounded], logits=rounded)
-    return PROFILES[rounded]
 
 
 # roundings an engine may make inside the operation that ends at a point, its own included

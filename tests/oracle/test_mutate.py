@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from refmoe.engines import PROFILES
 from refmoe.oracle.check import check
 from refmoe.oracle.faults.base import written
 from refmoe.oracle.faults.dictionary import BY_ID, FAULTS
-from refmoe.oracle.noise import PROFILES
 from refmoe.oracle.selftest import mutate
 
 

@@ -11,11 +11,10 @@ import pytest
 
 import refmoe
 from refmoe.config import Config
-from refmoe.engines import CONVENTIONS
+from refmoe.engines import CONVENTIONS, PROFILES
 from refmoe.files import InputError
 from refmoe.model.decoder import policy
 from refmoe.oracle import noise
-from refmoe.oracle.noise import PROFILES
 from refmoe.oracle.readers.dump import Dump, read_dump
 from refmoe.oracle.selftest.power import rounded_run
 from refmoe.oracle.trace import write

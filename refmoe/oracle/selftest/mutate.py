@@ -34,13 +34,13 @@ from typing import Any
 
 import numpy as np
 
+from refmoe.engines import PROFILES, Profile
 from refmoe.model.decoder import Decoder
 from refmoe.oracle.cause import inside
 from refmoe.oracle.check import Case
 from refmoe.oracle.faults.base import Fault, altered
 from refmoe.oracle.faults.dictionary import BY_ID, FAULTS, equivalent
 from refmoe.oracle.graph import kind
-from refmoe.oracle.noise import PROFILES, Profile
 from refmoe.oracle.readers.dump import Dump
 from refmoe.oracle.selftest.power import really_rounding
 from refmoe.oracle.trace import Recorder

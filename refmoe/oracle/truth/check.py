@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refmoe.engines import CONVENTIONS
+from refmoe.engines import CONVENTIONS, PROFILES, Profile, profile_of
 from refmoe.files import InputError
 from refmoe.oracle.judge import Report
-from refmoe.oracle.noise import PROFILES, UNIT, Profile, profile_of, rms
+from refmoe.oracle.noise import UNIT, rms
 from refmoe.oracle.readers.adapt import adapt
 from refmoe.oracle.readers.dump import Dump, fit
 from refmoe.oracle.replay import TOP
