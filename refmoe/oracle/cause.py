@@ -20,7 +20,7 @@ from refmoe.model.decoder import Decoder, head, layer
 from refmoe.model.experts import MlpWeights
 from refmoe.model.mla import Segment
 from refmoe.oracle.faults.base import Fault, altered, strength_of
-from refmoe.oracle.faults.dictionary import BY_ID, candidates, equivalent
+from refmoe.oracle.faults.dictionary import BY_ID, candidates, same_as
 from refmoe.oracle.graph import SWIGLU
 from refmoe.oracle.noise import rms
 from refmoe.oracle.replay import Replay
@@ -78,7 +78,7 @@ def find(case: "Case") -> Cause | None:
     if not trials or trials[0].here > enough:
         return _unforeseeable(case, point)
     best = trials[0]
-    declared = next((ids for ids in equivalent if best.fault.id in ids), ())
+    declared = same_as(best.fault.id)
 
     # a fault elsewhere in the layer, or a hypothesis wider than the fault: only this point counts
     def fit(t: _Trial) -> float:

@@ -39,7 +39,7 @@ from refmoe.model.decoder import Decoder
 from refmoe.oracle.cause import inside
 from refmoe.oracle.check import Case
 from refmoe.oracle.faults.base import Fault, altered
-from refmoe.oracle.faults.dictionary import BY_ID, FAULTS, equivalent
+from refmoe.oracle.faults.dictionary import BY_ID, same_as, select
 from refmoe.oracle.graph import kind
 from refmoe.oracle.readers.dump import Dump
 from refmoe.oracle.selftest.power import really_rounding
@@ -100,7 +100,7 @@ class Mutant:
     @property
     def named(self) -> bool:
         cause = self.case.report.cause
-        same = next((ids for ids in equivalent if self.fault.id in ids), (self.fault.id,))
+        same = same_as(self.fault.id)
         return cause is not None and bool({cause.id, *cause.equivalent} & set(same))
 
     def __str__(self) -> str:
@@ -140,8 +140,8 @@ def mutate(
     folder: Path, quick: bool = False, ids: Sequence[str] = (), seeds: int = 1, jobs: int = 1
 ) -> Iterator[tuple[Fault, Score]]:
     """Each fault with its score, in order; `jobs` processes of one thread each share them."""
+    wanted = select(ids)
     models = checkpoints(folder)
-    wanted = [f for f in FAULTS if not ids or f.id in ids]
     if jobs == 1:
         healthy = Healthy(models, quick)
         for fault in wanted:
