@@ -23,7 +23,7 @@ from tqdm import tqdm
 import refmoe
 from refmoe.engines import CONVENTIONS, PROFILES
 from refmoe.fast.threads import use as use_threads
-from refmoe.files import InputError, as_bytes, read_json, read_text
+from refmoe.files import InputError, parse_size, read_json, read_text
 from refmoe.lint import base as lint_base
 from refmoe.lint import lint as lint_lint
 from refmoe.lint.diff import verify as quant_verify
@@ -723,8 +723,10 @@ def _bench_row(kind: str, row: dict[str, Any]) -> str:
 def _plan(args: argparse.Namespace) -> int:
     if args.validate:
         document = plan_validate.validate()
-        print_ = _print_json if args.json else lambda d: print("\n".join(plan_validate.table(d)))
-        print_(document)
+        if args.json:
+            _print_json(document)
+        else:
+            print("\n".join(plan_validate.format_validation(document)))
         return 0 if document["inside"] >= 0.8 * document["total"] else 1
     hardware = _hardware(args)
     dense, cache = args.dense or hardware.dense, args.cache or hardware.cache
@@ -734,12 +736,12 @@ def _plan(args: argparse.Namespace) -> int:
     else:
         cfg = plan_time.model_config(args.config, args.member)
         parts, eighths = Parts.of(cfg, dense), Parts.of(cfg, "q8")
-    context = plan_units.count(args.ctx, "--ctx") if args.ctx else None
-    number = plan_units.NUMBER[cache]
-    case = plan_time.Case.of(parts, hardware, context, number, args.hit_rate, args.card_experts)
+    context = plan_units.parse_count(args.ctx, "--ctx") if args.ctx else None
+    number = plan_units.NUMBER_BYTES[cache]
+    case = plan_time.Placed.of(parts, hardware, context, number, args.hit_rate, args.card_experts)
     prompt, sweep = (
-        plan_units.count(args.prompt, "--prompt"),
-        plan_units.count(args.sweep, "--sweep"),
+        plan_units.parse_count(args.prompt, "--prompt"),
+        plan_units.parse_count(args.sweep, "--sweep"),
     )
     named = args.model or args.config or args.member or "k2-thinking"
     document = {
@@ -749,13 +751,13 @@ def _plan(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(document)
     else:
-        print("\n".join(plan_plan.lines(document)))
+        print("\n".join(plan_plan.format_plan(document)))
     return 0 if document["fits"] else 1
 
 
 def _hardware(args: argparse.Namespace) -> plan_hardware.Hardware:
     """A preset, a description or, unless flags say how much memory, this machine; then flags."""
-    size, rate = as_bytes, plan_units.rate
+    size, rate = parse_size, plan_units.parse_rate
     kinds = {"ram": size, "vram": size, "pmem": size, "disk": rate}
     kinds |= {f"{kind}_bandwidth": rate for kind in ("ram", "vram", "pmem")}
     given = {
@@ -763,13 +765,13 @@ def _hardware(args: argparse.Namespace) -> plan_hardware.Hardware:
         for name, read in kinds.items()
         if (text := getattr(args, name)) is not None
     }
-    cores = plan_units.count(args.cores, "--cores") if args.cores else None
+    cores = plan_units.parse_count(args.cores, "--cores") if args.cores else None
     flags = plan_measure.Flags(**given, cores=cores)
     base = None
     if args.hardware:
-        base = plan_hardware.read_hardware(read_text(args.hardware), str(args.hardware))
+        base = plan_hardware.parse_hardware(read_text(args.hardware), str(args.hardware))
     elif args.preset or flags.ram is None:
-        base = plan_measure.preset(args.preset or "this", args.model)
+        base = plan_measure.load_preset(args.preset or "this", args.model)
     return plan_measure.with_flags(base, flags)
 
 
@@ -921,7 +923,7 @@ def _request(args: argparse.Namespace) -> Any:
     experts = getattr(args, "gpu_experts", None) or 0
     if experts < 0:
         raise InputError(f"--gpu-experts {experts}, expected a number from 0")
-    context = plan_units.count(args.ctx, "--ctx") if getattr(args, "ctx", None) else CONTEXT
+    context = plan_units.parse_count(args.ctx, "--ctx") if getattr(args, "ctx", None) else CONTEXT
     passing = args.verb is _sweep
     return Request(args.vram, experts, context, getattr(args, "cache", "float32"), passing)
 
@@ -963,7 +965,7 @@ def _process_age() -> float | None:
 
 def _bytes(text: str) -> int:
     try:
-        return as_bytes(text)
+        return parse_size(text)
     except InputError as e:
         raise argparse.ArgumentTypeError(str(e)) from None
 
@@ -1180,7 +1182,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--sweep", default="10000", metavar="N", help="tokens of a sweep; 10000")
     p.add_argument("--dense", choices=DENSE, help="default: exact, or the preset's")
     p.add_argument(
-        "--cache", choices=tuple(plan_units.NUMBER), help="default: float32, or the preset's"
+        "--cache", choices=tuple(plan_units.NUMBER_BYTES), help="default: float32, or the preset's"
     )
     p.add_argument(
         "--hit-rate", type=_share, metavar="H", help="experts not read from disk, 0 to 1"

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refmoe.config import Config
-from refmoe.files import InputError, read_object
+from refmoe.files import InputError, read_object, write_atomically
 from refmoe.model.matrix import (
     BF16,
     Q4,
@@ -101,9 +101,8 @@ def to_gguf(
             f"types {dense!r}, {otherwise!r}, {experts!r}; supported: {', '.join(DENSE)}, "
             "and q4_0 for experts"
         )
-    part = out.with_name(out.name + ".part")
-    writer = gguf.GGUFWriter(part, "deepseek2")
-    try:
+    with write_atomically(out) as part:
+        writer = gguf.GGUFWriter(part, "deepseek2")
         _metadata(writer, model)
         plans = list(_plans(model, dense, otherwise, experts))
         for plan in plans:
@@ -123,9 +122,6 @@ def to_gguf(
             if not exact:
                 wrong.append(plan.name)
         writer.close()
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
     return Exported(out, len(plans), out.stat().st_size, wrong)
 
 

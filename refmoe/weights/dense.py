@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from refmoe.files import InputError
+from refmoe.files import InputError, cache_folder
 from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import MlpWeights, MoeWeights
 from refmoe.model.matrix import Q4, Q8, Int4, Matrix, dequantize, quantize_q8, tiles
@@ -136,8 +136,8 @@ def quantized(m: Matrix) -> Q8:
 
 
 def folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "refmoe" / "dense"
+    """Return the folder in which the blocks of large models are kept."""
+    return cache_folder("dense")
 
 
 def _kept(checkpoint: Checkpoint, matrices: dict[str, Matrix], size: int) -> dict[str, Q8] | None:

@@ -4,7 +4,6 @@ The library's writer (safetensors.serialize_file) wants all of them at once.
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from refmoe.files import write_atomically
 from refmoe.weights.checkpoint import DTYPES
 
 ALIGNED = 64  # bytes: tensors begin at whole cache lines where their sizes let them
@@ -51,24 +51,23 @@ def write_stream(
     chunks: Iterable[np.ndarray],
     said: str | None = None,
     metadata: Mapping[str, str] | None = None,
+    part: Path | None = None,
 ) -> None:
-    """The file, under its name only once it is whole and on the disk. `chunks`: the tensors' bytes
-    in order, in pieces of any size. `said`: a name for the progress bar."""
+    """Write a safetensors file, which has its name only once it is whole and on the disk.
+
+    `chunks` are the tensors' bytes in the order of `specs`, in pieces of any size; `said` is the
+    progress bar's name (None: no bar); `part` where the file is while it is written. Raises
+    ValueError if the chunks have more or fewer bytes than the specs.
+    """
     head, total = header(specs, metadata), sum(spec.nbytes for spec in specs)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=said, disable=said is None)
     written = 0
-    try:
-        with part.open("wb") as out, bar:
+    with write_atomically(file, part=part, to_disk=True) as path:
+        with path.open("wb") as out, bar:
             out.write(head)
             for chunk in chunks:
                 out.write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
                 written += chunk.nbytes
                 bar.update(chunk.nbytes)
-            out.flush()
-            os.fsync(out.fileno())
         if written != total:
             raise ValueError(f"{file}: {written} bytes came for tensors of {total}")
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)

@@ -262,6 +262,7 @@ def by_nvcc(code: str, architecture: str, folder: Path) -> str:
     return (folder / "k.ptx").read_text()
 
 
+@pytest.mark.cuda_compiler
 @pytest.mark.parametrize("architecture", ["compute_86", "compute_90"])
 @pytest.mark.parametrize("name", FORMS)
 def test_the_source_compiles(name, architecture, tmp_path):
@@ -275,6 +276,7 @@ def test_the_source_compiles(name, architecture, tmp_path):
     assert ".f64" not in text  # a constant without its f would be slow, and no one would see it
 
 
+@pytest.mark.cupy
 def test_the_stand_in_offers_nothing_that_cupy_has_not():
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed", exc_type=ImportError)
     for name in standin.NAMES:
@@ -288,11 +290,11 @@ def test_the_stand_in_offers_nothing_that_cupy_has_not():
 
 def test_generate_and_plan_agree_on_a_card_of_12_gb():
     """The preset's card and what `--gpu --vram 12GB --dense q8 --cache bf16` asks for."""
-    preset = plan_measure.preset("rtx3060-optane768")
+    preset = plan_measure.load_preset("rtx3060-optane768")
     assert (preset.dense, preset.cache, preset.context) == ("q8", "bf16", gpu_placement.CONTEXT)
     for experts in (0, 5, None):
-        case = plan_time.Case.of(
-            Q8_PARTS, preset, None, plan_units.NUMBER[preset.cache], None, experts
+        case = plan_time.Placed.of(
+            Q8_PARTS, preset, None, plan_units.NUMBER_BYTES[preset.cache], None, experts
         )
         theirs = case.placement.on("vram")
         count = theirs.experts if experts is None else experts
@@ -306,7 +308,7 @@ def test_generate_and_plan_agree_on_a_card_of_12_gb():
         )
         assert ours.nbytes == theirs.nbytes <= 12e9 - CARD_RESERVE
     exact = on_card(Parts.of(K2), 12e9, gpu_placement.CONTEXT, 2, 0)
-    theirs = plan_time.Case.of(Parts.of(K2), preset, None, 2, None, 0).placement.on("vram")
+    theirs = plan_time.Placed.of(Parts.of(K2), preset, None, 2, None, 0).placement.on("vram")
     assert theirs is not None
     assert exact.parts == theirs.parts
 

@@ -1,6 +1,7 @@
 """plan: sizes are those of the checkpoints, placements lose nothing, and more never slows down."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refmoe import cli
-from refmoe.files import InputError, as_bytes
+from refmoe.files import InputError, parse_size
 from refmoe.run.export import to_gguf
 from refmoe.run.load import load
 from refmoe.run.plan import hardware as plan_hardware
@@ -16,6 +17,7 @@ from refmoe.run.plan import measure as plan_measure
 from refmoe.run.plan import time as plan_time
 from refmoe.run.plan import units as plan_units
 from refmoe.run.plan import validate as plan_validate
+from refmoe.run.plan.plan import format_plan, plan
 from refmoe.weights.checkpoint import Checkpoint, tensor_class
 from refmoe.weights.dense import sizes
 from refmoe.weights.gguf import opened
@@ -56,8 +58,8 @@ def card(capacity: float = 12e9, bandwidth: float = 360e9) -> plan_hardware.Memo
     return plan_hardware.Memory("card", "vram", capacity, bandwidth, reserve=CARD_RESERVE)
 
 
-def rate(case: plan_time.Case) -> float:
-    return 1 / case.work().total(plan_validate.fitted())
+def rate(case: plan_time.Placed) -> float:
+    return 1 / case.work().total(plan_validate.fitted_constants())
 
 
 # --- sizes
@@ -104,7 +106,6 @@ def test_parts_are_those_of_the_tensors_and_of_the_config(name, tmp_path):
 
 
 def test_a_gguf_is_counted_from_its_tensors(tmp_path):
-    pytest.importorskip("gguf", reason="the gguf extra is not installed")
     model = load()
     to_gguf(model, tmp_path / "tiny.gguf")
     there = opened(tmp_path / "tiny.gguf")
@@ -150,26 +151,26 @@ def test_where_the_head_is_largest_two_tiles_of_it_pass():
     ],
 )
 def test_sizes(text, value):
-    assert as_bytes(text) == value
+    assert parse_size(text) == value
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "0GB", "7GB/s", "4iB", "nanGB"])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(InputError, match="expected bytes"):
-        as_bytes(text, "--ram")
+        parse_size(text, "--ram")
 
 
 def test_rates_and_counts():
-    assert plan_units.rate("7GB/s") == 7e9
-    assert plan_units.rate("2.5GiB/s") == 2.5 * 2**30
-    assert plan_units.count("8k") == 8192
-    assert plan_units.count("1M") == 1 << 20
+    assert plan_units.parse_rate("7GB/s") == 7e9
+    assert plan_units.parse_rate("2.5GiB/s") == 2.5 * 2**30
+    assert plan_units.parse_count("8k") == 8192
+    assert plan_units.parse_count("1M") == 1 << 20
     for wrong in ("fast", "7GB/m", ""):
         with pytest.raises(InputError, match="50GB/s"):
-            plan_units.rate(wrong)
+            plan_units.parse_rate(wrong)
     for wrong in ("0", "-1", "8.5k", "k"):
         with pytest.raises(InputError, match="8k"):
-            plan_units.count(wrong)
+            plan_units.parse_count(wrong)
 
 
 # --- placement
@@ -206,14 +207,14 @@ def test_everything_has_exactly_one_place_and_no_tier_is_overfull(
 
 def test_a_card_of_12_gb_holds_what_every_token_uses_in_8_bits():
     """The preset, and a card given by hand, agree: everything but embedding and experts."""
-    preset = plan_measure.preset("rtx3060-optane768")
-    there = plan_time.Case.of(Q8, preset).placement.on("vram")
-    by_hand = on_card(Q8, 12e9, preset.context, plan_units.NUMBER[preset.cache], 0)
+    preset = plan_measure.load_preset("rtx3060-optane768")
+    there = plan_time.Placed.of(Q8, preset).placement.on("vram")
+    by_hand = on_card(Q8, 12e9, preset.context, plan_units.NUMBER_BYTES[preset.cache], 0)
     assert there == replace(by_hand, tier=there.tier)
     assert {p.name for p in there.parts} == {p.name for p in Q8.always if p.kind != "embedding"}
     assert there.caches == tuple(range(61))
     assert there.nbytes <= 12e9 - CARD_RESERVE
-    exact = plan_time.Case.of(K2, preset).placement.on("vram")
+    exact = plan_time.Placed.of(K2, preset).placement.on("vram")
     assert 0 < len(exact.layers("attention")) < 61  # 21 GB do not fit
 
 
@@ -243,7 +244,7 @@ def test_experts_on_the_card_can_be_limited():
 
 def test_a_token_takes_its_bytes_over_the_bandwidth():
     """Memory alone: routed and always bytes and the half full caches, all read at 100 GB/s."""
-    case = plan_time.Case.of(K2, hardware(ram()), 2048)
+    case = plan_time.Placed.of(K2, hardware(ram()), 2048)
     nbytes = K2.routed_bytes + K2.always_bytes + K2.layers * K2.cache_bytes(1024)
     assert case.work().total(UNIT) == pytest.approx(nbytes / 100e9, rel=1e-12)
     half = UNIT._replace(efficiency=0.5)
@@ -254,40 +255,40 @@ def test_misses_are_read_from_disk():
     """A hit rate divides the choice; without one it is the share of experts in memory."""
     row = next(p.read for p in K2.always if p.kind == "embedding")  # never in memory here
     for told in (None, 0.35, 1.0):
-        case = plan_time.Case.of(K2, hardware(ram(64e9), disk(5e9)), 2048, hit_rate=told)
+        case = plan_time.Placed.of(K2, hardware(ram(64e9), disk(5e9)), 2048, hit_rate=told)
         hits = case.placement.on("ram").experts / K2.all_experts if told is None else told
         missed = case.work().seconds["disk"] * 5e9 - row
         assert missed == pytest.approx((1 - hits) * K2.routed_bytes, rel=1e-9, abs=1)
     with pytest.raises(InputError, match="disk"):
-        plan_time.Case.of(K2, hardware(ram()), hit_rate=0.5)
+        plan_time.Placed.of(K2, hardware(ram()), hit_rate=0.5)
 
 
 def test_machines_work_at_the_same_time_or_in_turn():
-    one = plan_time.Case.of(K2, hardware(ram(1e12)), 2048).work().total(UNIT)
-    turn = plan_time.Case.of(K2, hardware(ram(5e11), count=2), 2048).work()
-    both = plan_time.Case.of(K2, hardware(ram(5e11), count=2, split="tensor"), 2048).work()
+    one = plan_time.Placed.of(K2, hardware(ram(1e12)), 2048).work().total(UNIT)
+    turn = plan_time.Placed.of(K2, hardware(ram(5e11), count=2), 2048).work()
+    both = plan_time.Placed.of(K2, hardware(ram(5e11), count=2, split="tensor"), 2048).work()
     assert turn.total(UNIT) == pytest.approx(one, rel=1e-12)
     assert both.total(UNIT) == pytest.approx(one / 2, rel=1e-12)
     assert (turn.exchanges, both.exchanges) == (1, 2 * 61)
 
 
 def test_hand_overs_are_layers_that_a_card_only_begins():
-    assert plan_time.Case.of(K2, hardware(ram()), 2048).work().handovers == 0
-    assert plan_time.Case.of(K2, hardware(card(1e12)), 2048).work().handovers == 0
-    dense = plan_time.Case.of(K2, hardware(card(40e9), ram()), 2048, card_experts=0)
+    assert plan_time.Placed.of(K2, hardware(ram()), 2048).work().handovers == 0
+    assert plan_time.Placed.of(K2, hardware(card(1e12)), 2048).work().handovers == 0
+    dense = plan_time.Placed.of(K2, hardware(card(40e9), ram()), 2048, card_experts=0)
     assert dense.work().handovers == 60  # the first layer is dense, and whole on the card
 
 
 def test_a_long_prompt_reads_everything_once_and_a_short_one_its_choice():
     slow = hardware(ram(1e12, 1e6))  # so slow that only bytes count
-    case = plan_time.Case.of(K2, slow, 2048)
+    case = plan_time.Placed.of(K2, slow, 2048)
     weights = sum(p.nbytes for p in K2.always if p.kind != "embedding")
     row = next(p.read for p in K2.always if p.kind == "embedding")
     assert case.prompt(1, UNIT) == pytest.approx((weights + row + K2.routed_bytes) / 1e6)
     table = sum(p.nbytes for p in K2.always if p.kind == "embedding")  # of which rows are read
     everything = (K2.total_bytes - table + 5000 * row) / 1e6
     assert case.prompt(5000, UNIT) == pytest.approx(everything, rel=1e-6)
-    fast = plan_time.Case.of(K2, hardware(ram(1e12, 1e18)), 2048)
+    fast = plan_time.Placed.of(K2, hardware(ram(1e12, 1e18)), 2048)
     flops = 2 * 100 * (K2.always_numbers + K2.routed_numbers)
     assert fast.prompt(100, UNIT) == pytest.approx(flops / (8 * 96e9), rel=1e-6)
 
@@ -307,7 +308,7 @@ def test_more_bandwidth_and_more_memory_never_slow_it_down(capacity, more, a, b,
     b = min(a, b)  # memory is not slower than the disk behind it
 
     def total(capacity: float, a: float, b: float) -> float:
-        return plan_time.Case.of(K2, hardware(ram(capacity, a), disk(b)), 2048).work().total(UNIT)
+        return plan_time.Placed.of(K2, hardware(ram(capacity, a), disk(b)), 2048).work().total(UNIT)
 
     base = total(capacity, a, b)
     limit = base * (1 + 1e-12) + 2 / b
@@ -441,10 +442,10 @@ tiers = [{ name = "DDR5", kind = "ram", capacity = "64GB", bandwidth = "80GB/s" 
     ],
 )
 def test_a_wrong_description_says_what_was_expected(old, new, expected):
-    plan_hardware.read_hardware(GOOD, "good.toml")
+    plan_hardware.parse_hardware(GOOD, "good.toml")
     assert old in GOOD
     with pytest.raises(InputError, match=r"^rig\.toml") as e:
-        plan_hardware.read_hardware(GOOD.replace(old, new), "rig.toml")
+        plan_hardware.parse_hardware(GOOD.replace(old, new), "rig.toml")
     assert expected in str(e.value)
 
 
@@ -453,6 +454,62 @@ def test_a_description_is_read(tmp_path, capsys):
     file.write_text(GOOD.replace("64GB", "1TB"))
     assert cli.main(["plan", "--hardware", str(file), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tiers"][0]["name"] == "DDR5"
+
+
+NUMBERS = st.one_of(
+    st.none(), st.floats(), st.floats(0, 1e3), st.floats(1e5, 1e13), st.integers(-1, 10**30)
+)
+
+
+@given(flags=st.tuples(*[NUMBERS] * len(plan_measure.Flags._fields)), rig=st.booleans())
+def test_absurd_numbers_are_refused_in_words(flags, rig):
+    """Whatever the flags say: a sentence, or a document of finite numbers above zero."""
+    base = plan_measure.load_preset("laptop-64gb-nvme") if rig else None
+    try:
+        there = plan_measure.with_flags(base, plan_measure.Flags(*flags))
+        document = plan(plan_time.Placed.of(K2, there), Q8)
+    except InputError as e:
+        if not re.search("expected|give --", str(e)):
+            raise
+        return
+    json.dumps(document, allow_nan=False)
+    if document["fits"]:
+        assert 0 < document["decode_tok_s"][0] < document["decode_tok_s"][1]
+    format_plan({"model": "K2", **document})
+
+
+@given(
+    context=st.integers(-1, 10**30),
+    hit_rate=NUMBERS,
+    experts=st.one_of(st.none(), st.integers(-1, 10**30)),
+    tokens=st.integers(-1, 10**30),
+)
+def test_absurd_questions_are_refused_in_words(context, hit_rate, experts, tokens):
+    there = plan_measure.load_preset("laptop-64gb-nvme")
+    try:
+        placed = plan_time.Placed.of(K2, there, context, None, hit_rate, experts)
+        document = plan(placed, Q8, tokens, tokens)
+    except InputError as e:
+        if "expected" not in str(e):
+            raise
+        return
+    json.dumps(document, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--ram", "5"], "--ram = 5, expected 1MB or more; write the unit, like 64GB"),
+        (["--ram", "64GB", "--disk", "7"], "--disk = 7, expected 1MB/s or more"),
+        (["--ram", "64GB", "--cores", "9M"], r"--cores = 9.43718e\+06, expected 1 to 1e\+06"),
+        (["--ram", "64GB", "--ctx", "100000M"], "context = .*, expected 1 to"),
+        (["--ram", "9" * 400], "expected bytes like 64GB"),
+        (["--ram", "64GB", "--prompt", "9" * 400], "expected a number like 8192"),
+    ],
+)
+def test_a_forgotten_unit_is_told(argv, says, capsys):
+    assert cli.main(["plan", *argv]) == 2
+    assert re.search(says, capsys.readouterr().err)
 
 
 # --- validation
@@ -475,7 +532,7 @@ def test_four_of_five_public_reports_are_inside(capsys):
 
 def test_no_report_takes_part_in_its_own_prediction():
     """Each row's figure times five: its own range stays, to the last bit; others' move."""
-    text = plan_hardware._data("reports.toml")
+    text = plan_hardware.read_data("reports.toml")
     base = plan_validate.validate(text)["rows"]
     lines = text.splitlines()
     at = [i for i, line in enumerate(lines) if line.startswith("decode = ")]

@@ -250,6 +250,7 @@ def test_weights_are_asked_for_once_and_unchosen_experts_never(
     assert (tmp_path / "plain").read_bytes() == (tmp_path / "s").read_bytes()
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("more", [1.0, 1.4])
 @pytest.mark.parametrize("way", WAYS)
 def test_under_a_budget_the_bits_are_the_same_and_each_expert_is_read_once(
@@ -490,7 +491,7 @@ GROWTH = """
 import sys
 import refmoe
 from refmoe.run.sweep import sweep
-from refmoe.weights.reader import high_water
+from refmoe.weights.streaming.reader import high_water
 folder, count, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 prompts = [[(n + 7 * i) % 500 for i in range(128)] for n in range(count)]
 sweep(refmoe.load(folder, reference=True), prompts, out, chunk=128)

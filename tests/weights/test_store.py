@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from refmoe.cli import main
 from refmoe.fast.engine import engine
-from refmoe.files import InputError, as_bytes
+from refmoe.files import InputError, parse_size
 from refmoe.run.export import to_gguf
 from refmoe.run.generate import generate_tokens, prefill, step
 from refmoe.run.load import load
@@ -47,6 +47,7 @@ def smallest(path):
     return s.least
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("way", reader.WAYS)
 @pytest.mark.parametrize("more", [1.0, 1.4, 2.5])
 @pytest.mark.parametrize("name", ["tiny-k2", "bf16", "int4", "fp8", "tiny.gguf"])
@@ -196,6 +197,7 @@ def test_a_budget_too_small_is_refused_with_the_figure(tiny_k2, capsys):
     assert "budget of 0.00 GB is too small: 0.01 GB" in capsys.readouterr().err
 
 
+@pytest.mark.system
 def test_where_all_fits_or_lies_in_memory_nothing_is_streamed(tiny_k2):
     assert load(tiny_k2, ram=10**9).store is None
     shm = Path("/dev/shm")
@@ -256,6 +258,7 @@ def test_a_shard_that_is_cut_short_is_named(own_copy):
 # --- the reader
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("way", reader.WAYS)
 def test_what_is_read_is_what_is_there(tmp_path, way):
     file = tmp_path / "bytes"
@@ -304,12 +307,12 @@ def test_the_way_is_chosen_among_those_that_work(tmp_path):
 
 
 def test_sizes_have_units():
-    assert as_bytes("4GB") == 4 * 10**9
-    assert as_bytes("512 MiB") == 512 << 20
-    assert as_bytes("1.5e9") == 1_500_000_000
+    assert parse_size("4GB") == 4 * 10**9
+    assert parse_size("512 MiB") == 512 << 20
+    assert parse_size("1.5e9") == 1_500_000_000
     for bad in ("", "GB", "-1GB", "4XB", "1.2.3", "0GB", "3iB"):
         with pytest.raises(InputError, match="expected bytes like"):
-            as_bytes(bad)
+            parse_size(bad)
 
 
 # --- the verbs
@@ -347,9 +350,9 @@ def test_bench_store_prints_its_document(capsys):
 
 BUDGET = """
 import sys
-from refmoe.run.model import load
+from refmoe.run.load import load
 from refmoe.run.generate import working, prefill, step
-from refmoe.weights.reader import high_water
+from refmoe.weights.streaming.reader import high_water
 def start(model):
     decoder = working(model)
     memory = decoder.caches()
@@ -365,6 +368,7 @@ print(before, high_water(), model.store is not None)
 """
 
 
+@pytest.mark.system
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no high-water mark to read")
 @pytest.mark.parametrize("more", [1.0, 1.2])
 def test_no_more_is_resident_than_the_budget(tmp_path, more):

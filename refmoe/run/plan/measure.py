@@ -1,4 +1,4 @@
-"""Measure this machine's memory and disk."""
+"""Choose the hardware to plan for: a preset, what flags say, or this machine as it is measured."""
 
 import mmap
 import os
@@ -15,41 +15,48 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refmoe.files import InputError
+from refmoe.files import InputError, cache_home
 from refmoe.run.plan.hardware import (
     DISK,
     MEASURED,
+    PMEM,
     RAM,
     VRAM,
     Hardware,
     Machine,
     Memory,
-    _data,
-    read_hardware,
+    check_count,
+    check_rate,
+    check_size,
+    parse_hardware,
+    read_data,
 )
-from refmoe.weights.placement import (
-    CARD_RESERVE,
-    KINDS,
-)
+from refmoe.weights.placement import CARD_RESERVE, KINDS
 
 PRESETS = ("rtx3060-optane768", "epyc9b45-4xpro6000", "2x-m3-ultra", "laptop-64gb-nvme", "this")
 
 
-def preset(name: str, model: Path | None = None) -> Hardware:
-    """A machine by name; `this` is measured. Raises `InputError`."""
+def load_preset(name: str, model: Path | None = None) -> Hardware:
+    """Return a machine by its name; `this` is measured, with `model`'s file to read from the disk.
+
+    Raises `InputError` for a name that is not one of `PRESETS`.
+    """
     if name not in PRESETS:
         raise InputError(f"no preset {name!r}; known: {', '.join(PRESETS)}")
     if name == "this":
-        return this(model)
-    return read_hardware(_data(f"hardware/{name}.toml"), name)
+        return measure_this_machine(model)
+    return parse_hardware(read_data(f"hardware/{name}.toml"), name)
 
 
 class Flags(NamedTuple):
-    """What the command line says of the hardware; None where it does not."""
+    """What the command line says of the hardware; None where it says nothing.
+
+    Sizes are in bytes, bandwidths and `disk` in bytes a second.
+    """
 
     ram: float | None = None
     ram_bandwidth: float | None = None
-    disk: float | None = None  # bytes a second
+    disk: float | None = None
     vram: float | None = None
     vram_bandwidth: float | None = None
     pmem: float | None = None
@@ -57,8 +64,26 @@ class Flags(NamedTuple):
     cores: int | None = None
 
 
+def check_flags(flags: Flags) -> None:
+    """Raise `InputError`, which names the flag, for a number that no machine has."""
+    for name, value in flags._asdict().items():
+        if value is not None:
+            flag = f"--{name.replace('_', '-')}"
+            if name == "cores":
+                check_count(flag, value)
+            elif name == "disk" or name.endswith("bandwidth"):
+                check_rate(flag, value)
+            else:
+                check_size(flag, value)
+
+
 def with_flags(hardware: Hardware | None, flags: Flags) -> Hardware:
-    """The hardware with the tiers that flags name put in or changed, in each machine."""
+    """Return the hardware with the tiers that flags name put in or changed, in each machine.
+
+    Without hardware the flags alone describe one machine. Raises `InputError` for absurd numbers,
+    and for the bandwidth of a memory that is not there.
+    """
+    check_flags(flags)
     notes = list(hardware.notes) if hardware else []
     sizes = {"ram": flags.ram, "vram": flags.vram, "pmem": flags.pmem, "disk": None}
     rates = {
@@ -67,7 +92,7 @@ def with_flags(hardware: Hardware | None, flags: Flags) -> Hardware:
         "pmem": flags.pmem_bandwidth,
         "disk": flags.disk,
     }
-    usual = {"ram": RAM, "vram": VRAM, "pmem": 39e9, "disk": DISK}
+    usual = {"ram": RAM, "vram": VRAM, "pmem": PMEM, "disk": DISK}
 
     def changed(machine: Machine) -> Machine:
         tiers = {t.kind: t for t in machine.tiers}
@@ -102,22 +127,25 @@ def with_flags(hardware: Hardware | None, flags: Flags) -> Hardware:
 # --- measuring this machine
 
 
-def this(model: Path | None = None) -> Hardware:
-    """This machine, here and now: memory and its rate, the disk's rate, the cores' flops."""
-    from refmoe.run.bench.base import Stream
+def measure_this_machine(model: Path | None = None) -> Hardware:
+    """Measure this machine, now: free memory and its rate, the disk's rate, the cores' flops.
 
-    memory, notes = _memory(), []
+    `model` is a checkpoint whose largest file the disk's rate is measured with.
+    """
+    from refmoe.run.bench.base import Stream  # Numba, which planning for others does not need
+
+    memory, notes = _free_memory(), []
     stream = Stream()
     ram = max(stream.measure() for _ in range(5)) * 1e9
     tiers = [Memory("RAM", "ram", memory, ram, measured=True)]
-    disk, how = _disk(model)
+    disk, how = _measure_disk(model)
     notes.append(how)
     if disk is not None:
         tiers.append(Memory("disk", "disk", 1e15, disk, measured=True))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = cores or 1
     a = np.ones((1024, 1024), np.float32)
-    best = max(2 * 1024**3 / _seconds(lambda: a @ a) for _ in range(20)) / 1e9
+    best = max(2 * 1024**3 / _time(lambda: a @ a) for _ in range(20)) / 1e9  # GFLOP/s
     notes.insert(0, f"memory: {ram / 1e9:.1f} GB/s; products: {best:.0f} GFLOP/s")
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > cores / 2:
@@ -127,14 +155,18 @@ def this(model: Path | None = None) -> Hardware:
     return Hardware(f"this ({platform.node() or 'here'})", (machine,), notes=tuple(notes))
 
 
-def _seconds(run: Callable[[], Any]) -> float:
+def _time(run: Callable[[], Any]) -> float:
+    """Return the seconds that one call takes."""
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
 
 
-def _memory() -> float:
-    """Bytes that this process may have: what is free or can be freed, within its group's limit."""
+def _free_memory() -> float:
+    """Return the bytes that this process may have: free or easily freed, and within its cgroup.
+
+    Raises `InputError` where the system does not say.
+    """
     try:
         total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     except (AttributeError, ValueError, OSError):
@@ -150,20 +182,22 @@ def _memory() -> float:
     return total
 
 
-PROBE = 1 << 28  # bytes that are read of the disk
-BLOCK = 1 << 23
+PROBE = 1 << 28  # bytes of the disk that are read: a second of a slow one
+BLOCK = 1 << 23  # bytes of one read: large enough that starting it costs nothing
 
 
-def _disk(model: Path | None) -> tuple[float | None, str]:
-    """Bytes a second, and how it was found: the model's own file, or one of 256 MB."""
+def _measure_disk(model: Path | None) -> tuple[float | None, str]:
+    """Measure the disk: bytes a second (None: not possible here), and a note that says how.
+
+    What is read is the model's largest file, or a file of 256 MB that is written for it.
+    """
     if not hasattr(os, "preadv"):
         return None, "disk: not measured on this system; give --disk RATE"
     files = [model] if model and model.is_file() else list(model.glob("*")) if model else []
     large = [f for f in files if f.is_file() and f.stat().st_size >= PROBE]
     if large:
         return _read_rate(max(large, key=lambda f: f.stat().st_size))
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) if Path(base).is_dir() else Path(tempfile.gettempdir())
+    folder = cache_home() if cache_home().is_dir() else Path(tempfile.gettempdir())
     if shutil.disk_usage(folder).free < 8 * PROBE:
         return None, f"disk: not measured, {folder} is nearly full; give --disk RATE"
     block = np.random.default_rng(0).bytes(BLOCK)
@@ -179,8 +213,11 @@ def _disk(model: Path | None) -> tuple[float | None, str]:
 
 
 def _read_rate(file: Path, name: str | None = None) -> tuple[float, str]:
-    """Past the page cache where the system allows it: blocks of 8 MiB, four at a time."""
-    handle, direct = _opened(file)
+    """Read a file, past the page cache where the system allows it → bytes a second, and a note.
+
+    Blocks of 8 MiB are read, four at a time.
+    """
+    handle, direct = _open_past_cache(file)
     total = min(file.stat().st_size, 4 * PROBE) // BLOCK * BLOCK
 
     def read(start: int) -> int:
@@ -198,8 +235,8 @@ def _read_rate(file: Path, name: str | None = None) -> tuple[float, str]:
     return done / seconds, f"disk: {done / seconds / 1e9:.2f} GB/s, {name or file.name} {way}"
 
 
-def _opened(file: Path) -> tuple[int, bool]:
-    """A handle, and whether it reads past the page cache."""
+def _open_past_cache(file: Path) -> tuple[int, bool]:
+    """Open a file → a descriptor, and whether it reads past the page cache."""
     if direct := getattr(os, "O_DIRECT", 0):
         try:
             handle = os.open(file, os.O_RDONLY | direct)

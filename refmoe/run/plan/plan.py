@@ -1,4 +1,4 @@
-"""What lives where, whether it fits, and how fast it will be: from sizes and bandwidths alone.
+"""Plan: say what lives where, whether it fits, and how fast it will be, from sizes and rates alone.
 
 Decoding one token, bytes as `weights/placement.py` places them,
 
@@ -35,49 +35,44 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from refmoe.run.plan.hardware import Hardware, Memory
-from refmoe.run.plan.time import Case, Constants
-from refmoe.run.plan.units import _gb, _span
-from refmoe.run.plan.validate import fitted
-from refmoe.weights.placement import (
-    CARD_RESERVE,
-    Parts,
-    Share,
-    smallest,
-)
-
-# --- the plan
+from refmoe.run.plan.hardware import Hardware, Memory, check_range
+from refmoe.run.plan.time import Constants, Placed
+from refmoe.run.plan.units import MOST_TOKENS, format_bytes, format_range
+from refmoe.run.plan.validate import fitted_constants
+from refmoe.weights.placement import CARD_RESERVE, Parts, Share, smallest
 
 
 def plan(
-    case: Case,
+    placed: Placed,
     eighths: Parts | None = None,
     prompt: int = 512,
     sweep: int = 10_000,
     constants: Constants | None = None,
 ) -> dict[str, Any]:
-    """The document; rates are None where it does not fit.
+    """Return the document of `refmoe plan`; its rates are None where the model does not fit.
 
-    eighths  the same model with 8-bit dense weights, if it has others
-    prompt   tokens of the prompt whose rate is told; `sweep` likewise
+    eighths    the same model with 8-bit dense weights, if it has others
+    prompt     tokens of the prompt whose rate is predicted
+    sweep      tokens of the sweep whose time is predicted
+    constants  of the time law; None: those fitted to all public reports
     """
-    fits = case.placement.fits
-    c = constants or fitted()
-    times = case.work().times(c)
-    total = sum(times.values())
-    lo, hi = c.range(1 / total)
+    check_range("prompt", prompt, 1, MOST_TOKENS)
+    check_range("sweep", sweep, 1, MOST_TOKENS)
+    fits = placed.placement.fits
+    c = constants or fitted_constants()
+    times = placed.work().times(c)
     wide = c._replace(deviation=1.0)  # prompts: few reports
-    tokens = case.traffic()
-    cache = case.parts.cache_bytes(case.context, case.number) * case.parts.layers
-    binds = max(times, key=lambda name: times[name])
-    advice, factor = best_change(case, c, eighths)
+    tokens = placed.traffic()
+    cache = placed.parts.cache_bytes(placed.context, placed.number) * placed.parts.layers
+    binds = max(times, key=lambda name: times[name])  # the tier that takes most of the time
+    advice, factor = best_change(placed, c, eighths)
     return {
         "fits": fits,
         "tiers": [
             {
                 "name": s.tier.name,
                 "kind": s.tier.kind,
-                "holds": holdings(s, case.parts),
+                "holds": holdings(s, placed.parts),
                 "bytes": s.nbytes,
                 "room": s.tier.room,
                 "bytes_per_token": nbytes,
@@ -85,26 +80,26 @@ def plan(
             }
             for s, nbytes in tokens
         ],
-        "decode_tok_s": [lo, hi] if fits else None,
-        "prefill_tok_s": list(wide.range(prompt / case.prompt(prompt, c))) if fits else None,
+        "decode_tok_s": list(c.range(1 / sum(times.values()))) if fits else None,
+        "prefill_tok_s": list(wide.range(prompt / placed.prompt(prompt, c))) if fits else None,
         "prefill_tokens": prompt,
         "binds": binds if fits else None,
         "advice": advice,
         "advice_factor": factor,
         "overhead_s": {k: v for k, v in times.items() if k in ("link", "hand-over")},
         "cache_bytes": cache,
-        "context": case.context,
+        "context": placed.context,
         "sweep_tokens": sweep,
-        "sweep_s": list(wide.range(case.sweep(sweep, c))) if fits else None,
-        "smallest_budget": smallest(case.parts) + cache,
-        "missing_bytes": case.placement.homeless + case.placement.needed,
-        "notes": list(case.hardware.notes),
-        "hardware": case.hardware.name,
+        "sweep_s": list(wide.range(placed.sweep(sweep, c))) if fits else None,
+        "smallest_budget": smallest(placed.parts) + cache,
+        "missing_bytes": placed.placement.homeless + placed.placement.needed,
+        "notes": list(placed.hardware.notes),
+        "hardware": placed.hardware.name,
     }
 
 
 def holdings(s: Share, parts: Parts) -> list[str]:
-    """What a tier holds, in words."""
+    """Say in words what a tier holds."""
     out = []
     for kind in ("attention", "shared experts", "dense mlp", "router"):
         here, whole = len(s.layers(kind)), sum(p.kind == kind for p in parts.always)
@@ -122,18 +117,16 @@ def holdings(s: Share, parts: Parts) -> list[str]:
     return out
 
 
-def best_change(case: Case, c: Constants, eighths: Parts | None = None) -> tuple[str, float]:
-    """The one change of a handful that makes decoding fastest, and how many times faster."""
-    now = 1 / case.work().total(c)
-    if not case.placement.fits:
-        lacking = _gb(case.placement.homeless + case.placement.needed)
-        else_ = "" if case.placement.on("disk") else ", or a disk to stream from"
+def best_change(placed: Placed, c: Constants, eighths: Parts | None = None) -> tuple[str, float]:
+    """Return the one change of a handful that makes decoding fastest, and how many times faster."""
+    if not placed.placement.fits:
+        lacking = format_bytes(placed.placement.homeless + placed.placement.needed)
+        else_ = "" if placed.placement.on("disk") else ", or a disk to stream from"
         return f"{lacking} more memory{else_}: it does not fit", 1.0
-    options = []
-    for what, other in _changes(case, eighths):
-        factor = 1 / other.work().total(c) / now
+    options, now = [], 1 / placed.work().total(c)
+    for what, other in _changes(placed, eighths):
         if other.placement.fits:
-            options.append((factor, what))
+            options.append((1 / other.work().total(c) / now, what))
     if not options or max(options)[0] <= 1.005:
         return "nothing that was tried helps", 1.0
     factor, what = max(options)
@@ -144,9 +137,12 @@ def best_change(case: Case, c: Constants, eighths: Parts | None = None) -> tuple
     )
 
 
-def _changes(case: Case, eighths: Parts | None) -> Iterator[tuple[str, Case]]:
-    hw, parts = case.hardware, case.parts
-    again = partial(Case.of, context=case.context, number=case.number, hit_rate=case.hit_rate)
+def _changes(placed: Placed, eighths: Parts | None) -> Iterator[tuple[str, Placed]]:
+    """Yield changes that somebody might make, in words, and the model placed after each."""
+    hw, parts = placed.hardware, placed.parts
+    again = partial(
+        Placed.of, context=placed.context, number=placed.number, hit_rate=placed.hit_rate
+    )
     kinds = {t.kind: t for m in hw.machines for t in m.tiers}
 
     def with_tier(kind: str, change: Callable[[Memory], Memory]) -> Hardware:
@@ -160,7 +156,7 @@ def _changes(case: Case, eighths: Parts | None) -> Iterator[tuple[str, Case]]:
         twice = with_tier(kind, lambda t: t._replace(bandwidth=2 * t.bandwidth))
         text = f"{t.name} of twice the bandwidth ({2 * t.bandwidth / 1e9:.0f} GB/s)"
         yield text, again(parts, twice)
-    below = sum(s.nbytes for s in case.placement.shares if s.tier.kind in ("pmem", "disk"))
+    below = sum(s.nbytes for s in placed.placement.shares if s.tier.kind in ("pmem", "disk"))
     if below and "ram" in kinds:
         more = below / hw.boxes + 1e9
         larger = with_tier("ram", lambda t: t._replace(capacity=t.capacity + more))
@@ -177,30 +173,33 @@ def _changes(case: Case, eighths: Parts | None) -> Iterator[tuple[str, Case]]:
         yield "every layer split between the machines", again(parts, replace(hw, split="tensor"))
 
 
-def lines(document: dict[str, Any]) -> list[str]:
-    """For people."""
+def format_plan(document: dict[str, Any]) -> list[str]:
+    """Return the lines that show a plan's document to people."""
     d = document
-    fits = "yes" if d["fits"] else f"no, {_gb(d['missing_bytes'])} are missing"
+    fits = "yes" if d["fits"] else f"no, {format_bytes(d['missing_bytes'])} are missing"
     if d["fits"] and any(t["kind"] == "disk" and t["holds"] != ["embedding"] for t in d["tiers"]):
         fits += ", streaming from disk"
     out = [f"{d['model']} on {d['hardware']}", f"fits: {fits}", ""]
     for t in d["tiers"]:
-        room = f" of {_gb(t['room'])}" if t["kind"] != "disk" else ""
-        cost = f"{_gb(t['bytes_per_token'])} a token, {1e3 * t['seconds_per_token']:.1f} ms"
-        out.append(f"{t['name']} ({t['kind']}): {_gb(t['bytes'])}{room}; {cost}")
+        room = f" of {format_bytes(t['room'])}" if t["kind"] != "disk" else ""
+        read, ms = format_bytes(t["bytes_per_token"]), 1e3 * t["seconds_per_token"]
+        held = f"{t['name']} ({t['kind']}): {format_bytes(t['bytes'])}{room}"
+        out.append(f"{held}; {read} a token, {ms:.1f} ms")
         out += [f"    {what}" for what in t["holds"]]
     for name, seconds in d["overhead_s"].items():
         out.append(f"{name}: {1e3 * seconds:.1f} ms a token")
     out.append("")
     if d["fits"]:
+        keys = ("decode_tok_s", "prefill_tok_s", "sweep_s")
+        decode, prefill, sweep = (format_range(d[key]) for key in keys)
         out += [
-            f"decode     {_span(d['decode_tok_s'])} tok/s, bound by {d['binds']}",
-            f"prefill    {_span(d['prefill_tok_s'])} tok/s, a prompt of {d['prefill_tokens']:,}",
-            f"sweep      {_span(d['sweep_s'])} s for {d['sweep_tokens']:,} tokens",
+            f"decode     {decode} tok/s, bound by {d['binds']}",
+            f"prefill    {prefill} tok/s, a prompt of {d['prefill_tokens']:,}",
+            f"sweep      {sweep} s for {d['sweep_tokens']:,} tokens",
         ]
     out += [
-        f"cache      {_gb(d['cache_bytes'])} for {d['context']:,} tokens",
-        f"smallest   {_gb(d['smallest_budget'])} of memory, the rest from disk",
+        f"cache      {format_bytes(d['cache_bytes'])} for {d['context']:,} tokens",
+        f"smallest   {format_bytes(d['smallest_budget'])} of memory, the rest from disk",
         f"helps most {d['advice']}",
     ]
     return out + [f"note: {note}" for note in d["notes"]]

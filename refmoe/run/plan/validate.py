@@ -8,63 +8,68 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refmoe.run.plan.hardware import SPLITS, Hardware, _data, _machine, _Table
-from refmoe.run.plan.time import Case, Constants, model_config
-from refmoe.weights.placement import (
-    Parts,
-)
-
-# --- reports, and what is fitted to them
+from refmoe.run.plan.hardware import SPLITS, Hardware, Table, parse_machine, read_data
+from refmoe.run.plan.time import Constants, Placed, model_config
+from refmoe.weights.placement import Parts
 
 
-class Report(NamedTuple):
-    system: str
-    source: str
-    assumed: str
-    decode: float
-    prefill: float | None
-    batch: int
-    case: Case
+class PublicReport(NamedTuple):
+    """A rate that somebody published, and the hardware it was measured on."""
+
+    system: str  # engine and hardware, in words
+    source: str  # where it was published
+    assumed: str  # what the source leaves unsaid and the table had to assume
+    decode: float  # tokens a second
+    prefill: float | None  # tokens a second of a prompt
+    batch: int  # tokens of that prompt
+    placed: Placed
 
 
-def reports(text: str | None = None) -> tuple[list[Report], list[dict[str, Any]]]:
-    """The table: rows that are judged, and those excluded with the reason."""
+def read_reports(
+    text: str | None = None,
+) -> tuple[list[PublicReport], list[dict[str, Any]]]:
+    """Read the table of reports → those that are judged, and those excluded with the reason.
+
+    `text` is another table in place of `reports.toml`.
+    """
     where = "reports.toml"
-    table = tomllib.loads(_data(where) if text is None else text)
+    table = tomllib.loads(read_data(where) if text is None else text)
     exact = Parts.of(model_config())
     rows = []
     for i, raw in enumerate(table["report"]):
-        t = _Table(raw, f"{where}: report {i + 1}")
+        t = Table(raw, f"{where}: report {i + 1}")
         parts = exact.with_bits(*t.pair("bits"))
-        machines = tuple(_machine(m) for m in t.tables("machine"))
+        machines = tuple(parse_machine(m) for m in t.tables("machine"))
         hardware = Hardware("", machines, t.text("split", "pipeline", SPLITS))
         share = t.number("experts_on_cards", -1.0) if "experts_on_cards" in raw else None
         cards = None if share is None else round(share * parts.all_experts)
-        case = Case.of(parts, hardware, 4096, 2, None, cards)
+        placed = Placed.of(parts, hardware, 4096, 2, None, cards)
         prefill = t.number("prefill", 0.0) or None
         decode, batch = t.number("decode", 0.0), t.whole("batch", 512)
         names = t.text("system"), t.text("source"), t.text("assumed", "")
-        rows.append(Report(*names, decode, prefill, batch, case))
-        t.done("see the head of the file")
+        rows.append(PublicReport(*names, decode, prefill, batch, placed))
+        t.finish("see the head of the file")
     excluded = [{"reported": None, **row} for row in table.get("excluded", [])]
     return rows, excluded
 
 
+# The values that `fit` tries: fine enough that the next one changes a prediction by less than the
+# narrowest range.
 GRID = (
     np.arange(0.30, 1.001, 0.025),  # efficiency
     np.arange(0.5, 1.01, 0.1),  # socket
     np.arange(0, 301, 20) * 1e-6,  # exchange
     np.arange(0, 501, 25) * 1e-6,  # handover
 )
-COMPUTE = np.arange(0.2, 1.001, 0.025)
+COMPUTE = np.arange(0.2, 1.001, 0.025)  # share of a data sheet's flops
 
 
-def fit(rows: Sequence[Report]) -> Constants:
-    """The constants with the least squares of log(reported / predicted) over these rows."""
+def fit(rows: Sequence[PublicReport]) -> Constants:
+    """Return the constants with the least squares of log(reported / predicted) over these rows."""
     e, s, x, h = (a.reshape(-1) for a in np.meshgrid(*GRID, indexing="ij"))
     total = np.zeros(len(e))
     for row in rows:
-        w = row.case.work()
+        w = row.placed.work()
         plain = sum(t for name, t in w.seconds.items() if name not in w.divided)
         divided = sum(t for name, t in w.seconds.items() if name in w.divided)
         t = (plain + divided / s) / e + w.exchanges * x + w.handovers * h
@@ -81,7 +86,7 @@ def fit(rows: Sequence[Report]) -> Constants:
     def error(c: float) -> float:
         with_c = found._replace(compute=c)
         return sum(
-            math.log(row.prefill * row.case.prompt(row.batch, with_c) / row.batch) ** 2
+            math.log(row.prefill * row.placed.prompt(row.batch, with_c) / row.batch) ** 2
             for row in prompts
             if row.prefill
         )
@@ -90,23 +95,26 @@ def fit(rows: Sequence[Report]) -> Constants:
 
 
 @cache
-def fitted() -> Constants:
-    """To all reports."""
-    return fit(reports()[0])
+def fitted_constants() -> Constants:
+    """Return the constants fitted to all reports."""
+    return fit(read_reports()[0])
 
 
 def validate(text: str | None = None) -> dict[str, Any]:
-    """Each report against constants fitted without any report of its source."""
-    rows, excluded = reports(text)
+    """Judge each report by constants that were fitted without any report of its source.
+
+    `text` is another table in place of `reports.toml`. Returns the document of `plan --validate`.
+    """
+    rows, excluded = read_reports(text)
     out: list[dict[str, Any]] = []
     prompts: list[dict[str, Any]] = []
     for row in rows:
         c = fit([other for other in rows if other.source != row.source])
-        lo, hi = c.range(1 / row.case.work().total(c))
-        out.append(_judged(row, row.decode, lo, hi))
+        lo, hi = c.range(1 / row.placed.work().total(c))
+        out.append(_judge(row, row.decode, lo, hi))
         if row.prefill:
-            lo, hi = c._replace(deviation=1.0).range(row.batch / row.case.prompt(row.batch, c))
-            prompts.append({**_judged(row, row.prefill, lo, hi), "tokens": row.batch})
+            lo, hi = c._replace(deviation=1.0).range(row.batch / row.placed.prompt(row.batch, c))
+            prompts.append({**_judge(row, row.prefill, lo, hi), "tokens": row.batch})
     c = fit(rows)
     return {
         "rows": out,
@@ -118,14 +126,14 @@ def validate(text: str | None = None) -> dict[str, Any]:
     }
 
 
-def _judged(row: Report, reported: float, lo: float, hi: float) -> dict[str, Any]:
+def _judge(row: PublicReport, reported: float, lo: float, hi: float) -> dict[str, Any]:
     inside = lo <= reported <= hi
     judged = {"reported": reported, "lo": lo, "hi": hi, "inside": inside}
     return {"system": row.system, "source": row.source, **judged, "assumed": row.assumed or None}
 
 
-def table(document: dict[str, Any]) -> list[str]:
-    """The validation, for people."""
+def format_validation(document: dict[str, Any]) -> list[str]:
+    """Return the lines that show a validation's document to people."""
     out = []
     for what, rows in (("decode", document["rows"]), ("prefill", document["prefill"])):
         out.append(f"{what:<8}{'tok/s':>8}{'lo':>8}{'hi':>8}")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.files import InputError
+from refmoe.files import InputError, write_atomically
 from refmoe.run.sweep.work import COPIED, Work
 
 # --- files --------------------------------------------------------------------------------------
@@ -168,22 +168,5 @@ def _explained(work: Work, folder: Path) -> Iterator[None]:
 
 
 def _replaced(file: Path, document: Mapping[str, Any]) -> None:
-    part = file.with_suffix(".part")
-    with part.open("w", encoding="utf-8") as out:
-        json.dump(document, out)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(part, file)
-    _to_disk(file.parent)
-
-
-def _to_disk(folder: Path) -> None:
-    """That names in it have changed."""
-    try:
-        fd = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows opens no folder
-        return
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    with write_atomically(file, to_disk=True) as part:
+        part.write_text(json.dumps(document), "utf-8")

@@ -1,6 +1,5 @@
 """Put a sweep's parts together into one safetensors file."""
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 
 from refmoe.files import InputError
-from refmoe.run.sweep.files import _to_disk
 from refmoe.run.sweep.layers import Run
 from refmoe.run.sweep.work import COPIED, LETTERS, LOGITS, _expert
 from refmoe.version import __version__
@@ -38,9 +36,7 @@ def _result(run: Run, out: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         "tokens": work.tokens,
     }
     made = run.folder / "result"
-    write_stream(made, [p.spec for p in parts], _bytes(parts), metadata=metadata)
-    os.replace(made, out)
-    _to_disk(out.parent)
+    write_stream(out, [p.spec for p in parts], _bytes(parts), metadata=metadata, part=made)
     return {p.spec.name: (p.spec.dtype, p.spec.shape) for p in parts}
 
 

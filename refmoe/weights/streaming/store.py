@@ -25,7 +25,6 @@ Bits are those of the mapped checkpoint: the same kernels get the same bytes. On
 of a prompt's many rows is an exception: BLAS adds differently for other numbers of rows.
 """
 
-import os
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,7 +36,7 @@ from typing import Any
 import numpy as np
 
 from refmoe.config import Config
-from refmoe.files import InputError
+from refmoe.files import InputError, write_atomically
 from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import MlpWeights, MoeWeights
 from refmoe.model.matrix import Matrix, Tiled, dequantize
@@ -375,10 +374,8 @@ class _Arena:
         """For the next run; not worth an error."""
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            part = self.file.with_name(f"{self.file.name}.{os.getpid()}.part")
-            with part.open("wb") as f:
+            with write_atomically(self.file) as part, part.open("wb") as f:
                 np.save(f, self.use)
-            part.replace(self.file)
         except OSError:
             pass
 

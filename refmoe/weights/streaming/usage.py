@@ -1,16 +1,16 @@
 """Remember how often each expert was used in earlier runs."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 
+from refmoe.files import cache_folder
 from refmoe.weights.checkpoint import Checkpoint
 
 
 def usage_file(checkpoint: Checkpoint) -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "refmoe" / "usage" / f"{checkpoint.identity}.npy"
+    """Return the file in which a checkpoint's usage of experts is kept."""
+    return cache_folder("usage") / f"{checkpoint.identity}.npy"
 
 
 def usage(checkpoint: Checkpoint) -> np.ndarray | None:

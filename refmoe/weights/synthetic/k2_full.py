@@ -25,7 +25,6 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from math import prod, sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from refmoe.config import Config
-from refmoe.files import InputError
+from refmoe.files import InputError, write_atomically
 from refmoe.model.matrix import bf16_bits
 from refmoe.weights.checkpoint import INDEX, expected
 from refmoe.weights.synthetic.k2_slice import SHAPE, YARN, Numbers, scaled, weight_shape
@@ -105,7 +104,8 @@ def k2_full(folder: Path, shape: Mapping[str, Any] | None = None, seed: int = 0)
         return _sizes(folder, files)
     if folder.is_mount():
         raise InputError(f"{folder} is where a disk is mounted; name a new folder inside it")
-    with _all_or_nothing(folder) as part:
+    with write_atomically(folder) as part:
+        part.mkdir(parents=True)
         need = _check_disk(part, files)
         _write(part, files, seed)
         if (disk := _sizes(part, files).disk) > 2 * need:
@@ -145,19 +145,6 @@ def real(spec: Spec) -> int:
     if name.endswith("weight_scale"):
         return max(1, min(shape[0] // FEW, BLOCK // (2 * shape[1]))) * shape[1]
     return 0
-
-
-@contextmanager
-def _all_or_nothing(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its name at the end, or is removed."""
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    part.mkdir(parents=True)
-    try:
-        yield part
-        part.replace(folder)  # an empty folder of that name gives way
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
 
 
 def _check_disk(part: Path, files: Mapping[str, list[Spec]]) -> int:

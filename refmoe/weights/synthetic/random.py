@@ -6,7 +6,6 @@ shape, format and seed give the same bytes on every machine: PCG64 and a fixed o
 
 import base64
 import json
-import os
 import re
 from collections.abc import Mapping
 from math import sqrt
@@ -17,7 +16,7 @@ import numpy as np
 from safetensors import TensorSpec, serialize_file
 
 from refmoe.config import Config, Fp8Scheme
-from refmoe.files import InputError
+from refmoe.files import InputError, write_atomically
 from refmoe.model.matrix import E4M3, bf16_bits
 from refmoe.weights.checkpoint import INDEX, expected, tensor_class
 
@@ -259,6 +258,5 @@ def write_vocabulary(folder: Path, ranks: int) -> None:
 
 
 def _dump(file: Path, value: object) -> None:
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
-    os.replace(part, file)
+    with write_atomically(file) as part:
+        part.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
