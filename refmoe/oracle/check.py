@@ -29,7 +29,7 @@ from refmoe.oracle import cause as causes
 from refmoe.oracle.judge import Report, _judge
 from refmoe.oracle.noise import envelope
 from refmoe.oracle.readers.adapt import adapt
-from refmoe.oracle.readers.dump import Dump
+from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.replay import Replay
 from refmoe.oracle.statistics import ALPHA, RUNS
 from refmoe.run.load import Model

@@ -1,6 +1,7 @@
 """Judge each point of a dump against its envelope."""
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -14,7 +15,7 @@ from refmoe.model.router import limit_groups, sigmoid
 from refmoe.oracle import cause as causes
 from refmoe.oracle.graph import through
 from refmoe.oracle.noise import Envelope
-from refmoe.oracle.readers.dump import Dump, nearest
+from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.replay import TOP, Replay
 from refmoe.oracle.statistics import WIDE, Point, Rows, _holm, _rows, _spread
 
@@ -77,7 +78,7 @@ def _judge(
     unmatched = {}
     for name in dump.arrays:
         if name.removesuffix("#sketch") not in exact.theirs and not name.endswith("#rows"):
-            near = nearest(name, known)
+            near = _nearest(name, known)
             unmatched[name] = exact.misfits.get(name) or (
                 f"no such point{f'; the nearest is {near}' if near else ''}"
             )
@@ -130,6 +131,12 @@ def _said(value: Any) -> str:
     if value is None:
         return "the config's"
     return (", ".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
+
+
+def _nearest(name: str, names: Iterable[str]) -> str | None:
+    """Return the most similar name, for a message about one that matches nothing."""
+    found = difflib.get_close_matches(name, list(names), 1, 0.6)
+    return found[0] if found else None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import numpy as np
 
 from refmoe.model.decoder import Decoder
 from refmoe.oracle.noise import Lens
-from refmoe.oracle.readers.dump import Dump, fit
+from refmoe.oracle.readers.adapt import fit
+from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.trace import sketch
 
 TOP = "top log-probabilities"  # what a report calls them

@@ -336,9 +336,7 @@ def test_the_page_of_faults_is_generated_from_the_dictionary():
 def test_an_unknown_fault_is_refused_with_the_nearest():
     assert [f.id for f in select(["norm-sum", "act-gelu"])] == ["act-gelu", "norm-sum"]
     assert select([]) == list(FAULTS)
-    with pytest.raises(
-        InputError, match=r"'scaling-droped.* did you mean scaling-drop"
-    ):
+    with pytest.raises(InputError, match=r"'scaling-droped.* did you mean scaling-drop"):
         select(["norm-sum", "scaling-droped"])
     with pytest.raises(InputError, match=r"docs/faults\.md lists them"):
         select(["zzzzzz"])

@@ -11,7 +11,7 @@ from refmoe.oracle import noise
 from refmoe.oracle.check import Case, arbitrate, check
 from refmoe.oracle.graph import parents
 from refmoe.oracle.readers.adapt import adapt
-from refmoe.oracle.readers.dump import Dump
+from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.selftest.power import rounded_run
 from refmoe.oracle.trace import DIRECTIONS, sketch, trace
 from refmoe.weights.synthetic.members import write_member

@@ -14,7 +14,8 @@ import refmoe
 from refmoe.oracle import report
 from refmoe.oracle.check import Case
 from refmoe.oracle.judge import flips
-from refmoe.oracle.readers.dump import Dump, read_dump
+from refmoe.oracle.readers.base import Dump
+from refmoe.oracle.readers.dump import read_dump
 from refmoe.weights.synthetic.members import write_member
 from tests.conftest import ROOT
 

@@ -11,7 +11,7 @@ from refmoe import cli
 from refmoe.files import InputError
 from refmoe.oracle import repro
 from refmoe.oracle.check import Case
-from refmoe.oracle.readers.dump import Dump
+from refmoe.oracle.readers.base import Dump
 from refmoe.weights.synthetic.members import write_member
 
 TOKENS = [i * 7 % 500 for i in range(6)]

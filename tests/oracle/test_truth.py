@@ -15,7 +15,8 @@ from refmoe.engines import CONVENTIONS, PROFILES
 from refmoe.files import InputError
 from refmoe.model.decoder import policy
 from refmoe.oracle import noise
-from refmoe.oracle.readers.dump import Dump, read_dump
+from refmoe.oracle.readers.base import Dump
+from refmoe.oracle.readers.dump import read_dump
 from refmoe.oracle.selftest.power import rounded_run
 from refmoe.oracle.trace import write
 from refmoe.oracle.truth import envelope as truths_envelope

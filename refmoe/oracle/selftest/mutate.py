@@ -41,7 +41,7 @@ from refmoe.oracle.check import Case
 from refmoe.oracle.faults.base import Fault, altered
 from refmoe.oracle.faults.dictionary import BY_ID, same_as, select
 from refmoe.oracle.graph import kind
-from refmoe.oracle.readers.dump import Dump
+from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.selftest.power import really_rounding
 from refmoe.oracle.trace import Recorder
 from refmoe.run.load import Model, load

@@ -12,8 +12,8 @@ from refmoe.engines import CONVENTIONS, PROFILES, Profile, profile_of
 from refmoe.files import InputError
 from refmoe.oracle.judge import Report
 from refmoe.oracle.noise import UNIT, rms
-from refmoe.oracle.readers.adapt import adapt
-from refmoe.oracle.readers.dump import Dump, fit
+from refmoe.oracle.readers.adapt import adapt, fit
+from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.replay import TOP
 from refmoe.oracle.statistics import ALPHA, SLACK, WIDE, Point
 from refmoe.oracle.trace import sketch
