@@ -7,13 +7,15 @@ which repository and file each of these is known. Everything else is derived fro
     CONVENTIONS          by name; `--conventions` and `check --engine` take one
     PROFILES             precisions by name, each engine's among them; `check --profile` takes one
     YARN_READINGS        how each engine reads a config's YaRN; lint lists them
-    docs/conventions.md  is `page()`, printed by `python -m refmoe.engines`; a test compares them
+    docs/conventions.md  is `page()`, which `python -m refmoe.engines` writes; a test compares them
 
 To add an engine, add an entry to `ENGINES`.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from refmoe.files import InputError
@@ -343,7 +345,8 @@ PAGE = """# Where correct engines differ
 Each row is a matter on which engines that are right in themselves compute different numbers. The
 first column of values is the definition here; `--conventions NAME` follows another engine in all
 of them. `moonshot` is the modelling file that Moonshot publishes with the weights. This page is
-the output of `python -m refmoe.engines`; its source is [refmoe/engines.py](../refmoe/engines.py).
+[refmoe/engines.py](../refmoe/engines.py), written by `python -m refmoe.engines
+docs/conventions.md`.
 
 {table}
 
@@ -398,4 +401,4 @@ def _markdown(rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    Path(sys.argv[1]).write_text(page(), encoding="utf-8")

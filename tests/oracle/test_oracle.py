@@ -7,9 +7,9 @@ import pytest
 
 import refmoe
 from refmoe.engines import PROFILES, profile_of
+from refmoe.model.points import parents
 from refmoe.oracle import noise
 from refmoe.oracle.check import Case, arbitrate, check
-from refmoe.oracle.graph import parents
 from refmoe.oracle.readers.adapt import adapt
 from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.selftest.power import rounded_run

@@ -41,7 +41,7 @@ READS = (
 )
 
 
-class Stored(NamedTuple):
+class GpuMatrix(NamedTuple):
     """A matrix as kernels take it."""
 
     form: Form
@@ -87,12 +87,12 @@ class Card:
     rows: int | None = None  # of a prompt at a time
     cache: str = "float32"  # or bf16, as caches were planned
     said: str = ""  # the placement, for people
-    _known: dict[int, tuple[Matrix, Stored | None]] = field(default_factory=dict)
+    _known: dict[int, tuple[Matrix, GpuMatrix | None]] = field(default_factory=dict)
     _same: dict[Any, list[tuple[np.ndarray, Array]]] = field(default_factory=dict)
     _pinned: np.ndarray | None = None
     _place: tuple[Array, int] | None = None  # and how much of it is taken
     _leaving: bool = False  # something from there is on its way up
-    _down: tuple[Array, np.ndarray] | None = None  # an x that came down, and what it is here
+    _moved: tuple[Array, Array] | None = None  # the last x that crossed, and what it is there
 
     def __post_init__(self) -> None:
         self.device.limit(self.budget)
@@ -104,18 +104,24 @@ class Card:
     # --- to the card and back
 
     def bring(self, x: Array, there: Any) -> Array:
-        """The seam: x in the memory of `there`; None is the processor's."""
+        """Return x in the memory in which `there` is; None is the processor's.
+
+        The last x that crossed is remembered: whoever brings it again gets what was made then.
+        """
         if self.has(there) == self.has(x):
             return x
-        if not self.has(x):
-            return self.send(x)
-        if self._down is not None and self._down[0] is x:
-            return self._down[1]
-        return self.fetch(x)[0]
+        if self._moved is None or self._moved[0] is not x:
+            self._moved = x, self.fetch(x)[0] if self.has(x) else self.send(x)
+        return self._moved[1]
 
-    def keep(self, x: Array, host: np.ndarray) -> None:
-        """x is here now; whoever brings it has this, until another x comes down."""
-        self._down = x, host
+    def beside(self, x: Array, there: Any) -> Array:
+        """Return x in the memory of `there` if it has crossed already, else x where it is."""
+        moved = self._moved is not None and self._moved[0] is x
+        return self.bring(x, there) if moved else x
+
+    def keep(self, x: Array, there: Array) -> None:
+        """Remember that x has crossed, and is `there` as well."""
+        self._moved = x, there
 
     def send(self, x: np.ndarray) -> Array:
         """To the card. Small ones that were sent a moment ago, as angles are, are there still."""
@@ -261,7 +267,7 @@ class Card:
 
     # --- products
 
-    def stored(self, m: Matrix) -> Stored | None:
+    def stored(self, m: Matrix) -> GpuMatrix | None:
         """None where no kernel reads it. Matrices are remembered, and so held."""
         known = self._known.get(id(m))
         if known is None or known[0] is not m:
@@ -269,9 +275,9 @@ class Card:
         return known[1]
 
     def forget(self) -> None:
-        """Layers that were dropped are no longer held, nor is an x."""
+        """Hold no matrix of a layer that was dropped, nor the last x that crossed."""
         self._known.clear()
-        self._down = None
+        self._moved = None
 
     def linear(self, x: Array, m: Any, rounded: tuple[str, ...] = ()) -> Array:
         """y = x Wᵀ, both on the card: float32 [T, O]."""
@@ -302,7 +308,7 @@ class Card:
         """An array is a matrix by itself: views of it come and go."""
         return isinstance(m, self.device.xp.ndarray)
 
-    def decoded(self, m: Stored, begin: int, end: int) -> Array:
+    def decoded(self, m: GpuMatrix, begin: int, end: int) -> Array:
         """Rows as float32."""
         I = m.shape[1]
         out = self.device.xp.empty((end - begin, I), np.float32)
@@ -313,7 +319,7 @@ class Card:
             self.device.launch(m.form.name, "decode", grid, args, 0)
         return out
 
-    def by_head(self, x: Array, m: Stored, first: int, count: int, every: int) -> Array:
+    def by_head(self, x: Array, m: GpuMatrix, first: int, count: int, every: int) -> Array:
         """y[t, h] = W[h·every + first …] x[t, h], so many rows: [T, H, I] → [T, H, count]."""
         T, H, I = x.shape
         y = self.device.xp.empty((T, H, count), np.float32)
@@ -325,7 +331,7 @@ class Card:
         self,
         x: Array,
         x_strides: tuple[int, int],
-        m: Stored,
+        m: GpuMatrix,
         y: Array,
         y_strides: tuple[int, int],
         which: tuple[int, int, int],
@@ -346,7 +352,7 @@ class Card:
         )
         self.device.launch(m.form.name, f"rows_{R}_{at_once}", grid, args, shared_bytes(m.form))
 
-    def latent(self, q: Array, m: Stored, every: int) -> Array:
+    def latent(self, q: Array, m: GpuMatrix, every: int) -> Array:
         """y[t, h, c] = Σ_n W[h·every + n, c] q[t, h, n]: [T, H, N] → [T, H, C]."""
         (T, H, N), C = q.shape, m.shape[1]
         y = self.device.xp.empty((T, H, C), np.float32)
@@ -356,7 +362,7 @@ class Card:
         return y
 
 
-def _stored(m: Any) -> Stored | None:
+def _stored(m: Any) -> GpuMatrix | None:
     scale: Array = None
     share = 1
     match m:
@@ -377,7 +383,7 @@ def _stored(m: Any) -> Stored | None:
     if not w.flags.c_contiguous:
         return None
     s = w if scale is None else scale
-    return Stored(FORMS[name], w, w.strides[0], s, s.strides[0], share, tuple(m.shape))
+    return GpuMatrix(FORMS[name], w, w.strides[0], s, s.strides[0], share, tuple(m.shape))
 
 
 def _rounds(m: Any, rounded: tuple[str, ...]) -> bool:

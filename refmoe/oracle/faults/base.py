@@ -26,7 +26,7 @@ To add a fault, add an entry to the family whose file it belongs to, with its fu
 Points are given by the end of their name without numbers: `mlp.gate#weights`, `.experts.act`; a
 layer's own output is `model.layers`. The tests then demand that it changes something, first at one
 of its points, and that no other fault does the same unless `dictionary.equivalent` says so.
-docs/faults.md is printed anew by `python -m refmoe.oracle.faults.dictionary`.
+docs/faults.md is written anew by `python -m refmoe.oracle.faults.dictionary docs/faults.md`.
 
 Faults are planted in runs of one prompt from its beginning, in expanded attention. What depends on
 batch, chunk or rank alone is not here, because no tensor of such a run shows it.
@@ -35,15 +35,16 @@ batch, chunk or rank alone is not here, because no tensor of such a run shows it
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 
 from refmoe.config import Config
 from refmoe.model.decoder import Decoder, LayerWeights
-from refmoe.model.experts import MlpWeights
+from refmoe.model.experts import ExpertsFrom, MlpWeights
 from refmoe.model.numerics import Numerics, Watch
-from refmoe.oracle.graph import kind
+from refmoe.model.points import kind
 
 Alter = Callable[[Decoder, int | None], Decoder]  # layer it is confined to; None: all
 Graded = Callable[[Decoder, int | None, float], Decoder]  # the same with a strength in (0, 1]
@@ -149,13 +150,19 @@ def _confined(
 
     def one(i: int, e: int) -> MlpWeights:
         if expert not in (None, e):
-            return decoder.experts(i, e)
-        wrong = out.experts(i, e)
+            return decoder.experts[i](e)
+        wrong = out.experts[i](e)
         if part is None:
             return wrong
-        return decoder.experts(i, e)._replace(**{part: getattr(wrong, part)})
+        return decoder.experts[i](e)._replace(**{part: getattr(wrong, part)})
 
-    return replace(decoder, experts=one)
+    return with_experts(decoder, one)
+
+
+def with_experts(decoder: Decoder, expert: Callable[[int, int], MlpWeights]) -> Decoder:
+    """Return the decoder with `expert(layer, e)` for its routed experts."""
+    own = [ExpertsFrom(partial(expert, i), old.streamed) for i, old in enumerate(decoder.experts)]
+    return replace(decoder, experts=own)
 
 
 def strength_of(theirs: np.ndarray, healthy: np.ndarray, faulty: np.ndarray) -> float:

@@ -21,6 +21,7 @@ from refmoe.oracle.faults.base import (
     Models,
     Q,
     layer_of,
+    with_experts,
     written,
 )
 
@@ -64,9 +65,9 @@ def experts(change: Callable[[Decoder, int, int], MlpWeights]) -> Alter:
 
     def alter(decoder: Decoder, layer: int | None) -> Decoder:
         def expert(i: int, e: int) -> MlpWeights:
-            return change(decoder, i, e) if layer in (None, i) else decoder.experts(i, e)
+            return change(decoder, i, e) if layer in (None, i) else decoder.experts[i](e)
 
-        return replace(decoder, experts=expert)
+        return with_experts(decoder, expert)
 
     return alter
 
@@ -83,7 +84,7 @@ def stored(form: type, change: Callable[[Any], Matrix]) -> Alter:
 
     def alter(decoder: Decoder, layer: int | None) -> Decoder:
         layers = [each(w) if layer in (None, i) else w for i, w in enumerate(decoder.layers)]
-        changed = experts(lambda d, i, e: each(d.experts(i, e)))(decoder, layer)
+        changed = experts(lambda d, i, e: each(d.experts[i](e)))(decoder, layer)
         return replace(changed, layers=layers)
 
     return alter

@@ -4,10 +4,13 @@ python -m refmoe.oracle.faults.dictionary > docs/faults.md
 """
 
 import difflib
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from refmoe.config import Config
 from refmoe.files import InputError
+from refmoe.model.points import kind
 from refmoe.oracle.faults.attention import ATTENTION
 from refmoe.oracle.faults.base import Fault
 from refmoe.oracle.faults.experts import EXPERTS
@@ -16,7 +19,6 @@ from refmoe.oracle.faults.norms import NORMS
 from refmoe.oracle.faults.positions import POSITIONS
 from refmoe.oracle.faults.router import ROUTER
 from refmoe.oracle.faults.stored import STORED
-from refmoe.oracle.graph import kind
 
 FAMILIES = (ROUTER, EXPERTS, STORED, NORMS, POSITIONS, ATTENTION, LAYERS, ENDS)
 FAULTS: tuple[Fault, ...] = tuple(fault for family in FAMILIES for fault in family)
@@ -71,8 +73,8 @@ What goes wrong in engines that run Kimi K2: {count} faults, {seen} of them with
 or commits in which they were reported. `check` tries them at the first wrong point of a dump: each
 is computed in the place of that operation, on the engine's own inputs, and the one that leaves
 nothing but rounding is named as the cause. `refmoe mutate` plants each of them and tests that it
-is found. This page is the output of `python -m refmoe.oracle.faults.dictionary`; how a fault is
-added is said at the head of [base.py](../refmoe/oracle/faults/base.py).
+is found. This page is written by `python -m refmoe.oracle.faults.dictionary docs/faults.md`; how
+a fault is added is said at the head of [base.py](../refmoe/oracle/faults/base.py).
 
 *Shows at* lists the ends of the names of the points ([points.md](points.md)) at which the fault
 shows first. *How it is told* is what an engine with the fault computes: a constant factor, whose
@@ -122,4 +124,4 @@ def _told(f: Fault) -> str:
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    Path(sys.argv[1]).write_text(page(), encoding="utf-8")

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 
@@ -72,7 +71,7 @@ EXPERTS += misread(
 
 def next_expert(decoder: Decoder, i: int, e: int) -> MlpWeights:
     """Return the matrices of expert e + 1."""
-    return decoder.experts(i, (e + 1) % decoder.cfg.n_routed_experts)
+    return decoder.experts[i]((e + 1) % decoder.cfg.n_routed_experts)
 
 
 EXPERTS += changed(
@@ -86,7 +85,7 @@ EXPERTS += changed(
 
 def previous_expert(decoder: Decoder, i: int, e: int) -> MlpWeights:
     """Return the matrices of expert e - 1."""
-    return decoder.experts(i, (e - 1) % decoder.cfg.n_routed_experts)
+    return decoder.experts[i]((e - 1) % decoder.cfg.n_routed_experts)
 
 
 EXPERTS += changed(
@@ -100,7 +99,7 @@ EXPERTS += changed(
 
 def expert_without_output(decoder: Decoder, i: int, e: int) -> MlpWeights:
     """Return the matrices of expert e with a down_proj of zeros."""
-    w = decoder.experts(i, e)
+    w = decoder.experts[i](e)
     return w._replace(down_proj=np.zeros(w.down_proj.shape, decoder.nx.dtype))
 
 
@@ -116,7 +115,7 @@ EXPERTS += changed(
 def random_expert(decoder: Decoder, i: int, e: int) -> MlpWeights:
     """Return random matrices of the usual size."""
     rng = np.random.default_rng((i, e))
-    draw = [0.02 * rng.standard_normal(m.shape) for m in decoder.experts(i, e)]
+    draw = [0.02 * rng.standard_normal(m.shape) for m in decoder.experts[i](e)]
     return MlpWeights(*(w.astype(decoder.nx.dtype) for w in draw))
 
 
@@ -132,7 +131,7 @@ EXPERTS += changed(
 
 def swap_gate_and_up(decoder: Decoder, i: int, e: int) -> MlpWeights:
     """Return the matrices of expert e, gate in the place of up and up in that of gate."""
-    gate, up, down = decoder.experts(i, e)
+    gate, up, down = decoder.experts[i](e)
     return MlpWeights(up, gate, down)
 
 
@@ -176,7 +175,7 @@ def swap_columns(decoder: Decoder, i: int, e: int) -> MlpWeights:
         pairs = w[:, :even].reshape(len(w), -1, 2)[..., ::-1].reshape(len(w), even)
         return np.concatenate((pairs, w[:, even:]), axis=1)
 
-    return MlpWeights(*map(swap, decoder.experts(i, e)))
+    return MlpWeights(*map(swap, decoder.experts[i](e)))
 
 
 EXPERTS += changed(
@@ -191,7 +190,7 @@ EXPERTS += changed(
 
 def read_interleaved_as_halves(decoder: Decoder, i: int, e: int) -> MlpWeights:
     """Return gate and up as two halves of their rows stored in turn."""
-    gate, up, down = decoder.experts(i, e)
+    gate, up, down = decoder.experts[i](e)
     both = np.stack((plain(decoder, gate), plain(decoder, up)), axis=1)  # [F, 2, D]
     first, second = np.split(both.reshape(-1, both.shape[-1]), 2)
     return MlpWeights(first, second, down)
@@ -208,7 +207,7 @@ EXPERTS += changed(
 
 def read_down_columns_first(decoder: Decoder, i: int, e: int) -> MlpWeights:
     """Return the matrices of expert e, down_proj's numbers read columns first."""
-    w = decoder.experts(i, e)
+    w = decoder.experts[i](e)
     down = plain(decoder, w.down_proj)
     return w._replace(down_proj=down.reshape(down.shape[::-1]).T)
 
@@ -225,7 +224,7 @@ EXPERTS += changed(
 def weigh_inputs(y: np.ndarray, here: Here) -> np.ndarray:
     """Sum the outputs of the chosen experts, each run on its weight times x."""
     x, top, g = here["post_attention_layernorm"], here[CHOICE], here[WEIGHTS].astype(y.dtype)
-    run, expert = here.nx.experts, partial(here.decoder.experts, here.layer)
+    run, expert = here.nx.experts, here.decoder.experts[here.layer]
     none = np.full(len(x), np.inf)
     slots = (
         run(

@@ -1,7 +1,6 @@
 """Faults of layers and loading, and of the ends of the network: embedding and head."""
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 
@@ -60,7 +59,7 @@ LAYERS += written(
 def run_layer_again(x: np.ndarray, here: Here) -> np.ndarray:
     """Run the layer on its own output."""
     segment = Segment(slice(0, len(x)), LatentCache(here.cfg, here.nx.dtype))
-    expert = partial(here.decoder.experts, here.layer)
+    expert = here.decoder.experts[here.layer]
     return run_layer(x, here.w, expert, [segment], here.cfg, here.nx)
 
 
@@ -78,7 +77,7 @@ def with_previous_weights(decoder: Decoder, layer: int | None) -> Decoder:
         return its if type(its.mlp) is type(w.mlp) else its._replace(mlp=w.mlp)
 
     def expert(d: Decoder, i: int, e: int) -> MlpWeights:
-        return d.experts(other(i) if d.cfg.is_moe(other(i)) else i, e)
+        return d.experts[other(i) if d.cfg.is_moe(other(i)) else i](e)
 
     layers = [neighbour(i, w) if layer in (None, i) else w for i, w in enumerate(decoder.layers)]
     return replace(experts(expert)(decoder, layer), layers=layers)

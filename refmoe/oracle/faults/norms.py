@@ -6,9 +6,9 @@ import numpy as np
 
 from refmoe.model.matrix import Matrix, dequantize
 from refmoe.model.norm import rms_norm
+from refmoe.model.points import kind
 from refmoe.oracle.faults.base import LATENT, MAIN, Changes, Family, Here, Models, written
 from refmoe.oracle.faults.common import WITH_Q_LORA
-from refmoe.oracle.graph import kind
 
 # --- what several of these faults use
 

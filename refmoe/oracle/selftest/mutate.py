@@ -36,11 +36,11 @@ import numpy as np
 
 from refmoe.engines import PROFILES, Profile
 from refmoe.model.decoder import Decoder
+from refmoe.model.points import kind
 from refmoe.oracle.cause import inside
 from refmoe.oracle.check import Case
 from refmoe.oracle.faults.base import Fault, altered
 from refmoe.oracle.faults.dictionary import BY_ID, same_as, select
-from refmoe.oracle.graph import kind
 from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.selftest.power import really_rounding
 from refmoe.oracle.trace import Recorder

@@ -11,7 +11,7 @@ from refmoe.engines import Profile
 from refmoe.model.decoder import (
     Decoder,
 )
-from refmoe.oracle.graph import kind
+from refmoe.model.points import kind
 from refmoe.oracle.noise import emulated
 from refmoe.oracle.statistics import LEAST_SPREAD
 from refmoe.oracle.truth.errors import _known_rms, differences, errors, reached

@@ -12,7 +12,7 @@ import numpy as np
 
 from refmoe.fast import threads
 from refmoe.fast.kernels import VNNI, kernel
-from refmoe.fast.linear import Inputs, multiply, stored
+from refmoe.fast.linear import Inputs, kernel_view, multiply
 from refmoe.model import matrix
 from refmoe.model.matrix import (
     Matrix,
@@ -78,7 +78,7 @@ def timed(run: Callable[[], Any]) -> float:
 def _relative_error(name: str, m: Matrix, x: np.ndarray) -> float:
     """RMS against float64 over 128 rows."""
     few = matrix.rows(m, slice(0, 128))
-    known = stored(few, fast=name.endswith("-fast"))
+    known = kernel_view(few, fast=name.endswith("-fast"))
     assert known is not None
     (y,) = multiply([(Inputs(x), known)])
     truth = x.astype(np.float64) @ dequantize(few, np.float64).T

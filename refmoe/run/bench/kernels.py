@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from refmoe.fast import threads
-from refmoe.fast.linear import Inputs, multiply, stored
+from refmoe.fast.linear import Inputs, kernel_view, multiply
 from refmoe.model.matrix import (
     BF16,
     E4M3,
@@ -87,7 +87,7 @@ def _rates(
     name: str, each: Sequence[Matrix], x: np.ndarray, stream: Stream
 ) -> tuple[list[float], list[float]]:
     """GB/s of weights, and its ratios to reading."""
-    known = [stored(m, fast=name.endswith("-fast")) for m in each]
+    known = [kernel_view(m, fast=name.endswith("-fast")) for m in each]
     here = [m for m in known if m is not None]
     nbytes = sum(m.nbytes for m in each)
     rates: list[float] = []

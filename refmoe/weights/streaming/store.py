@@ -9,7 +9,7 @@ Nothing is mapped but the embedding, of which a token touches one row. What one 
 token uses with a chance of K/E, so it comes first; the rest is the arena. Where everything fits, or
 the files lie in memory already (tmpfs, DAX), nothing of this is needed and `store` gives None.
 
-Experts of a layer are asked for all at once and lent in order (`model/experts.py`, `Lender`): a
+Experts of a layer are asked for all at once and come in batches (`model/experts.py`, `Experts`): a
 place is never given away while it is lent or waited for. Which to drop: the one not used for the
 longest time; but of the hottest experts, by use in this and earlier runs, as many as fill three
 quarters of the arena, and leave room for three layers' choices, are only dropped for each other.
@@ -42,7 +42,7 @@ from refmoe.model.experts import MlpWeights, MoeWeights
 from refmoe.model.matrix import Matrix, Tiled, dequantize
 from refmoe.model.numerics import Numerics
 from refmoe.model.router import route
-from refmoe.weights.checkpoint import Checkpoint, Stored, advise
+from refmoe.weights.checkpoint import Checkpoint, TensorEntry, advise
 from refmoe.weights.streaming import reader
 from refmoe.weights.streaming.budget import (
     FEW,
@@ -122,7 +122,7 @@ class Store:
             nx,
             self.embedding,
             _Layers(self),
-            _Experts(self),
+            [_LayerExperts(self, i) for i in range(len(self.layers))],
             self.checkpoint.reading(_copied).matrix("model.norm"),
             self.head,
         )
@@ -131,7 +131,7 @@ class Store:
     def embedding(self) -> Matrix:
         """Mapped, without what a system reads ahead."""
 
-        def source(t: Stored) -> np.ndarray:
+        def source(t: TensorEntry) -> np.ndarray:
             file = np.memmap(t.file, np.uint8, "r")
             self.maps.append(file)
             advise(file, "MADV_RANDOM")
@@ -216,7 +216,7 @@ def store(checkpoint: Checkpoint, ram: int | None, way: str | None = None) -> St
     return Store(checkpoint, ram, way)
 
 
-def _copied(t: Stored) -> np.ndarray:
+def _copied(t: TensorEntry) -> np.ndarray:
     with t.file.open("rb") as f:
         f.seek(t.start)
         return np.frombuffer(f.read(t.nbytes), np.uint8)
@@ -332,7 +332,7 @@ def _from(memory: np.ndarray, there: Layout) -> Any:
     fixed = memory.view()
     fixed.flags.writeable = False
 
-    def source(t: Stored) -> np.ndarray:
+    def source(t: TensorEntry) -> np.ndarray:
         at = there.at[t.file, t.start]
         return fixed[at : at + t.nbytes]
 
@@ -557,24 +557,10 @@ class _Layers(Sequence[LayerWeights]):
         return self.store.stage.get(i)
 
 
-class _Experts:
-    """The decoder's experts: `of_layer` lends them; one alone is lent until the next is."""
-
-    def __init__(self, store: Store):
-        self.store = store
-        self.layers: dict[int, _LayerExperts] = {}
-
-    def of_layer(self, i: int) -> "_LayerExperts":
-        if i not in self.layers:
-            self.layers[i] = _LayerExperts(self.store, i)
-        return self.layers[i]
-
-    def __call__(self, i: int, e: int) -> MlpWeights:
-        return self.of_layer(i)(e)
-
-
 class _LayerExperts:
-    """A `Lender`: one layer's."""
+    """One layer's `Experts`, read from files into the arena."""
+
+    streamed = True
 
     def __init__(self, store: Store, layer: int):
         self.store, self.layer = store, layer
@@ -590,7 +576,7 @@ class _LayerExperts:
         finally:
             arena.release([key])  # a place is taken only by the next that is asked for
 
-    def loans(self, chosen: Sequence[int], x: np.ndarray) -> Iterator[dict[int, MlpWeights]]:
+    def batches(self, chosen: Sequence[int], x: np.ndarray) -> Iterator[dict[int, MlpWeights]]:
         arena, i = self.store.arena, self.layer
         arena.begin(i, chosen)
         todo = list(reversed(chosen))
