@@ -11,7 +11,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 import refmoe
-from refmoe.engines import CONVENTIONS
+from refmoe.engines import CONVENTIONS, PROFILES
 from refmoe.fast.threads import use as use_threads
 from refmoe.files import InputError, parse_size, read_json, read_text
 from refmoe.lint import base as lint_base
@@ -32,9 +32,8 @@ from refmoe.model.numerics import PRECISIONS, NonFinite
 from refmoe.oracle import quant as quant_quant
 from refmoe.oracle import repro
 from refmoe.oracle.base_logits import divergence, read_base, write_base
-from refmoe.oracle.check import Case, arbitrate
+from refmoe.oracle.check import arbitrate, judge_dump
 from refmoe.oracle.judge import Report
-from refmoe.oracle.noise import PROFILES
 from refmoe.oracle.readers.dump import read_dump
 from refmoe.oracle.report import write as write_html
 from refmoe.oracle.selftest import golden, mutate
@@ -43,6 +42,7 @@ from refmoe.oracle.trace import trace, write
 from refmoe.oracle.truth.check import check_truth
 from refmoe.oracle.truth.file import read_truth
 from refmoe.oracle.truth.make import make as make_truth
+from refmoe.oracle.words import arbitration_lines, report_lines
 from refmoe.run import export
 from refmoe.run.dialogue import Dialogue, interact, printable
 from refmoe.run.generate import CHUNK, generate_tokens, working
@@ -363,7 +363,7 @@ def _check(args: argparse.Namespace) -> int:
     model = load(args.model, "float64", reference=True)
     tokens = read_sequence(args.tokens) if args.tokens else None
     engine = args.engine or "refmoe"
-    case = Case(model, dump, tokens, engine, args.profile)
+    case = judge_dump(model, dump, tokens, engine, args.profile)
     if args.repro and case.report.verdict == "fault":
         for path in repro.write(case, args.repro):
             print(f"refmoe: wrote {path}", file=sys.stderr)
@@ -371,7 +371,7 @@ def _check(args: argparse.Namespace) -> int:
         print(f"refmoe: wrote {write_html(case, args.html)}", file=sys.stderr)
     if args.against is None:
         return _show(case.report, args)
-    second = Case(
+    second = judge_dump(
         model,
         read_dump(args.against),
         tokens,
@@ -382,15 +382,7 @@ def _check(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(both.as_json())
     else:
-        for name, r in ((args.dump, report), (args.against, other)):
-            where = f" at {r.point}" if r.point else ""
-            print(f"{name}: {r.verdict}{where} under profile {r.profile}; {r.reason}")
-        if both.ratio is not None:
-            print(f"errors of the first over the second: {both.ratio:.3g} at {both.shared} points")
-        at = both.first_difference
-        print(f"the same bits at {both.equal}{f'; they part at {at}' if at else ''}")
-        further = {"a": args.dump, "b": args.against}.get(both.further, "neither")
-        print(f"further from float64: {further}")
+        _print_lines(arbitration_lines(both, str(args.dump), str(args.against)))
     return max(EXIT[report.verdict], EXIT[other.verdict])
 
 
@@ -398,59 +390,16 @@ def _show(report: Report, args: argparse.Namespace) -> int:
     if args.json:
         _print_json(report.as_json())
     else:
-        _check_report(report, args.all, bool(args.truth))
+        _print_lines(report_lines(report, args.all, bool(args.truth)))
     return EXIT[report.verdict]
 
 
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
+
+
 EXIT = {"pass": 0, "fault": 1, "undecidable": 2}
-
-
-def _check_report(report: Report, every: bool, truth: bool = False) -> None:
-    how = "end to end" if truth else "each operation on the engine's own inputs"
-    print(
-        f"{report.compared} tensors compared, {how}; "
-        f"profile {report.profile}, conventions of {report.engine}"
-    )
-    for name, sides in report.conventions.items():
-        print(f"  its side: {name} = {sides}")
-    worst = sorted(report.points, key=lambda p: -p.multiple)
-    shown = report.points if every else worst[:5]
-    print(f"\n{'rel error':>10} {'explained':>10} {'multiple':>9}  point")
-    for p in shown:
-        print(f"{p.rel_error:10.1e} {p.envelope:10.1e} {p.multiple:9.2f}  {p.name}")
-    flips = report.router
-    print(f"\nrouter: {flips['flips']} choices differ, {flips['explained']} explained by noise")
-    if report.missing:
-        print(f"not in the dump: {len(report.missing)} points, first {report.missing[0]}")
-    for name, why in list(report.unmatched.items())[:10]:
-        print(f"not compared: {name}: {why}")
-    print(f"\n{report.verdict.upper()}: ", end="")
-    print(f"{report.point}, {report.reason}" if report.point else report.reason)
-    through = report.judged_with(report.point)
-    if through:
-        more = f" and {len(through) - 4} more" if len(through) > 5 else ""
-        first = through[:4] if more else through
-        print(f"judged together with {', '.join(first)}{more}, which the dump lacks")
-    _cause(report)
-    print(f"nominal chance of a false alarm in the whole report: {report.alpha:g}")
-
-
-def _cause(report: Report) -> None:
-    if report.cause is None:
-        if report.verdict == "fault":
-            print(f"CAUSE: none known fits{f'; {report.shape}' if report.shape else ''}")
-        return
-    cause = report.cause
-    print(f"CAUSE: {cause.text} [{cause.id}]")
-    if cause.references:
-        print(f"  as in {', '.join(cause.references)}")
-    if cause.fitted:
-        print(f"  {cause.fitted}")
-    if cause.equivalent:
-        print(f"  here the same as: {', '.join(cause.equivalent)}")
-    if cause.runner_up:
-        worse = f", {cause.times_worse:.3g} times worse" if cause.times_worse else ""
-        print(f"  next best: {cause.runner_up}{worse}")
 
 
 def _golden(args: argparse.Namespace) -> int:
