@@ -54,8 +54,9 @@ from refmoe.run.plan import units as plan_units
 from refmoe.run.plan import validate as plan_validate
 from refmoe.run.sampler import Sampling
 from refmoe.run.sweep.sweep import sweep
-from refmoe.text.chat import ChatTemplate, read_tools
 from refmoe.text.explain import explain
+from refmoe.text.messages import read_tools
+from refmoe.text.template import ChatTemplate
 from refmoe.text.tokenizer import Tokenizer
 from refmoe.weights.checkpoint import Checkpoint, summary, tensor_class
 from refmoe.weights.dense import sizes as dense_sizes

@@ -20,7 +20,7 @@ from refmoe.model.decoder import policy
 from refmoe.model.numerics import NonFinite
 from refmoe.run.export import to_gguf
 from refmoe.run.load import Model, golden_folder, load
-from refmoe.text.chat import ChatTemplate
+from refmoe.text.template import ChatTemplate
 from refmoe.weights.gguf import Gguf, opened
 from refmoe.weights.synthetic.random import FIXED, write_random
 

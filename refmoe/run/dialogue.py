@@ -18,8 +18,7 @@ from refmoe.model.decoder import Decoder
 from refmoe.run.generate import context_of, generate_tokens, working
 from refmoe.run.load import Model
 from refmoe.run.sampler import Sampling
-from refmoe.text.chat import (
-    ChatTemplate,
+from refmoe.text.reply import (
     Event,
     Parser,
     Problem,
@@ -28,6 +27,7 @@ from refmoe.text.chat import (
     collect,
     ends_in_thought,
 )
+from refmoe.text.template import ChatTemplate
 
 with contextlib.suppress(ImportError):  # not everywhere; lines can be edited, and be long, with it
     import readline  # noqa: F401

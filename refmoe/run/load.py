@@ -23,7 +23,7 @@ from refmoe.weights.streaming.usage import usage
 if TYPE_CHECKING:
     from refmoe.fast.gpu.card import Card
     from refmoe.fast.gpu.placement import Request
-    from refmoe.text.chat import ChatTemplate
+    from refmoe.text.template import ChatTemplate
 
 DENSE = ("exact", "q8")
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -63,7 +63,7 @@ class Model:
     @property
     def template(self) -> "ChatTemplate":
         """The checkpoint's own."""
-        from refmoe.text.chat import ChatTemplate  # Jinja, which few verbs need
+        from refmoe.text.template import ChatTemplate
 
         if isinstance(self.checkpoint, Gguf):
             return ChatTemplate.from_gguf(self.checkpoint.metadata)
