@@ -27,7 +27,7 @@ from refmoe.files import InputError, parse_size, read_json, read_text
 from refmoe.lint import base as lint_base
 from refmoe.lint import lint as lint_lint
 from refmoe.lint.diff import verify as quant_verify
-from refmoe.model.numerics import POLICIES, NonFinite
+from refmoe.model.numerics import PRECISIONS, NonFinite
 from refmoe.oracle import quant as quant_quant
 from refmoe.oracle import repro
 from refmoe.oracle.base_logits import divergence, read_base, write_base
@@ -996,7 +996,7 @@ def _parser() -> argparse.ArgumentParser:
             p.add_argument(
                 "--model", type=Path, metavar="DIR", help="a checkpoint's folder, or a GGUF"
             )
-            p.add_argument("--numerics", choices=tuple(POLICIES), default="float32")
+            p.add_argument("--numerics", choices=tuple(PRECISIONS), default="float32")
             p.add_argument("--conventions", choices=tuple(CONVENTIONS), default="refmoe")
             p.add_argument(
                 "--reference", action="store_true", help="the definition in model/ alone"

@@ -134,7 +134,7 @@ def open_all(folder: Path) -> None:
     checkpoint = Checkpoint.open(folder)
     decoder = checkpoint.decoder(policy("float32"))
     for layer in filter(decoder.cfg.is_moe, range(decoder.cfg.num_hidden_layers)):
-        decoder.experts(layer, 0)
+        decoder.experts[layer](0)
     words = Tokenizer.load(folder)
     words.encode("To be, or not")
     ChatTemplate.load(folder).encode(words, MESSAGES, TOOLS)

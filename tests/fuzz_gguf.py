@@ -255,7 +255,7 @@ def open_gguf(path: Path, rng: random.Random, messages: Any, tools: Any) -> None
     checkpoint.raw_config()
     decoder = checkpoint.decoder(policy("float32"))
     for layer in filter(decoder.cfg.is_moe, range(decoder.cfg.num_hidden_layers)):
-        decoder.experts(layer, 0)
+        decoder.experts[layer](0)
     model = Model(checkpoint, decoder)
     words = model.tokenizer
     words.encode("To be, or not")

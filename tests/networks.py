@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from refmoe.config import Config
 from refmoe.model import matrix
 from refmoe.model.decoder import Decoder, LayerWeights, policy
-from refmoe.model.experts import MlpWeights, MoeWeights
+from refmoe.model.experts import ExpertsFrom, MlpWeights, MoeWeights
 from refmoe.model.matrix import Matrix, dequantize
 from refmoe.model.mla import AttentionWeights
 from refmoe.model.numerics import Numerics
@@ -100,7 +101,7 @@ def network(seed: int, nx: Numerics | None = None, **changes: Any) -> Decoder:
         nx or policy("float64"),
         rng.standard_normal((cfg.vocab_size, D)),
         layers,
-        lambda layer, e: experts[layer, e],
+        [ExpertsFrom(partial(lambda i, e: experts[i, e], i)) for i in range(cfg.num_hidden_layers)],
         gain(D),
         draw(cfg.vocab_size, D),
     )

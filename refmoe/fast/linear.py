@@ -26,7 +26,7 @@ from refmoe.fast import kernels, threads
 from refmoe.fast.kernels import KERNELS, Form, Kernels
 from refmoe.fast.kquants import DECODERS, HALVES
 from refmoe.model import matrix
-from refmoe.model.experts import Experts, Lender, MlpWeights, routed_experts
+from refmoe.model.experts import Experts, MlpWeights, routed_experts
 from refmoe.model.matrix import BF16, Q4, Q8, Coded, Fp8Block, Heads, Int4, Matrix, Tiled
 from refmoe.model.numerics import Numerics
 from refmoe.model.router import Routing, sigmoid
@@ -297,39 +297,32 @@ def _rounds(m: Matrix, rounded: tuple[str, ...]) -> bool:
 
 
 def experts(
-    x: np.ndarray, routing: Routing, expert: Experts, nx: Numerics, fast: bool = False
+    x: np.ndarray, routing: Routing, experts: Experts, nx: Numerics, fast: bool = False
 ) -> np.ndarray:
     """The routed sum, [T, D], where nothing inside is rounded or watched."""
     chosen = np.unique(routing.experts).tolist()
     if x.dtype != np.float32 or nx.round is not None or _watched(chosen, nx):
-        return routed_experts(x, routing, expert, nx)
+        return routed_experts(x, routing, experts, nx)
     T, K = routing.experts.shape
     parts = np.empty((T * K, x.shape[1]), np.float32)
     whole = Inputs(x)
     rows = {e: np.nonzero(routing.experts.reshape(-1) == e)[0] for e in chosen}
     rounded = nx.conventions.rounded_products
-    known_as = stored_anew if isinstance(expert, Lender) else stored  # what is lent soon is another
-    for matrices in _loans(expert, chosen, x):
+    known_as = stored_anew if experts.streamed else stored
+    for matrices in experts.batches(chosen, x):
         known: dict[int, list[Stored]] = {}
         for e, w in matrices.items():
             each = [None if _rounds(m, rounded) else known_as(m, fast) for m in w]
             known[e] = [m for m in each if m is not None]
             if len(known[e]) < len(MlpWeights._fields):
-                return routed_experts(x, routing, expert, nx)
+                return routed_experts(x, routing, experts, nx)
         for group in _groups({e: rows[e] for e in matrices}):
             _swiglu(whole, [(rows[e], known[e]) for e in group], K, parts)
     weights = routing.weights.astype(np.float32, copy=False)
     y = (weights[:, None] @ parts.reshape(T, K, -1))[:, 0]
     if nx.stop_at_nonfinite and not np.isfinite(y).all():
-        return routed_experts(x, routing, expert, nx)  # which names the first point of them
+        return routed_experts(x, routing, experts, nx)  # which names the first point of them
     return y
-
-
-def _loans(expert: Experts, chosen: list[int], x: np.ndarray) -> Iterator[dict[int, MlpWeights]]:
-    if isinstance(expert, Lender):
-        yield from expert.loans(chosen, x)
-    else:
-        yield {e: expert(e) for e in chosen}
 
 
 def _watched(chosen: list[int], nx: Numerics) -> bool:

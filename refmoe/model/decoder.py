@@ -9,7 +9,8 @@ attention looks across rows, so one `layer` takes the rows of every prompt, and 
 one prompt or sweeping over many is the same function. K2: L = 61, the first layer dense.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -20,12 +21,13 @@ from refmoe.config import Config
 from refmoe.engines import CONVENTIONS, Conventions
 from refmoe.files import InputError
 from refmoe.model import matrix
-from refmoe.model.cache import LatentCache, caches
+from refmoe.model.cache import CacheOptions, LatentCache
 from refmoe.model.experts import Experts, MlpWeights, MoeWeights, moe, routed_experts, swiglu
 from refmoe.model.matrix import Matrix, dequantize
 from refmoe.model.mla import AttentionWeights, Segment, absorbed, attention, expanded
 from refmoe.model.norm import rms_norm
-from refmoe.model.numerics import POLICIES, Numerics
+from refmoe.model.numerics import PRECISIONS, Numerics
+from refmoe.model.rope import rotate
 
 
 class LayerWeights(NamedTuple):
@@ -43,63 +45,57 @@ def layer(
     cfg: Config,
     nx: Numerics,
 ) -> np.ndarray:
-    """One layer over the rows of every prompt: x [T, D] → [T, D]. `nx.scope` names the layer."""
+    """Compute one layer for the rows of every prompt: x [T, D] → [T, D]. `nx.scope` names it."""
     return mix(attend(x, w, segments, cfg, nx), w, experts, cfg, nx)
 
 
 def attend(
     x: np.ndarray, w: LayerWeights, segments: Sequence[Segment], cfg: Config, nx: Numerics
 ) -> np.ndarray:
-    """The first half of a layer, the only one that looks across rows: x [T, D] → h [T, D]."""
-    x = nx.bring(x, w.input_layernorm)
-    h = nx.point("input_layernorm", rms_norm(x, w.input_layernorm, cfg.rms_norm_eps))
+    """Compute a layer's first half, the one that looks across rows: x [T, D] → h [T, D]."""
+    h = nx.point("input_layernorm", nx.norm(x, w.input_layernorm, cfg.rms_norm_eps))
     h = attention(h, w.self_attn, segments, cfg, nx.within("self_attn."))
-    return nx.point("#attn_residual", x + nx.point("self_attn", h))
+    return nx.point("#attn_residual", nx.add(x, nx.point("self_attn", h)))
 
 
-def mix(x: np.ndarray, w: LayerWeights, experts: Experts, cfg: Config, nx: Numerics) -> np.ndarray:
-    """The second half, row by row: h [T, D] → x' [T, D]."""
-    h = mlp_input(x, w, cfg, nx)
-    inside = nx.within("mlp.")
+def mix(h: np.ndarray, w: LayerWeights, experts: Experts, cfg: Config, nx: Numerics) -> np.ndarray:
+    """Compute a layer's second half, row by row: h [T, D] → x' [T, D]."""
+    x, inside = mlp_input(h, w, cfg, nx), nx.within("mlp.")
     if isinstance(w.mlp, MoeWeights):
-        h = moe(h, w.mlp, experts, cfg, inside)
-    else:
-        h = swiglu(nx.bring(h, w.mlp.gate_proj), w.mlp, inside)
-    return add_mlp(x, h, nx)
+        return add_mlp(h, moe(x, w.mlp, experts, cfg, inside), nx)
+    return add_mlp(h, nx.swiglu(x, w.mlp, inside), nx)
 
 
-def mlp_input(x: np.ndarray, w: LayerWeights, cfg: Config, nx: Numerics) -> np.ndarray:
-    """What router and experts see of h: [T, D] → [T, D]."""
-    x = nx.bring(x, w.post_attention_layernorm)
-    h = rms_norm(x, w.post_attention_layernorm, cfg.rms_norm_eps)
-    return nx.point("post_attention_layernorm", h)
+def mlp_input(h: np.ndarray, w: LayerWeights, cfg: Config, nx: Numerics) -> np.ndarray:
+    """Return what router and experts see of h: norm(h), [T, D] → [T, D]."""
+    norm = nx.norm(h, w.post_attention_layernorm, cfg.rms_norm_eps)
+    return nx.point("post_attention_layernorm", norm)
 
 
-def add_mlp(x: np.ndarray, h: np.ndarray, nx: Numerics) -> np.ndarray:
-    """The layer's output, of its first half and its mlp: [T, D] → [T, D]."""
-    return nx.point("", x + nx.point("mlp", nx.bring(h, x)))
+def add_mlp(h: np.ndarray, y: np.ndarray, nx: Numerics) -> np.ndarray:
+    """Return the layer's output, h + the mlp's y: [T, D] → [T, D]."""
+    return nx.point("", nx.add(h, nx.point("mlp", y)))
 
 
 def embed(tokens: np.ndarray, embed_tokens: Matrix, nx: Numerics) -> np.ndarray:
-    """tokens [T] → [T, D]."""
+    """Look up tokens [T] → x [T, D]."""
     x = dequantize(matrix.rows(embed_tokens, tokens), nx.dtype)
     return nx.point("model.embed_tokens", x)
+
+
+def final_norm(x: np.ndarray, norm: Matrix, cfg: Config, nx: Numerics) -> np.ndarray:
+    """Return what the head multiplies: x [T, D] → [T, D]."""
+    return nx.point("model.norm", nx.norm(x, norm, cfg.rms_norm_eps))
+
+
+def vocabulary(x: np.ndarray, lm_head: Matrix, nx: Numerics) -> np.ndarray:
+    """Return the logits of the tokens whose rows of the head are given: x [T, D] → [T, Z]."""
+    return nx.point("lm_head", nx.linear(x, lm_head))
 
 
 def head(x: np.ndarray, norm: Matrix, lm_head: Matrix, cfg: Config, nx: Numerics) -> np.ndarray:
     """x [T, D] → logits [T, Z]."""
     return vocabulary(final_norm(x, norm, cfg, nx), lm_head, nx)
-
-
-def final_norm(x: np.ndarray, norm: Matrix, cfg: Config, nx: Numerics) -> np.ndarray:
-    """What the head multiplies: x [T, D] → [T, D]."""
-    x = nx.bring(x, norm)
-    return nx.point("model.norm", rms_norm(x, norm, cfg.rms_norm_eps))
-
-
-def vocabulary(x: np.ndarray, lm_head: Matrix, nx: Numerics) -> np.ndarray:
-    """Logits of all tokens, or of those whose rows of the head these are: [T, D] → [T, Z]."""
-    return nx.point("lm_head", nx.bring(nx.linear(nx.bring(x, lm_head), lm_head), None))
 
 
 @dataclass(frozen=True)
@@ -110,27 +106,29 @@ class Decoder:
     nx: Numerics
     embed_tokens: Matrix  # [Z, D]
     layers: Sequence[LayerWeights]
-    experts: Callable[[int, int], MlpWeights]  # layer, expert → its matrices
+    experts: Sequence[Experts]  # of each layer; a dense one's are never asked for
     norm: Matrix  # [D]
     lm_head: Matrix  # [Z, D]
+    cache_options: CacheOptions = CacheOptions()  # noqa: RUF009 (frozen)
 
     def using(self, nx: Numerics) -> "Decoder":
-        """The same weights under other numerics."""
+        """Return a decoder with these weights and other numerics."""
         return replace(self, nx=nx)
 
-    def experts_of(self, i: int) -> Experts:
-        """A layer's own; a `Lender` where `experts` makes one."""
-        lender = getattr(self.experts, "of_layer", None)
-        return partial(self.experts, i) if lender is None else lender(i)
-
     def caches(self) -> list[LatentCache]:
-        """The empty memory of one prompt."""
-        return caches(self.cfg, self.nx)
+        """Return an empty cache for each layer: the memory of one prompt."""
+        cfg, dtype, how = self.cfg, self.nx.dtype, self.cache_options
+        count = cfg.num_hidden_layers
+        return [LatentCache(cfg, dtype, how.bf16, how.room) for _ in range(count)]
 
     def hidden(
         self, prompts: Sequence[Sequence[int]], memory: Sequence[Sequence[LatentCache]]
     ) -> np.ndarray:
-        """The last layer's output for the new tokens of each prompt, rows in order: [T, D]."""
+        """Return the last layer's output for the new tokens of each prompt, in order: [T, D].
+
+        `memory` has the caches of each prompt, and holds these tokens as well afterwards. After an
+        error or Ctrl-C it is as it was.
+        """
         spans, start = [], 0
         for tokens, layers in zip(prompts, memory, strict=True):
             check_tokens(tokens, layers[0].length, self.cfg)
@@ -146,8 +144,8 @@ class Decoder:
                         Segment(s, layers[i]) for s, layers in zip(spans, memory, strict=True)
                     ]
                     nx = self.nx.within(f"model.layers.{i}.")
-                    x = layer(x, w, self.experts_of(i), segments, self.cfg, nx)
-        except BaseException:  # also Ctrl-C: a half-done step leaves no rows behind
+                    x = layer(x, w, self.experts[i], segments, self.cfg, nx)
+        except BaseException:
             for layers, lengths in zip(memory, before, strict=True):
                 for cache, length in zip(layers, lengths, strict=True):
                     cache.truncate(length)
@@ -167,7 +165,7 @@ class Decoder:
 
 
 def check_tokens(tokens: Iterable[int], before: int, cfg: Config) -> None:
-    """`InputError` for an empty prompt, an id outside the vocabulary, or more than the context."""
+    """Raise `InputError` for no token, an id outside the vocabulary, or more than the context."""
     ids = np.asarray(tokens)
     if ids.size == 0:
         raise InputError("the prompt is empty; give at least one token")
@@ -185,23 +183,28 @@ def check_tokens(tokens: Iterable[int], before: int, cfg: Config) -> None:
 
 
 def policy(name: str, conventions: Conventions | str = "refmoe") -> Numerics:
-    """The definition, `model/` alone, in one of the four precisions, with some engine's sides."""
-    if name not in POLICIES:
-        raise InputError(f"numerics {name!r}; supported: {', '.join(POLICIES)}")
+    """Return the definition, model/ alone, in one of four precisions, by an engine's conventions.
+
+    Raises `InputError` for an unknown precision or engine.
+    """
+    if name not in PRECISIONS:
+        raise InputError(f"numerics {name!r}; supported: {', '.join(PRECISIONS)}")
     if isinstance(conventions, str):
         if conventions not in CONVENTIONS:
             raise InputError(f"conventions {conventions!r}; supported: {', '.join(CONVENTIONS)}")
         conventions = CONVENTIONS[conventions]
-    dtype, rounding = POLICIES[name]
-    multiply = partial(matrix.linear, rounded=conventions.rounded_products)
     return Numerics(
-        name,
-        dtype,
-        multiply,
-        routed_experts,
-        matrix.linear,
-        expanded,
-        absorbed,
-        rounding,
+        name=name,
+        dtype=PRECISIONS[name].dtype,
+        round=PRECISIONS[name].round,
+        linear=partial(matrix.linear, rounded=conventions.rounded_products),
+        gate=matrix.linear,
+        norm=rms_norm,
+        rotate=rotate,
+        add=operator.add,
+        swiglu=swiglu,
+        experts=routed_experts,
+        expanded=expanded,
+        absorbed=absorbed,
         conventions=conventions,
     )

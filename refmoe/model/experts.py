@@ -10,7 +10,8 @@ as one matrix of that many times the width), and `mlp.{gate,up,down}_proj` in th
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -31,91 +32,78 @@ class MoeWeights(NamedTuple):
     shared_experts: MlpWeights | None
 
 
-Experts = Callable[[int], MlpWeights]  # expert index → its matrices, until the next is asked for
+class Experts(Protocol):
+    """The routed experts of one layer, which may be too many to have at once."""
 
+    @property
+    def streamed(self) -> bool:
+        """Whether matrices become invalid when others are asked for."""
+        ...
 
-@runtime_checkable
-class Lender(Protocol):
-    """Experts that are lent, not kept: what streams them from a disk into a few places."""
+    def __call__(self, e: int) -> MlpWeights:
+        """Return the matrices of expert e."""
+        ...
 
-    def __call__(self, e: int) -> MlpWeights: ...
+    def batches(self, chosen: Sequence[int], x: np.ndarray) -> Iterator[dict[int, MlpWeights]]:
+        """Yield the chosen experts in order, some at a time.
 
-    def loans(self, chosen: Sequence[int], x: np.ndarray) -> Iterator[dict[int, MlpWeights]]:
-        """All of `chosen` in this order, some at a time; a loan ends when the next is asked for.
-
-        x [T, D] is what chose them, from which the next layer's choice can be guessed.
+        Of streamed experts a batch becomes invalid when the next one is asked for. x [T, D] is
+        what the router chose them by: whoever reads ahead may guess from it.
         """
         ...
 
 
-class Lent(NamedTuple):
-    """Some of a lender's, passed on: whoever gets them knows that they are not to be kept."""
+@dataclass(frozen=True)
+class ExpertsFrom:
+    """Experts that a function returns: one batch of all, or of each if they are streamed."""
 
-    matrices: dict[int, MlpWeights]
+    expert: Callable[[int], MlpWeights]
+    streamed: bool = False
 
     def __call__(self, e: int) -> MlpWeights:
-        return self.matrices[e]
+        return self.expert(e)
 
-    def loans(self, chosen: Sequence[int], x: np.ndarray) -> Iterator[dict[int, MlpWeights]]:
-        yield {e: self.matrices[e] for e in chosen}
+    def batches(self, chosen: Sequence[int], x: np.ndarray) -> Iterator[dict[int, MlpWeights]]:
+        for batch in [[e] for e in chosen] if self.streamed else [chosen]:
+            yield {e: self.expert(e) for e in batch}
 
 
 def swiglu(x: np.ndarray, w: MlpWeights, nx: Numerics) -> np.ndarray:
-    """x [T, D] → [T, D]."""
+    """x [T, D] → W_down (silu(W_gate x) · W_up x) [T, D]."""
     gate = nx.point("gate_proj", nx.linear(x, w.gate_proj))  # [T, F]
     up = nx.point("up_proj", nx.linear(x, w.up_proj))  # [T, F]
-    act = nx.point("act", gate * sigmoid(gate) * up)
+    act = nx.point("act", gate * sigmoid(gate) * up)  # [T, F]
     return nx.point("down_proj", nx.linear(act, w.down_proj))
 
 
-def routed_experts(x: np.ndarray, routing: Routing, expert: Experts, nx: Numerics) -> np.ndarray:
-    """The routed sum, [T, D]: expert by expert in index order, each with all rows that chose it.
+def routed_experts(x: np.ndarray, routing: Routing, experts: Experts, nx: Numerics) -> np.ndarray:
+    """Return Σ_k g[k] · E_top[k](x), [T, D]: experts in index order, each with its own rows.
 
-    This is the definition of the `nx.experts` seam. `experts.E#rows` tells which rows the points
-    of expert E belong to. A row that names an expert twice gets it twice.
+    The tap `experts.E#rows` tells which rows chose expert E. A row that names an expert twice gets
+    it twice.
     """
     xp = array_module(x)
     y = xp.zeros_like(x)
-    for e, w in in_order(expert, xp.unique(routing.experts).tolist(), x):
-        rows, slot = xp.nonzero(routing.experts == e)  # [n], [n]
-        nx.tap(f"experts.{e}#rows", rows)
-        out = swiglu(x[rows], w, nx.within(f"experts.{e}."))  # [n, D]
-        weight = routing.weights[rows, slot].astype(x.dtype, copy=False)
-        xp.add.at(y, rows, weight[:, None] * out)
+    for batch in experts.batches(xp.unique(routing.experts).tolist(), x):
+        for e, w in batch.items():
+            rows, slots = xp.nonzero(routing.experts == e)  # [n], [n]
+            nx.tap(f"experts.{e}#rows", rows)
+            out = nx.swiglu(x[rows], w, nx.within(f"experts.{e}."))  # [n, D]
+            g = routing.weights[rows, slots].astype(x.dtype, copy=False)
+            xp.add.at(y, rows, g[:, None] * out)
     return y
 
 
-def in_order(
-    expert: Experts, chosen: Sequence[int], x: np.ndarray
-) -> Iterator[tuple[int, MlpWeights]]:
-    """Each of `chosen` with its matrices, whether they are lent or kept."""
-    if isinstance(expert, Lender):
-        for loan in expert.loans(chosen, x):
-            yield from loan.items()
-    else:
-        for e in chosen:
-            yield e, expert(e)
-
-
-def moe(x: np.ndarray, w: MoeWeights, expert: Experts, cfg: Config, nx: Numerics) -> np.ndarray:
-    """x [T, D] → [T, D]."""
+def moe(x: np.ndarray, w: MoeWeights, experts: Experts, cfg: Config, nx: Numerics) -> np.ndarray:
+    """x [T, D] → [T, D]: route, sum the chosen experts, add the shared one."""
     routing = route(x, w.gate, cfg, nx)
-    if w.shared_experts is None or not nx.shared_first:
-        return with_shared(x, nx.experts(x, routing, expert, nx), w, nx)
-    shared = of_all(x, w.shared_experts, nx)
-    y = nx.point("experts", nx.experts(x, routing, expert, nx))
-    return y + nx.bring(shared, y)
+    y = nx.point("experts", nx.experts(x, routing, experts, nx))
+    return add_shared_expert(x, y, w, nx)
 
 
-def with_shared(x: np.ndarray, y: np.ndarray, w: MoeWeights, nx: Numerics) -> np.ndarray:
-    """The routed sum y and the shared expert of x: [T, D] → [T, D]."""
-    y = nx.point("experts", y)
+def add_shared_expert(x: np.ndarray, y: np.ndarray, w: MoeWeights, nx: Numerics) -> np.ndarray:
+    """Return the routed sum y and the shared expert of x, added: [T, D] → [T, D]."""
     if w.shared_experts is None:
         return y
-    return y + nx.bring(of_all(x, w.shared_experts, nx), y)
-
-
-def of_all(x: np.ndarray, w: MlpWeights, nx: Numerics) -> np.ndarray:
-    """The shared expert, where its weights are."""
-    x = nx.bring(x, w.gate_proj)
-    return nx.point("shared_experts", swiglu(x, w, nx.within("shared_experts.")))
+    shared = nx.swiglu(x, w.shared_experts, nx.within("shared_experts."))
+    return nx.add(y, nx.point("shared_experts", shared))

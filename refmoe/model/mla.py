@@ -32,11 +32,10 @@ import numpy as np
 from refmoe.config import Config
 from refmoe.model.cache import LatentCache
 from refmoe.model.matrix import Matrix, array_module, dequantize
-from refmoe.model.norm import rms_norm
 from refmoe.model.numerics import Numerics
-from refmoe.model.rope import cos_sin, rotate, softmax_scale
+from refmoe.model.rope import cos_sin, softmax_scale
 
-SCORES = 1 << 24  # scores held at once; longer prompts go in blocks of rows
+SCORES = 1 << 24  # scores at once, 128 MB of float64; longer prompts go in blocks of rows
 
 
 class AttentionWeights(NamedTuple):
@@ -51,7 +50,7 @@ class AttentionWeights(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """The rows of one prompt, in order, and what its earlier tokens left behind in this layer."""
+    """The rows of one prompt, and the cache of its earlier tokens in this layer."""
 
     rows: slice
     cache: LatentCache
@@ -64,7 +63,7 @@ def attention(
     cfg: Config,
     nx: Numerics,
 ) -> np.ndarray:
-    """x [T, D] → [T, D]; appends each segment's rows to its cache."""
+    """x [T, D] → [T, D]. Appends each segment's rows to its cache."""
     H, N, C = cfg.num_attention_heads, cfg.qk_nope_head_dim, cfg.kv_lora_rank
     eps = nx.conventions.latent_norm_eps or cfg.rms_norm_eps
     T = len(x)
@@ -76,21 +75,21 @@ def attention(
         assert w.q_a_layernorm is not None
         assert w.q_b_proj is not None
         c_q = nx.point("q_a_proj", nx.linear(x, w.q_a_proj))  # [T, A]
-        c_q = nx.point("q_a_layernorm", rms_norm(c_q, w.q_a_layernorm, eps))
+        c_q = nx.point("q_a_layernorm", nx.norm(c_q, w.q_a_layernorm, eps))
         q = nx.point("q_b_proj", nx.linear(c_q, w.q_b_proj))  # [T, H(N+R)]
     q = q.reshape(T, H, -1)
     q_nope, q_pe = q[..., :N], q[..., N:]  # [T, H, N], [T, H, R]
 
     kv = nx.point("kv_a_proj_with_mqa", nx.linear(x, w.kv_a_proj_with_mqa))  # [T, C+R]
     c_kv, k_pe = kv[:, :C], kv[:, C:]  # [T, C], [T, R]
-    c_kv = nx.point("kv_a_layernorm", rms_norm(c_kv, w.kv_a_layernorm, eps))
+    c_kv = nx.point("kv_a_layernorm", nx.norm(c_kv, w.kv_a_layernorm, eps))
 
     positions = np.empty(T, np.int64)
     for rows, cache in segments:
         positions[rows] = np.arange(cache.length, cache.length + rows.stop - rows.start)
-    cos, sin = (nx.bring(a, x) for a in cos_sin(positions, cfg, nx))  # [T, R/2]
-    q_pe = nx.point("#q_pe", rotate(q_pe, cos[:, None], sin[:, None]))
-    k_pe = nx.point("#k_pe", rotate(k_pe, cos, sin))
+    cos, sin = cos_sin(positions, cfg, nx)  # [T, R/2]
+    q_pe = nx.point("#q_pe", nx.rotate(q_pe, cos[:, None], sin[:, None]))
+    k_pe = nx.point("#k_pe", nx.rotate(k_pe, cos, sin))
 
     context = array_module(x).empty((T, H, cfg.v_head_dim), nx.dtype)
     for i, (rows, cache) in enumerate(segments):
@@ -111,10 +110,7 @@ def expanded(
     cfg: Config,
     nx: Numerics,
 ) -> np.ndarray:
-    """q_nope [T, H, N], q_pe [T, H, R] against all rows of the cache → context [T, H, V].
-
-    This is the definition of the `nx.expanded` seam.
-    """
+    """Attend with every head's keys and values: q_nope [T, H, N], q_pe [T, H, R] → [T, H, V]."""
     N, S = cfg.qk_nope_head_dim, cache.length
     kv = nx.point("kv_b_proj", nx.linear(cache.c_kv, kv_b_proj))  # [S, H(N+V)]
     kv = kv.reshape(S, cfg.num_attention_heads, -1).transpose(1, 0, 2)  # [H, S, N+V]
@@ -136,10 +132,7 @@ def absorbed(
     cfg: Config,
     nx: Numerics,
 ) -> np.ndarray:
-    """The same function of the same state, without making any key or value.
-
-    This is the definition of the `nx.absorbed` seam.
-    """
+    """Attend over the latent, making no key or value: q_nope, q_pe as above → [T, H, V]."""
     H, N, C = cfg.num_attention_heads, cfg.qk_nope_head_dim, cfg.kv_lora_rank
     w = dequantize(kv_b_proj, nx.dtype, nx.conventions.rounded_products)
     w = w.reshape(H, -1, C)  # [H, N+V, C]
@@ -165,7 +158,10 @@ def _softmax_blocks(
     cfg: Config,
     nx: Numerics,
 ) -> np.ndarray:
-    """softmax(scaled causal scores) · values, [H, T, ·]; a watched softmax is made in one piece."""
+    """Return softmax(scaled, causally masked scores) @ values, [H, T, ·].
+
+    It works in blocks of rows to bound memory, unless a watcher wants scores or probabilities.
+    """
     xp, scale = array_module(values), nx.dtype(softmax_scale(cfg))
     whole = nx.watches("#scores") or nx.watches("#probs")
     step = T if whole else max(1, SCORES // (cfg.num_attention_heads * S))
@@ -182,13 +178,13 @@ def _softmax_blocks(
 
 
 def softmax(s: np.ndarray) -> np.ndarray:
-    """Over the last axis, in s's own precision; the largest score is taken off first."""
+    """Return e^s / Σ e^s over the last axis, with the largest score taken off first."""
     e = array_module(s).exp(s - s.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)
 
 
 def _absorb(T: int, S: int, cfg: Config, nx: Numerics) -> bool:
-    """Whether the absorbed form is asked for, or costs fewer multiplications."""
+    """Tell whether the absorbed form is asked for, or costs fewer multiplications."""
     if nx.attention != "auto":
         return nx.attention == "absorbed"
     C, N, R, V = cfg.kv_lora_rank, cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim

@@ -1,28 +1,30 @@
-"""How to compute, never what: precision, the heavy seams, and the marks on every boundary.
+"""How to compute, never what: precision, operations, and who watches.
 
-A *point* is a place where real engines write a tensor to memory:
+    Precision     the type of activations, and what is lost where an engine writes a tensor
+    Operations    the building blocks of a layer, each defined in model/ and replaceable by a twin
+    Watching      who sees the tensors, and where in the network we are
 
-    c_q = nx.point("q_a_layernorm", c_q)        rounded by the policy, shown to the watcher
-    p   = nx.tap("#probs", p)                   shown, never rounded: what engines keep wide
+`Numerics` is all three, and the conventions in which correct engines differ. A *point* is a place
+where real engines write a tensor to memory; a *tap* is one that they keep wide:
 
-**What the watcher returns is what the computation goes on with.** A watcher that records is a
-trace; one that returns another engine's tensor makes every operation be judged on that engine's
-own inputs; one that spoils a value injects a fault. Paths are the module paths of the Hugging
-Face model, so a torch forward hook names a foreign dump; `#` stands where it has no module.
+    c_q = nx.point("q_a_layernorm", c_q)        rounded by the precision, shown to the watcher
+    p   = nx.tap("#probs", p)                   shown, never rounded
+
+**The computation goes on with what the watcher returns.** A watcher that records makes a trace; one
+that returns another engine's tensors lets every operation be judged on that engine's own inputs;
+one that spoils a value injects a fault. Names are the module paths of the Hugging Face model, so
+that a torch forward hook names a foreign dump; `#` stands where it has no module. The table of all
+of them is model/points.py.
 
     float64     the truth: float64 everywhere, norm, softmax, router and rotation included
     float32     the working engine
     bfloat16    float32 arithmetic, every point rounded to bf16: what GPUs do
-    float16     the same with float16
-
-Where some weights are in another memory than the processor's, `bring` carries x there and back. A
-point looks for what is not finite only in the processor's own; elsewhere that would be a wait at
-each. Sums and products hand it on, 0 times infinity included, so it is found where x comes back.
+    float16     float32 arithmetic, every point rounded to float16
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -30,90 +32,119 @@ from refmoe.engines import CONVENTIONS, Conventions
 from refmoe.model.matrix import Matrix, round_bf16
 
 Linear = Callable[[np.ndarray, Matrix], np.ndarray]
-Bring = Callable[[np.ndarray, Any], np.ndarray]
+Round = Callable[[np.ndarray], np.ndarray]
 Watch = Callable[[str, np.ndarray], np.ndarray]
 
 
 class NonFinite(ArithmeticError):
-    """A point held NaN or infinity: `str()` names the first one and the row."""
+    """A point held NaN or infinity: `str()` names the first such point and the row."""
 
 
-def stay(x: np.ndarray, there: Any) -> np.ndarray:
-    """Where there is one memory, everything is there."""
-    return x
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """The type of activations, and what every point is rounded to."""
+
+    name: str  # a key of PRECISIONS
+    dtype: type[np.floating[Any]]  # float64 or float32
+    round: Round | None = None  # None: nothing is lost
 
 
-@dataclass(frozen=True)
-class Numerics:
-    """Two Numerics differ in speed, rounding and conventions; the network is the same."""
+@dataclass(frozen=True, kw_only=True)
+class Operations:
+    """What a layer is built of. Each has its definition in model/; fast/ has quicker twins."""
 
-    name: str
-    dtype: type[np.floating[Any]]  # of activations: float64 or float32
-    linear: Linear  # x [T, I], W [O, I] → [T, O]
-    experts: Callable[..., np.ndarray]  # x [T, D], routing, expert(e), nx → [T, D]
-    gate: Linear  # the router's product: float32 or wider, whatever the activations are
-    expanded: Callable[..., np.ndarray]  # attention with keys and values made: model/mla.py
-    absorbed: Callable[..., np.ndarray]  # attention over the latent: model/mla.py
-    round: Callable[[np.ndarray], np.ndarray] | None = None  # None: nothing is lost
+    linear: Linear  # x [T, I], W [O, I] → x Wᵀ [T, O]                          matrix.linear
+    gate: Linear  # the router's product, float32 or wider                      matrix.linear
+    norm: Callable[..., np.ndarray]  # x [T, D], gain [D], eps → [T, D]         norm.rms_norm
+    rotate: Callable[..., np.ndarray]  # x [..., R], cos, sin [..., R/2]        rope.rotate
+    add: Callable[[np.ndarray, np.ndarray], np.ndarray]  # x + y               operator.add
+    swiglu: Callable[..., np.ndarray]  # x [T, D], MlpWeights, nx → [T, D]      experts.swiglu
+    experts: Callable[..., np.ndarray]  # x, routing, Experts, nx → [T, D]      routed_experts
+    expanded: Callable[..., np.ndarray]  # attention, keys and values made      mla.expanded
+    absorbed: Callable[..., np.ndarray]  # attention over the latent            mla.absorbed
+    attention: Literal["expanded", "absorbed", "auto"] = "expanded"  # auto: whichever costs less
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watching:
+    """Who sees the tensors, and the module path of the place in the network."""
+
     watch: Watch | None = None
-    conventions: Conventions = CONVENTIONS["refmoe"]
-    attention: str = "expanded"  # or "absorbed", or "auto": whichever costs less
-    cache: str | None = None  # "bf16": latents and rotated keys are kept in it
-    room: int | None = None  # positions that a cache makes room for at once, and no more
-    rows: int | None = None  # of a prompt that go through together, at most
     stop_at_nonfinite: bool = True
-    bring: Bring = stay  # x to the memory in which an array or weights are; None: the processor's
-    shared_first: bool = False  # the shared expert is computed elsewhere, meanwhile
     scope: str = ""  # "model.layers.3.self_attn."
     segment: str = ""  # "@1" inside the second of several prompts
 
-    def within(self, scope: str) -> "Numerics":
+    def within(self, scope: str) -> Self:
+        """Return these numerics one module further in: `nx.within("self_attn.")`."""
         return replace(self, scope=self.scope + scope)
 
-    def within_segment(self, i: int) -> "Numerics":
+    def within_segment(self, i: int) -> Self:
+        """Return these numerics inside the i-th of several prompts."""
         return replace(self, segment=f"@{i}")
 
-    def watching(self, watch: Watch | None) -> "Numerics":
+    def watching(self, watch: Watch | None) -> Self:
+        """Return these numerics with this watcher, or with none."""
         return replace(self, watch=watch)
 
     def path(self, name: str) -> str:
-        """`#name` hangs on the module itself; the empty name is the module's own output."""
+        """Return a point's full name. The empty name is the output of the module itself."""
         scope = self.scope.removesuffix(".") if name[:1] in ("", "#") else self.scope
         return scope + name + self.segment
 
-    def point(self, name: str, x: np.ndarray) -> np.ndarray:
-        if self.round is not None:
-            x = self.round(x)
-        if self.stop_at_nonfinite and isinstance(x, np.ndarray) and not np.isfinite(x).all():
-            row = int(np.argwhere(~np.isfinite(x))[0][0])
-            raise NonFinite(f"{self.path(name)}: the first value that is not finite, in row {row}")
-        return self.tap(name, x)
-
     def watches(self, name: str) -> bool:
-        """Whether the watcher looks at this point; one without `wants(path)` looks at all."""
+        """Tell whether the watcher looks at this point; one without `wants(path)` looks at all."""
         if self.watch is None:
             return False
         wants = getattr(self.watch, "wants", None)
         return wants is None or bool(wants(self.path(name)))
 
     def tap(self, name: str, x: np.ndarray) -> np.ndarray:
+        """Show x as it is, and return what the computation goes on with."""
         if self.watch is None or not self.watches(name):
             return x
         path = self.path(name)
-        seen = np.asarray(self.watch(path, self.bring(x, None)))
+        seen = np.asarray(self.watch(path, x))
         if seen.shape != x.shape:
             raise ValueError(f"{path}: the watcher returned {seen.shape}, expected {x.shape}")
-        return self.bring(seen.astype(x.dtype, copy=False), x)
+        return seen.astype(x.dtype, copy=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numerics(Precision, Operations, Watching):
+    """Precision, operations, watcher and conventions: the network is the same under all of them."""
+
+    conventions: Conventions = CONVENTIONS["refmoe"]
+
+    def computing_with(self, other: Operations) -> Self:
+        """Return these numerics with another's operations, but with their own form of attention."""
+        names = (f.name for f in fields(Operations) if f.name != "attention")
+        return replace(self, **{name: getattr(other, name) for name in names})
+
+    def point(self, name: str, x: np.ndarray) -> np.ndarray:
+        """Round x, show it, and return what the computation goes on with.
+
+        Raises `NonFinite` at the first point that holds NaN or infinity.
+        """
+        if self.round is not None:
+            x = self.round(x)
+        if self.stop_at_nonfinite and not np.isfinite(x).all():
+            row = int(np.argwhere(~np.isfinite(x))[0][0])
+            raise NonFinite(f"{self.path(name)}: the first value that is not finite, in row {row}")
+        return self.tap(name, x)
 
 
 def round_float16(x: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):  # an engine in float16 overflows to infinity as well
+    """Return x rounded to float16, in its own type; overflow becomes infinity, as in engines."""
+    with np.errstate(over="ignore"):
         return x.astype(np.float16).astype(x.dtype)
 
 
-POLICIES: dict[str, tuple[type[np.floating[Any]], Callable[[np.ndarray], np.ndarray] | None]] = {
-    "float64": (np.float64, None),
-    "float32": (np.float32, None),
-    "bfloat16": (np.float32, round_bf16),
-    "float16": (np.float32, round_float16),
+PRECISIONS = {
+    p.name: p
+    for p in (
+        Precision(name="float64", dtype=np.float64),
+        Precision(name="float32", dtype=np.float32),
+        Precision(name="bfloat16", dtype=np.float32, round=round_bf16),
+        Precision(name="float16", dtype=np.float32, round=round_float16),
+    )
 }

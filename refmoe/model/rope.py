@@ -33,14 +33,17 @@ from refmoe.model.numerics import Numerics
 
 @cache
 def inv_freq(cfg: Config, betas: tuple[float, float] | None = None) -> np.ndarray:
-    """Radians a position for each pair, [R/2] float64; `betas` (fast, slow) override the config."""
+    """Return the radians a position for each pair, [R/2] float64.
+
+    `betas` (fast, slow) take the place of the config's. The array is cached, and so read-only.
+    """
     R, theta, yarn = cfg.qk_rope_head_dim, cfg.rope_theta, cfg.rope_scaling
     base = theta ** (-np.arange(0, R, 2) / R)  # [R/2]
     if yarn is None:
-        base.flags.writeable = False  # remembered
+        base.flags.writeable = False
         return base
 
-    def d(rotations: float) -> float:
+    def d(rotations: float) -> float:  # the channel pair that turns so often within L
         L = yarn.original_max_position_embeddings
         return R * math.log(L / (2 * math.pi * rotations)) / (2 * math.log(theta))
 
@@ -71,11 +74,12 @@ def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
 
 
 def softmax_scale(cfg: Config) -> float:
-    """What scores are multiplied by; from the config alone, whatever length is allocated."""
+    """Return what scores are multiplied by: m(mscale_all_dim)² / sqrt(N + R)."""
     yarn = cfg.rope_scaling
     m = _m(yarn, yarn.mscale_all_dim) if yarn else 1.0
     return m * m / math.sqrt(cfg.qk_head_dim)
 
 
 def _m(yarn: Yarn, mscale: float) -> float:
+    """Return m(mscale), YaRN's factor on the attention temperature."""
     return 0.1 * mscale * math.log(yarn.factor) + 1.0 if yarn.factor > 1 else 1.0

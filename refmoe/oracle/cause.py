@@ -12,7 +12,7 @@ Where nothing fits, the residual's shape is described: what is constant in it is
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -187,11 +187,8 @@ def run_layer(decoder: Decoder, case: "Case", point: str) -> None:
     x = _entering(decoder, case, first)
     for i in range(first, last + 1):
         segments = [Segment(slice(0, len(x)), decoder.caches()[i])]
-
-        def expert(e: int, i: int = i) -> Any:
-            return decoder.experts(i, e)
-
-        x = layer(x, decoder.layers[i], expert, segments, cfg, nx.within(f"model.layers.{i}."))
+        inside = nx.within(f"model.layers.{i}.")
+        x = layer(x, decoder.layers[i], decoder.experts[i], segments, cfg, inside)
     if not point.startswith("model.layers."):
         head(x, decoder.norm, decoder.lm_head, cfg, nx)
 

@@ -21,6 +21,7 @@ import importlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import lcm
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ import numpy as np
 from refmoe.files import InputError
 from refmoe.lint.diff.tile import TILE
 from refmoe.model.decoder import Decoder
-from refmoe.model.experts import MlpWeights, routed_experts
+from refmoe.model.experts import ExpertsFrom, MlpWeights, routed_experts
 from refmoe.model.matrix import (
     Fp8Block,
     Heads,
@@ -101,13 +102,16 @@ def expect(
 
     def expert(i: int, e: int) -> MlpWeights:
         at = f"model.layers.{i}.mlp.experts.{e}."
-        w = model.decoder.experts(i, e)
+        w = model.decoder.experts[i](e)
         return MlpWeights(*(cost.whole(at + n, m) for n, m in w._asdict().items()))
 
     # all chosen experts at once, as the fused twin takes them, are too many in float32
     nx = replace(model.nx, experts=routed_experts)
     nx = nx if experts_only else cost.numerics(nx, model.decoder)
-    quantised = replace(model.decoder, experts=expert, nx=nx)
+    experts = [
+        ExpertsFrom(partial(expert, i), own.streamed) for i, own in enumerate(model.decoder.experts)
+    ]
+    quantised = replace(model.decoder, experts=experts, nx=nx)
     p, q = (d.logits(tokens) for d in (model.decoder, quantised))
     kl, agree = [], []
     for row, other in zip(p, q, strict=True):

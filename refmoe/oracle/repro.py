@@ -263,7 +263,7 @@ def _mlp(decoder: Decoder, i: int, dumped: Dumped, at: str, end: str) -> Recipe:
         return _sum(dumped(f"{at}.experts"), dumped(f"{at}.shared_experts"))
     if end in ("", "experts"):
         chosen = dumped(f"{at}.gate#experts").astype(int)
-        experts = [decoder.experts(i, e) for e in chosen.tolist()]
+        experts = [decoder.experts[i](e) for e in chosen.tolist()]
         arrays = {"x": dumped(x), "weights": dumped(f"{at}.gate#weights")}
         for name in ("gate", "up", "down"):
             stack = [_exact(getattr(m, f"{name}_proj"), decoder) for m in experts]

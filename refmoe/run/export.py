@@ -191,7 +191,7 @@ def _stack(
     model: Model, i: int, n: int, name: str, experts: str, dense: str, otherwise: str
 ) -> _Plan:
     """One matrix of all experts of a layer."""
-    each = [model.decoder.experts(i, e)[n] for e in range(model.cfg.n_routed_experts)]
+    each = [model.decoder.experts[i](e)[n] for e in range(model.cfg.n_routed_experts)]
     shape = len(each), *each[0].shape
     codes = [m for m in each if isinstance(m, Int4)]
     kind = experts

@@ -17,7 +17,7 @@ from refmoe.fast import threads
 from refmoe.files import InputError
 from refmoe.model.cache import LatentCache
 from refmoe.model.decoder import Decoder, check_tokens
-from refmoe.model.experts import Lender, routed_experts
+from refmoe.model.experts import routed_experts
 from refmoe.run.load import Model
 from refmoe.run.sampler import Sampling, sample
 
@@ -34,8 +34,8 @@ def prefill(
     """Put the tokens into `memory`, chunk by chunk → the logits [Z] after the last one."""
     check_tokens(tokens, memory[0].length, decoder.cfg)
     if chunk is None:
-        chunk = STREAMED if isinstance(decoder.experts_of(0), Lender) else CHUNK
-    chunk = min(chunk, decoder.nx.rows or chunk)
+        chunk = STREAMED if decoder.experts[0].streamed else CHUNK
+    chunk = min(chunk, decoder.cache_options.rows or chunk)
     with alone(decoder):
         for start in range(0, len(tokens), chunk):
             x = decoder.hidden([tokens[start : start + chunk]], [memory])
@@ -57,7 +57,7 @@ def alone(decoder: Decoder) -> Any:
 def context_of(decoder: Decoder) -> int:
     """The most tokens there can be: the model's, or what caches were given room for."""
     most = decoder.cfg.max_position_embeddings
-    return min(most, decoder.nx.room or most)
+    return min(most, decoder.cache_options.room or most)
 
 
 def generate_tokens(
@@ -129,8 +129,9 @@ def working(model: Model, int4: str = "fast", cache: str = "float32") -> Decoder
            8-bit ones, 2e-5 of a result; exact
     cache  float32, or bf16: half the memory of the context, latents rounded to 2⁻⁹ of themselves
     """
-    cache = cache if model.card is None else model.card.cache  # as they were planned
-    nx = replace(model.nx, attention="auto", cache="bf16" if cache == "bf16" else None)
+    nx, options = replace(model.nx, attention="auto"), model.decoder.cache_options
+    if model.card is None:  # on a card caches are as they were planned
+        options = replace(options, bf16=cache == "bf16")
     if int4 == "fast" and not model.reference and nx.name == "float32":
         if model.card is not None:
             from refmoe.fast.gpu import operations as gpu_operations
@@ -140,12 +141,5 @@ def working(model: Model, int4: str = "fast", cache: str = "float32") -> Decoder
             from refmoe.fast.engine import engine  # loaded already, with the model
 
             quick = engine(nx.name, nx.conventions, fast=True)
-        nx = replace(
-            nx,
-            linear=quick.linear,
-            experts=quick.experts,
-            gate=quick.gate,
-            expanded=quick.expanded,
-            absorbed=quick.absorbed,
-        )
-    return model.decoder.using(nx)
+        nx = nx.computing_with(quick)
+    return replace(model.decoder, nx=nx, cache_options=options)

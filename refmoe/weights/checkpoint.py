@@ -32,7 +32,7 @@ import numpy as np
 from refmoe.config import Config, Fp8Scheme, Int4Scheme, OtherScheme, as_ids
 from refmoe.files import InputError, read_object
 from refmoe.model.decoder import Decoder, LayerWeights
-from refmoe.model.experts import MlpWeights, MoeWeights
+from refmoe.model.experts import ExpertsFrom, MlpWeights, MoeWeights
 from refmoe.model.matrix import BF16, Q8, Fp8Block, Int4, Matrix
 from refmoe.model.mla import AttentionWeights
 from refmoe.model.numerics import Numerics
@@ -313,7 +313,7 @@ class Checkpoint:
             nx,
             self.matrix("model.embed_tokens"),
             [self.layer(i) for i in range(self.cfg.num_hidden_layers)],
-            self.expert,
+            [ExpertsFrom(partial(self.expert, i)) for i in range(self.cfg.num_hidden_layers)],
             self.matrix("model.norm"),
             self.matrix("lm_head"),
         )

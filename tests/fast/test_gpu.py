@@ -611,7 +611,7 @@ def test_a_layer_goes_up_computes_and_is_freed(device):
     before = standin.pool.used
     rng = np.random.default_rng(10)
     x = rng.standard_normal((3, 256)).astype(np.float32)
-    weights, experts = host.decoder.layers[1], host.decoder.experts_of(1)
+    weights, experts = host.decoder.layers[1], host.decoder.experts[1]
 
     def through(w: Any, nx: Any) -> np.ndarray:
         from refmoe.model.cache import LatentCache
@@ -629,7 +629,6 @@ def test_a_layer_goes_up_computes_and_is_freed(device):
     assert np.abs(y - right).max() <= gamma(40 * 896, np.float32) * np.abs(right).max()
     del there
     card.forget()
-    card._down = None
     card._same.clear()
     assert standin.pool.used == before
 

@@ -27,7 +27,7 @@ from refmoe.fast.linear import FEW, Inputs, experts, linear, multiply, stored
 from refmoe.model import matrix, mla
 from refmoe.model.cache import LatentCache
 from refmoe.model.decoder import policy
-from refmoe.model.experts import MlpWeights, routed_experts
+from refmoe.model.experts import ExpertsFrom, MlpWeights, routed_experts
 from refmoe.model.matrix import (
     BF16,
     E4M3,
@@ -327,9 +327,9 @@ def test_the_fused_experts_are_their_twin(kind, seed, T, K):
     weights = rng.uniform(0.1, 1, (T, K)).astype(np.float32)
     routing = Routing(rng.integers(0, E, (T, K)), weights, *[np.full(T, np.inf)] * 2)
     nx = replace(policy("float32"), stop_at_nonfinite=False)
-    y = experts(x, routing, lambda e: w[e], nx)
+    y = experts(x, routing, ExpertsFrom(w.__getitem__), nx)
     wide = replace(policy("float64"), stop_at_nonfinite=False)
-    truth = routed_experts(x.astype(np.float64), routing, lambda e: w[e], wide)
+    truth = routed_experts(x.astype(np.float64), routing, ExpertsFrom(w.__getitem__), wide)
     # each of three products in turn is within γ of its terms' sizes, and silu's slope is below 1.1
     plain = [MlpWeights(*(np.abs(dequantize(m, np.float64)) for m in each)) for each in w]
     size = np.zeros_like(truth)
@@ -355,7 +355,7 @@ def test_what_is_not_finite_is_named_inside_the_expert():
     routing = Routing(np.array([[0, 1]]), np.ones((1, 2), np.float32), *[np.array([np.inf])] * 2)
     x = rng.standard_normal((1, 32)).astype(np.float32)
     with pytest.raises(NonFinite, match=r"experts\.1\.up_proj"):
-        experts(x, routing, lambda e: w[e], engine("float32"))
+        experts(x, routing, ExpertsFrom(w.__getitem__), engine("float32"))
 
 
 def test_an_error_in_one_thread_is_raised_and_the_pool_goes_on():

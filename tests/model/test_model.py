@@ -12,7 +12,7 @@ from refmoe.files import InputError
 from refmoe.model import matrix
 from refmoe.model.cache import LatentCache
 from refmoe.model.decoder import policy
-from refmoe.model.experts import MlpWeights, routed_experts
+from refmoe.model.experts import ExpertsFrom, MlpWeights, routed_experts
 from refmoe.model.matrix import BF16, Int4, bf16_bits, dequantize, round_bf16, widen_bf16
 from refmoe.model.mla import absorbed, expanded, softmax
 from refmoe.model.norm import rms_norm
@@ -309,8 +309,8 @@ def test_experts_commute_with_permuting_tokens(seed, order):
     routing = Routing(rng.integers(0, 12, (6, 3)), rng.random((6, 3)), np.ones(6), np.ones(6))
     moved = Routing(*(part[order] for part in routing))
     nx = row_by_row(nx64)
-    straight = routed_experts(x, routing, experts.__getitem__, nx)
-    permuted = routed_experts(x[order], moved, experts.__getitem__, nx)
+    straight = routed_experts(x, routing, ExpertsFrom(experts.__getitem__), nx)
+    permuted = routed_experts(x[order], moved, ExpertsFrom(experts.__getitem__), nx)
     np.testing.assert_array_equal(permuted, straight[order])
 
 
@@ -320,7 +320,7 @@ def test_a_row_that_names_an_expert_twice_gets_it_twice():
     twice = Routing(np.array([[4, 4]]), np.array([[0.5, 0.25]]), ones, ones)
     once = Routing(np.array([[4]]), np.array([[0.75]]), ones, ones)
     nx = row_by_row(nx64)
-    a, b = (routed_experts(x, r, experts.__getitem__, nx) for r in (twice, once))
+    a, b = (routed_experts(x, r, ExpertsFrom(experts.__getitem__), nx) for r in (twice, once))
     np.testing.assert_allclose(a, b, rtol=gamma(4))
 
 

@@ -9,7 +9,7 @@ import refmoe
 from refmoe.engines import CONVENTIONS
 from refmoe.model.decoder import Decoder, policy
 from refmoe.model.matrix import round_bf16
-from refmoe.model.numerics import POLICIES
+from refmoe.model.numerics import PRECISIONS
 from refmoe.oracle.trace import Recorder
 from refmoe.weights.synthetic.random import write_random
 from tests.networks import network, row_by_row
@@ -132,7 +132,7 @@ def test_injecting_every_point_of_another_run_reproduces_it():
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 def test_emulated_points_are_representable_and_taps_stay_wide(random_int4, name):
     seen = refmoe.trace(refmoe.load(random_int4, name, reference=True), TOKENS)
-    rounding = POLICIES[name][1]
+    rounding = PRECISIONS[name].round
     assert rounding is not None
     wide = ("#scores", "#probs", ".mlp.gate", "#weights", "#experts", "#rows")
     for path, x in seen.items():

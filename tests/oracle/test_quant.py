@@ -178,7 +178,7 @@ def at_once(model, kind: str, tokens: list[int]) -> quant_quant.Cost:
         return kept
 
     def expert(i: int, e: int) -> MlpWeights:
-        w = model.decoder.experts(i, e)._asdict()
+        w = model.decoder.experts[i](e)._asdict()
         at = f"model.layers.{i}.mlp.experts.{e}."
         return MlpWeights(*(changed(at + n, m) for n, m in w.items()))
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from refmoe.config import Config
 from refmoe.engines import CONVENTIONS
 from refmoe.files import InputError
 from refmoe.model.decoder import policy
+from refmoe.model.experts import ExpertsFrom
 from refmoe.oracle import noise
 from refmoe.oracle.noise import PROFILES
 from refmoe.oracle.readers.dump import Dump, read_dump
@@ -114,6 +116,7 @@ class Once:
 
     def __init__(self, decoder):
         self.decoder, self.layers, self.experts = decoder, [], []
+        self.of_layer = [ExpertsFrom(partial(self.expert, i)) for i in range(len(decoder.layers))]
 
     def __len__(self):
         return len(self.decoder.layers)
@@ -122,9 +125,9 @@ class Once:
         self.layers.append(i)
         return self.decoder.layers[i]
 
-    def __call__(self, i, e):
+    def expert(self, i, e):
         self.experts.append((i, e))
-        return self.decoder.experts(i, e)
+        return self.decoder.experts[i](e)
 
 
 def one_after_another(model, tokens, profiles, runs=12, top=64):
@@ -186,7 +189,7 @@ def test_all_passes_at_once_are_each_by_itself_to_the_bit(which, tiny_k2, tmp_pa
         write_random(folder, "bf16", seed=5, shape=shape)
     model = refmoe.load(folder, "float64", reference=True)
     once = Once(model.decoder)
-    counted = replace(model, decoder=replace(model.decoder, layers=once, experts=once))
+    counted = replace(model, decoder=replace(model.decoder, layers=once, experts=once.of_layer))
     profiles = ["float32", "llama.cpp-q8"]
     made = read_truth(make(counted, TOKENS[:9], tmp_path / "t", profiles=profiles))
     assert once.layers == list(range(model.cfg.num_hidden_layers))

@@ -60,7 +60,7 @@ def test_dense_q8_replaces_what_every_token_uses_and_nothing_else(small):
     moe = q8.decoder.layers[1].mlp
     assert isinstance(moe.shared_experts.up_proj, Q8)
     assert not isinstance(moe.gate.weight, Q8)
-    assert not isinstance(q8.decoder.experts(1, 0).up_proj, Q8)
+    assert not isinstance(q8.decoder.experts[1](0).up_proj, Q8)
     assert not isinstance(q8.decoder.embed_tokens, Q8)
     wanted = quantize_q8(dequantize(exact.decoder.lm_head))
     np.testing.assert_array_equal(q8.decoder.lm_head.blocks, wanted.blocks)
@@ -229,7 +229,7 @@ def test_bench_of_a_model_says_what_it_measured(what, sliced, monkeypatch, capsy
     if what == "decode":
         decoder = refmoe.load(sliced, dense="q8").decoder
         cfg = decoder.cfg
-        expert = sum(m.nbytes for m in decoder.experts(1, 0))
+        expert = sum(m.nbytes for m in decoder.experts[1](0))
         dense_bytes = dense.sizes(Checkpoint.open(sliced))[1]
         least = cfg.num_experts_per_tok * expert + dense_bytes
         assert least < d["bytes_per_token"] < 1.2 * least

@@ -178,35 +178,30 @@ def test_margins_are_the_routers(grouped, tmp_path):
 
 
 class Counted:
-    """The real experts, counted; as a lender three at a time, spoilt once the loan has ended."""
+    """One layer's experts, counted; streamed ones three at a time, spoilt when the batch ends."""
 
-    def __init__(self, experts, lends):
-        self.experts, self.asked = experts, []
-        if lends:
-            self.of_layer = self.lender
+    def __init__(self, layer, experts, streamed, asked):
+        self.layer, self.experts, self.streamed, self.asked = layer, experts, streamed, asked
 
-    def __call__(self, i, e):
-        self.asked.append((i, e))
-        return self.experts(i, e)
+    def __call__(self, e):
+        raise AssertionError("a sweep takes batches")
 
-    def lender(self, i):
-        outer = self
+    def expert(self, e):
+        self.asked.append((self.layer, e))
+        return self.experts(e)
 
-        class OfLayer:
-            def __call__(self, e):
-                raise AssertionError("a sweep borrows")
-
-            def loans(self, chosen, x):
-                assert len(x) == 0  # nothing to guess by
-                for begin in range(0, len(chosen), 3):
-                    loan = {e: _copied(outer(i, e)) for e in chosen[begin : begin + 3]}
-                    yield loan
-                    for w in loan.values():
-                        for m in w:
-                            for part in m:
-                                part[...] = 0x7FC0 if part.dtype == np.uint16 else 0
-
-        return OfLayer()
+    def batches(self, chosen, x):
+        assert len(x) == 0  # nothing to guess by
+        if not self.streamed:
+            yield {e: self.expert(e) for e in chosen}
+            return
+        for begin in range(0, len(chosen), 3):
+            batch = {e: _copied(self.expert(e)) for e in chosen[begin : begin + 3]}
+            yield batch
+            for w in batch.values():
+                for m in w:
+                    for part in m:
+                        part[...] = 0x7FC0 if part.dtype == np.uint16 else 0
 
 
 def _copied(w):
@@ -225,13 +220,14 @@ class Layers:
         return self.layers[i]
 
 
-@pytest.mark.parametrize("lends", [False, True])
+@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("reference", [False, True])
 def test_weights_are_asked_for_once_and_unchosen_experts_never(
-    lends, reference, random_int4, tmp_path
+    streamed, reference, random_int4, tmp_path
 ):
     model = refmoe.load(random_int4, reference=reference)
-    experts = Counted(model.decoder.experts, lends)
+    asked = []
+    experts = [Counted(i, own, streamed, asked) for i, own in enumerate(model.decoder.experts)]
     layers = Layers(model.decoder.layers)
     counted = replace(model, decoder=replace(model.decoder, experts=experts, layers=layers))
     prompts = [[3], [5, 3]]  # few, so that many experts are nobody's choice
@@ -241,10 +237,10 @@ def test_weights_are_asked_for_once_and_unchosen_experts_never(
     for i in range(model.cfg.first_k_dense_replace, model.cfg.num_hidden_layers):
         each = [made[f"{n}/model.layers.{i}.mlp.gate#experts"] for n in range(2)]
         chosen += [(i, e) for e in np.unique(np.concatenate(each))]
-    assert experts.asked == chosen
+    assert asked == chosen
     assert len(chosen) < 2 * model.cfg.n_routed_experts
     assert layers.asked == list(range(model.cfg.num_hidden_layers))
-    sizes = [sum(m.nbytes for m in model.decoder.experts(i, e)) for i, e in chosen]
+    sizes = [sum(m.nbytes for m in model.decoder.experts[i](e)) for i, e in chosen]
     assert done.bytes_read > sum(sizes)
     sweep(model, prompts, tmp_path / "plain", chunk=2)
     assert (tmp_path / "plain").read_bytes() == (tmp_path / "s").read_bytes()

@@ -66,7 +66,7 @@ def test_our_reader_reads_what_the_library_writes(tmp_path):
 
 def test_weights_are_read_only_views_of_the_file(random_int4):
     model = refmoe.load(random_int4)
-    packed = model.decoder.experts(1, 0).gate_proj.packed
+    packed = model.decoder.experts[1](0).gate_proj.packed
     assert not packed.flags.owndata
     assert not packed.flags.writeable
 
@@ -234,7 +234,7 @@ def test_weight_shape_must_agree_with_what_is_packed(broken):
             file.write_bytes(bytes(raw))
     model = refmoe.load(broken)
     with pytest.raises(InputError, match=r"weight_shape says \[33, 96\]"):
-        model.decoder.experts(1, 0)
+        model.decoder.experts[1](0)
 
 
 def test_missing_unread_and_stray_tensors_are_reported(broken):

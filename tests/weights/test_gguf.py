@@ -17,6 +17,7 @@ from refmoe.fast.engine import engine
 from refmoe.fast.kquants import DECODERS, HALVES
 from refmoe.fast.linear import linear
 from refmoe.files import InputError
+from refmoe.model.experts import ExpertsFrom
 from refmoe.model.matrix import Q4, Coded, Heads, Int4, dequantize
 from refmoe.run import export
 from refmoe.run.export import int4_of, q4_of, to_gguf, to_safetensors
@@ -68,9 +69,9 @@ def test_experts_keep_their_codes_both_ways(files, tmp_path):
     back = refmoe.load(tmp_path / "again")
     for e in (0, 17, 39):
         for before, middle, after in zip(
-            source.decoder.experts(2, e),
-            there.decoder.experts(2, e),
-            back.decoder.experts(2, e),
+            source.decoder.experts[2](e),
+            there.decoder.experts[2](e),
+            back.decoder.experts[2](e),
             strict=True,
         ):
             assert isinstance(middle, Q4)
@@ -102,13 +103,16 @@ def test_a_scale_that_is_no_float16_sends_its_stack_elsewhere(tmp_path):
     yarn = {**FIXED["rope_scaling"], "mscale_all_dim": 1.0}  # a GGUF has one mscale
     write_random(tmp_path / "model", "int4", seed=1, shape={"rope_scaling": yarn})
     model = refmoe.load(tmp_path / "model")
-    (m, *_) = model.decoder.experts(1, 3)
+    (m, *_) = model.decoder.experts[1](3)
     assert isinstance(m, Int4)
     tiny = m._replace(scale=np.full_like(m.scale, 0x0080))  # 2⁻¹²⁶ is no float16
-    one = {(1, 3): model.decoder.experts(1, 3)._replace(gate_proj=tiny)}
+    one = {(1, 3): model.decoder.experts[1](3)._replace(gate_proj=tiny)}
     decoder = dataclasses.replace(
         model.decoder,
-        experts=lambda i, e: one.get((i, e)) or model.checkpoint.expert(i, e),
+        experts=[
+            ExpertsFrom(lambda e, i=i: one.get((i, e)) or model.checkpoint.expert(i, e))
+            for i in range(model.cfg.num_hidden_layers)
+        ],
     )
     made = to_gguf(dataclasses.replace(model, decoder=decoder), tmp_path / "x.gguf", "bf16")
     assert made.not_exact == []
@@ -130,7 +134,7 @@ def test_the_library_reads_what_is_written(files):
     np.testing.assert_array_equal(w, dequantize(there.decoder.lm_head))
     up = tensors["blk.3.ffn_up_exps.weight"]
     w = gguf.quants.dequantize(up.data, up.tensor_type)
-    np.testing.assert_array_equal(w[11], dequantize(model.decoder.experts(3, 11).up_proj))
+    np.testing.assert_array_equal(w[11], dequantize(model.decoder.experts[3](11).up_proj))
     assert list(up.shape) == [256, 128, 40]  # fastest first
     assert reader.fields["deepseek2.rope.scaling.yarn_beta_fast"].contents() == 1.0
     special = model.tokenizer.special

@@ -88,7 +88,7 @@ def test_with_places_for_one_choice_every_expert_is_read_anew(tiny_k2):
 
 
 @pytest.mark.parametrize("numerics", ["float64", "bfloat16"])
-def test_the_definition_takes_loans_too(tiny_k2, numerics):
+def test_the_definition_takes_batches_too(tiny_k2, numerics):
     model = load(tiny_k2, numerics, reference=True)
     streamed = Store(model.checkpoint, int(1.2 * smallest(tiny_k2)), "cached")
     decoder = streamed.decoder(model.nx)
@@ -108,18 +108,18 @@ def test_eight_bit_dense_weights_are_streamed_from_their_file(tiny_k2):
 def test_a_place_is_not_given_away_while_it_is_lent(tiny_k2):
     checkpoint = Checkpoint.open(tiny_k2)
     streamed = Store(checkpoint, int(1.1 * smallest(tiny_k2)), "cached")
-    experts = streamed.decoder(engine("float32")).experts_of(1)
+    experts = streamed.decoder(engine("float32")).experts[1]
     x = np.zeros((9, checkpoint.cfg.hidden_size), np.float32)
     chosen = list(range(checkpoint.cfg.n_routed_experts))
     seen = []
-    for loan in experts.loans(chosen, x):
+    for batch in experts.batches(chosen, x):
         key = (2, len(seen) % checkpoint.cfg.n_routed_experts)
         for e in range(checkpoint.cfg.n_routed_experts):  # all that would push it out
             if streamed.arena.ask((3, e)):
                 streamed.arena.wait((3, e))
                 streamed.arena.release([(3, e)])
         streamed.arena.guess(*key[:1], [key[1]])
-        for e, w in loan.items():
+        for e, w in batch.items():
             mine = checkpoint.expert(1, e)
             for lent, mapped in zip(w, mine, strict=True):
                 assert all(np.array_equal(p, q) for p, q in zip(lent, mapped, strict=True))
@@ -128,12 +128,12 @@ def test_a_place_is_not_given_away_while_it_is_lent(tiny_k2):
     streamed.close()
 
 
-def test_a_loan_that_is_broken_off_leaves_every_place_free(tiny_k2):
+def test_a_batch_that_is_broken_off_leaves_every_place_free(tiny_k2):
     streamed = Store(Checkpoint.open(tiny_k2), smallest(tiny_k2), "cached")
-    experts = streamed.decoder(engine("float32")).experts_of(1)
-    loans = experts.loans(list(range(12)), np.zeros((9, 256), np.float32))
-    next(loans)
-    loans.close()
+    experts = streamed.decoder(engine("float32")).experts[1]
+    batches = experts.batches(list(range(12)), np.zeros((9, 256), np.float32))
+    next(batches)
+    batches.close()
     assert not streamed.arena.held
     assert experts(3).gate_proj.shape == (128, 256)
     streamed.close()

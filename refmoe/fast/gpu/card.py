@@ -92,7 +92,7 @@ class Card:
     _pinned: np.ndarray | None = None
     _place: tuple[Array, int] | None = None  # and how much of it is taken
     _leaving: bool = False  # something from there is on its way up
-    _down: tuple[Array, np.ndarray] | None = None  # an x that came down, and what it is here
+    _moved: tuple[Array, Array] | None = None  # the last x that crossed, and what it is there
 
     def __post_init__(self) -> None:
         self.device.limit(self.budget)
@@ -104,18 +104,24 @@ class Card:
     # --- to the card and back
 
     def bring(self, x: Array, there: Any) -> Array:
-        """The seam: x in the memory of `there`; None is the processor's."""
+        """Return x in the memory in which `there` is; None is the processor's.
+
+        The last x that crossed is remembered: whoever brings it again gets what was made then.
+        """
         if self.has(there) == self.has(x):
             return x
-        if not self.has(x):
-            return self.send(x)
-        if self._down is not None and self._down[0] is x:
-            return self._down[1]
-        return self.fetch(x)[0]
+        if self._moved is None or self._moved[0] is not x:
+            self._moved = x, self.fetch(x)[0] if self.has(x) else self.send(x)
+        return self._moved[1]
 
-    def keep(self, x: Array, host: np.ndarray) -> None:
-        """x is here now; whoever brings it has this, until another x comes down."""
-        self._down = x, host
+    def beside(self, x: Array, there: Any) -> Array:
+        """Return x in the memory of `there` if it has crossed already, else x where it is."""
+        moved = self._moved is not None and self._moved[0] is x
+        return self.bring(x, there) if moved else x
+
+    def keep(self, x: Array, there: Array) -> None:
+        """Remember that x has crossed, and is `there` as well."""
+        self._moved = x, there
 
     def send(self, x: np.ndarray) -> Array:
         """To the card. Small ones that were sent a moment ago, as angles are, are there still."""
@@ -269,9 +275,9 @@ class Card:
         return known[1]
 
     def forget(self) -> None:
-        """Layers that were dropped are no longer held, nor is an x."""
+        """Hold no matrix of a layer that was dropped, nor the last x that crossed."""
         self._known.clear()
-        self._down = None
+        self._moved = None
 
     def linear(self, x: Array, m: Any, rounded: tuple[str, ...] = ()) -> Array:
         """y = x Wᵀ, both on the card: float32 [T, O]."""

@@ -1,7 +1,7 @@
 """Compute the seams of Numerics on a GPU."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from refmoe.fast.gpu.device import Array
 from refmoe.fast.gpu.kernels import FEW
 from refmoe.model import mla
 from refmoe.model.cache import LatentCache
-from refmoe.model.experts import Experts, Lender, MlpWeights, swiglu
+from refmoe.model.experts import Experts, MlpWeights, swiglu
 from refmoe.model.matrix import (
     Heads,
     Matrix,
@@ -29,34 +29,82 @@ from refmoe.model.router import Routing
 
 
 @dataclass(frozen=True)
-class CardExperts:
-    """A layer's routed experts in memory, and those of them that are on the card as well."""
+class GpuExperts:
+    """A layer's routed experts in the processor's memory, and what of the layer is on the GPU."""
 
-    inner: Experts  # or a Lender
-    up: bool  # the sum is added to the shared expert's on the card
-    own: Mapping[int, MlpWeights]
+    inner: Experts
+    own: Mapping[int, MlpWeights] = field(default_factory=dict)  # experts that are on the GPU too
+    shared: MlpWeights | None = None  # the shared expert, if it is on the GPU
+    up: bool = False  # the routed sum is added to the shared expert's on the GPU
+
+    @property
+    def streamed(self) -> bool:
+        return self.inner.streamed
 
     def __call__(self, e: int) -> MlpWeights:
         return self.inner(e)
 
+    def batches(self, chosen: Sequence[int], x: np.ndarray) -> Iterator[dict[int, MlpWeights]]:
+        return self.inner.batches(chosen, x)
 
-class CardLender(CardExperts):
-    """The same where experts are lent."""
 
-    def loans(self, chosen: Sequence[int], x: np.ndarray) -> Iterator[dict[int, MlpWeights]]:
-        assert isinstance(self.inner, Lender)
-        return self.inner.loans(chosen, x)
+@dataclass(frozen=True, kw_only=True)
+class GpuNumerics(Numerics):
+    """Numerics whose tensors may be on the GPU; watchers see them in the processor's memory.
+
+    A point looks for NaN and infinity only in the processor's memory: on the GPU that would be a
+    wait at each. Sums and products hand them on, 0 times infinity included, so that they are found
+    where x comes down.
+    """
+
+    card: Card
+
+    def point(self, name: str, x: Array) -> Array:
+        """Show x, and check it where it is in the processor's memory. Logits come down here."""
+        if name == "lm_head":
+            x = self.card.bring(x, None)
+        return self.tap(name, x) if self.card.has(x) else super().point(name, x)
+
+    def tap(self, name: str, x: Array) -> Array:
+        """Show x in the processor's memory, and return the answer in x's own."""
+        if not self.watches(name):
+            return x
+        return self.card.bring(super().tap(name, self.card.bring(x, None)), x)
 
 
 class Seams:
-    """Each takes what is on the card to the card, and all else to the processor's engine."""
+    """The operations of a layer: each computes where its weights are, and x goes there."""
 
     def __init__(self, card: Card, base: Numerics):
         self.card, self.base = card, base
         self.rounded = base.conventions.rounded_products
+        self.launched: tuple[Array, MlpWeights, Array] | None = None  # x, shared expert, its output
 
     def linear(self, x: Array, m: Matrix) -> Array:
+        x = self.card.bring(x, m)
         return self.card.linear(x, m, self.rounded) if self.card.has(x) else self.base.linear(x, m)
+
+    def norm(self, x: Array, gain: Matrix, eps: float) -> Array:
+        return self.base.norm(self.card.bring(x, gain), gain, eps)
+
+    def rotate(self, x: Array, cos: np.ndarray, sin: np.ndarray) -> Array:
+        """Rotate x where it is. Angles go up as [T, R/2], once for queries and key."""
+        if self.card.has(x):
+            rows = (a.reshape(len(a), -1) for a in (cos, sin))
+            cos, sin = (self.card.send(a).reshape(cos.shape) for a in rows)
+        return self.base.rotate(x, cos, sin)
+
+    def add(self, x: Array, y: Array) -> Array:
+        """x + y in the memory of x, or in that of y if x has crossed to it already."""
+        x = self.card.beside(x, y)
+        return x + self.card.bring(y, x)
+
+    def swiglu(self, x: Array, w: MlpWeights, nx: Numerics) -> Array:
+        """The MLP where its weights are. That of a shared expert may have been launched already."""
+        known, self.launched = self.launched, None
+        if known is not None and known[0] is x and known[1] is w:
+            return known[2]
+        return self.base.swiglu(self.card.bring(x, w.gate_proj), w, nx)
 
     def gate(self, x: Array, m: Matrix) -> np.ndarray:
         """Logits in the processor's memory, whose choice it is."""
@@ -73,9 +121,13 @@ class Seams:
         card.keep(x, host)
         return logits
 
-    def experts(self, x: Array, routing: Routing, expert: Experts, nx: Numerics) -> Array:
+    def experts(self, x: Array, routing: Routing, experts: Experts, nx: Numerics) -> Array:
+        """The routed sum. The GPU works on the shared expert while the processor computes it."""
         card = self.card
-        here = expert if isinstance(expert, CardExperts) else CardExperts(expert, False, {})
+        here = experts if isinstance(experts, GpuExperts) else GpuExperts(experts)
+        if here.shared is not None:
+            shared = self.swiglu(x, here.shared, nx.within("shared_experts."))
+            self.launched = x, here.shared, shared
         host = card.bring(x, None)
         if nx.stop_at_nonfinite and card.has(x) and not np.isfinite(host).all():
             row = int(np.argwhere(~np.isfinite(host))[0][0])
@@ -94,7 +146,7 @@ class Seams:
         return y if own is None else y + own
 
     def _own(
-        self, x: Array, routing: Routing, here: CardExperts, nx: Numerics
+        self, x: Array, routing: Routing, here: GpuExperts, nx: Numerics
     ) -> tuple[Array | None, Routing | None]:
         """Launched: the sum over a single token's experts on the card; and who is left."""
         chosen = routing.experts[0].tolist() if len(routing.experts) == 1 else []
@@ -226,17 +278,17 @@ class Seams:
 def engine(card: Card, conventions: Conventions | str = "refmoe", fast: bool = False) -> Numerics:
     """The processor's engine in float32, with what is on the card computed there."""
     base = cpu_engine("float32", conventions, fast)
-    seams = Seams(card, base)
-    return replace(
+    own = Seams(card, base)
+    quick = replace(
         base,
-        linear=seams.linear,
-        experts=seams.experts,
-        gate=seams.gate,
-        expanded=seams.expanded,
-        absorbed=seams.absorbed,
-        bring=card.bring,
-        shared_first=True,
-        room=card.room,
-        rows=card.rows,
-        cache="bf16" if card.cache == "bf16" else None,
+        linear=own.linear,
+        gate=own.gate,
+        norm=own.norm,
+        rotate=own.rotate,
+        add=own.add,
+        swiglu=own.swiglu,
+        experts=own.experts,
+        expanded=own.expanded,
+        absorbed=own.absorbed,
     )
+    return GpuNumerics(**vars(quick), card=card)

@@ -27,7 +27,7 @@ The mathematics is that of `model/`; rounding differs as sums are made in other 
 `CudaDevice` alone, and a `Device` of another kind serves the tests.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -52,10 +52,11 @@ from refmoe.fast.gpu.card import (
 )
 from refmoe.fast.gpu.device import MODULE, Device
 from refmoe.fast.gpu.kernels import FEW
-from refmoe.fast.gpu.operations import CardExperts, CardLender, engine
+from refmoe.fast.gpu.operations import GpuExperts, engine
 from refmoe.files import InputError
+from refmoe.model.cache import CacheOptions
 from refmoe.model.decoder import Decoder, LayerWeights
-from refmoe.model.experts import Experts, Lender, MlpWeights, MoeWeights
+from refmoe.model.experts import Experts, MlpWeights, MoeWeights
 from refmoe.model.matrix import (
     Coded,
     Heads,
@@ -102,23 +103,6 @@ class _Passing(Sequence[LayerWeights]):
             raise IndexError(i)
         self.card.forget()
         return self.card.layer(self.inner[i])
-
-
-class _Experts:
-    """The decoder's experts, each layer's with what of it is on the card."""
-
-    def __init__(
-        self, inner: Callable[[int], Experts], own: Mapping[int, Any], up: Mapping[int, bool]
-    ):
-        self.inner, self.own, self.up = inner, own, up
-
-    def of_layer(self, i: int) -> CardExperts:
-        inner = self.inner(i)
-        kind = CardLender if isinstance(inner, Lender) else CardExperts
-        return kind(inner, self.up.get(i, False), self.own.get(i, {}))
-
-    def __call__(self, i: int, e: int) -> MlpWeights:
-        return self.inner(i)(e)
 
 
 def scratch(cfg: Config, rows: int) -> int:
@@ -298,13 +282,14 @@ def loaded(
 ) -> Decoder:
     """The decoder with its share on the card. Weights go up here, once, layer by layer."""
     share, card = found
+    options = CacheOptions(card.cache == "bf16", card.room, card.rows)
     if not share.parts:
         layers = _Passing(decoder.layers, card)
-        return replace(decoder, nx=engine(card, conventions), layers=layers)
+        nx = engine(card, conventions)
+        return replace(decoder, nx=nx, layers=layers, cache_options=options)
     names = {p.name for p in share.parts}
     parts: list[LayerWeights | None] = []
-    experts: dict[int, dict[int, MlpWeights]] = {}
-    up: dict[int, bool] = {}
+    experts: list[Experts] = []
     kinds = {p.layer: set[str]() for p in share.parts}
     for p in share.parts:
         kinds[p.layer].add(p.kind)
@@ -321,13 +306,16 @@ def loaded(
                 card.reserve(sum(p.nbytes + MODULE for p in held) + _gains(decoder.cfg))
             mine = _part(decoder.layers[i], here, card) if here else None
             parts.append(mine)
-            no_shared = not decoder.cfg.n_shared_experts
-            up[i] = "attention" in here and ("shared experts" in here or no_shared)
             bar.update(sum(p.nbytes for p in held))
+            there: dict[int, MlpWeights] = {}
             for e in own.get(i, ()):
                 card.reserve(share.expert + MODULE)
-                experts.setdefault(i, {})[e] = card.mlp(decoder.experts_of(i)(e))
+                there[e] = card.mlp(decoder.experts[i](e))
                 bar.update(share.expert)
+            shared = _shared(mine) if "shared experts" in here else None
+            up = shared is not None or not decoder.cfg.n_shared_experts
+            up = up and "attention" in here
+            experts.append(GpuExperts(decoder.experts[i], there, shared, up))
         card.leave()
         head = "lm_head" in names
         norm = card.vector(decoder.norm) if head else decoder.norm
@@ -337,10 +325,15 @@ def loaded(
         decoder,
         nx=engine(card, conventions),
         layers=_Layers(decoder.layers, parts),
-        experts=_Experts(decoder.experts_of, experts, up),
+        experts=experts,
         norm=norm,
         lm_head=lm_head,
+        cache_options=options,
     )
+
+
+def _shared(w: LayerWeights | None) -> MlpWeights | None:
+    return w.mlp.shared_experts if w is not None and isinstance(w.mlp, MoeWeights) else None
 
 
 def _check_formats(w: Any) -> None:

@@ -31,13 +31,14 @@ because no tensor of such a run shows them: whatever depends on batch, chunk or 
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from refmoe.config import Config, Fp8Scheme, Int4Scheme
 from refmoe.model.decoder import Decoder, LayerWeights
-from refmoe.model.experts import Experts, MlpWeights, MoeWeights
+from refmoe.model.experts import Experts, ExpertsFrom, MlpWeights, MoeWeights
 from refmoe.model.matrix import BF16, Fp8Block, Int4, Matrix, dequantize
 from refmoe.model.numerics import Numerics, Watch
 from refmoe.model.router import GateWeights, Routing, sigmoid
@@ -109,13 +110,13 @@ def _within(
 
     def one(i: int, e: int) -> MlpWeights:
         if expert not in (None, e):
-            return decoder.experts(i, e)
-        wrong = out.experts(i, e)
+            return decoder.experts[i](e)
+        wrong = out.experts[i](e)
         if part is None:
             return wrong
-        return decoder.experts(i, e)._replace(**{part: getattr(wrong, part)})
+        return decoder.experts[i](e)._replace(**{part: getattr(wrong, part)})
 
-    return replace(decoder, experts=one)
+    return _with_experts(decoder, one)
 
 
 def strength_of(theirs: np.ndarray, healthy: np.ndarray, faulty: np.ndarray) -> float:
@@ -288,11 +289,17 @@ def experts(change: Callable[[Decoder, int, int], MlpWeights]) -> Alter:
 
     def alter(decoder: Decoder, layer: int | None) -> Decoder:
         def expert(i: int, e: int) -> MlpWeights:
-            return change(decoder, i, e) if layer in (None, i) else decoder.experts(i, e)
+            return change(decoder, i, e) if layer in (None, i) else decoder.experts[i](e)
 
-        return replace(decoder, experts=expert)
+        return _with_experts(decoder, expert)
 
     return alter
+
+
+def _with_experts(decoder: Decoder, expert: Callable[[int, int], MlpWeights]) -> Decoder:
+    """Return the decoder with `expert(layer, e)` for its routed experts."""
+    own = [ExpertsFrom(partial(expert, i), old.streamed) for i, old in enumerate(decoder.experts)]
+    return replace(decoder, experts=own)
 
 
 def stored(form: type, change: Callable[[Any], Matrix]) -> Alter:
@@ -307,7 +314,7 @@ def stored(form: type, change: Callable[[Any], Matrix]) -> Alter:
 
     def alter(decoder: Decoder, layer: int | None) -> Decoder:
         layers = [each(w) if layer in (None, i) else w for i, w in enumerate(decoder.layers)]
-        changed = experts(lambda d, i, e: each(d.experts(i, e)))(decoder, layer)
+        changed = experts(lambda d, i, e: each(d.experts[i](e)))(decoder, layer)
         return replace(changed, layers=layers)
 
     return alter

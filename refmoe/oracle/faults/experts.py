@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 
@@ -38,7 +37,7 @@ def second_shared_missing(x: np.ndarray, here: Here) -> np.ndarray:
 
 def weight_on_input(y: np.ndarray, here: Here) -> np.ndarray:
     x, top, g = here["post_attention_layernorm"], here[CHOICE], here[WEIGHTS].astype(y.dtype)
-    run, expert = here.nx.experts, partial(here.decoder.experts, here.layer)
+    run, expert = here.nx.experts, here.decoder.experts[here.layer]
     none = np.full(len(x), np.inf)
     slots = (
         run(
@@ -66,12 +65,12 @@ def gelu_tanh(z: np.ndarray) -> np.ndarray:
 
 
 def gate_up_swapped(decoder: Decoder, i: int, e: int) -> MlpWeights:
-    gate, up, down = decoder.experts(i, e)
+    gate, up, down = decoder.experts[i](e)
     return MlpWeights(up, gate, down)
 
 
 def gate_up_interleaved(decoder: Decoder, i: int, e: int) -> MlpWeights:
-    gate, up, down = decoder.experts(i, e)
+    gate, up, down = decoder.experts[i](e)
     both = np.stack((plain(decoder, gate), plain(decoder, up)), axis=1)  # [F, 2, D]
     first, second = np.split(both.reshape(-1, both.shape[-1]), 2)
     return MlpWeights(first, second, down)
@@ -84,7 +83,7 @@ def columns_swapped(decoder: Decoder, i: int, e: int) -> MlpWeights:
         pairs = w[:, :even].reshape(len(w), -1, 2)[..., ::-1].reshape(len(w), even)
         return np.concatenate((pairs, w[:, even:]), axis=1)
 
-    return MlpWeights(*map(swap, decoder.experts(i, e)))
+    return MlpWeights(*map(swap, decoder.experts[i](e)))
 
 
 def projected(name: str) -> Change:
@@ -98,27 +97,27 @@ def projected(name: str) -> Change:
 
 
 def down_transposed(decoder: Decoder, i: int, e: int) -> MlpWeights:
-    w = decoder.experts(i, e)
+    w = decoder.experts[i](e)
     down = plain(decoder, w.down_proj)
     return w._replace(down_proj=down.reshape(down.shape[::-1]).T)
 
 
 def nothing(decoder: Decoder, i: int, e: int) -> MlpWeights:
-    w = decoder.experts(i, e)
+    w = decoder.experts[i](e)
     return w._replace(down_proj=np.zeros(w.down_proj.shape, decoder.nx.dtype))
 
 
 def next_expert(decoder: Decoder, i: int, e: int) -> MlpWeights:
-    return decoder.experts(i, (e + 1) % decoder.cfg.n_routed_experts)
+    return decoder.experts[i]((e + 1) % decoder.cfg.n_routed_experts)
 
 
 def expert_before(decoder: Decoder, i: int, e: int) -> MlpWeights:
-    return decoder.experts(i, (e - 1) % decoder.cfg.n_routed_experts)
+    return decoder.experts[i]((e - 1) % decoder.cfg.n_routed_experts)
 
 
 def expert_left_random(decoder: Decoder, i: int, e: int) -> MlpWeights:
     rng = np.random.default_rng((i, e))
-    draw = [0.02 * rng.standard_normal(m.shape) for m in decoder.experts(i, e)]
+    draw = [0.02 * rng.standard_normal(m.shape) for m in decoder.experts[i](e)]
     return MlpWeights(*(w.astype(decoder.nx.dtype) for w in draw))
 
 

@@ -1,7 +1,6 @@
 """Faults of layers, loading, embedding and head."""
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from refmoe.oracle.faults.base import LAYER, ROUTED, Here, changed, experts, sca
 
 def layer_again(x: np.ndarray, here: Here) -> np.ndarray:
     segment = Segment(slice(0, len(x)), LatentCache(here.cfg, here.nx.dtype))
-    expert = partial(here.decoder.experts, here.layer)
+    expert = here.decoder.experts[here.layer]
     return run_layer(x, here.w, expert, [segment], here.cfg, here.nx)
 
 
@@ -33,7 +32,7 @@ def of_the_layer_before(decoder: Decoder, layer: int | None) -> Decoder:
         return its if type(its.mlp) is type(w.mlp) else its._replace(mlp=w.mlp)
 
     def expert(d: Decoder, i: int, e: int) -> MlpWeights:
-        return d.experts(other(i) if d.cfg.is_moe(other(i)) else i, e)
+        return d.experts[other(i) if d.cfg.is_moe(other(i)) else i](e)
 
     layers = [neighbour(i, w) if layer in (None, i) else w for i, w in enumerate(decoder.layers)]
     return replace(experts(expert)(decoder, layer), layers=layers)

@@ -15,7 +15,7 @@ from refmoe.files import InputError
 from refmoe.model.decoder import (
     check_tokens,
 )
-from refmoe.model.numerics import POLICIES
+from refmoe.model.numerics import PRECISIONS
 from refmoe.oracle.noise import UNIT, Profile
 from refmoe.oracle.truth.layout import (
     COLUMNS,
@@ -120,8 +120,8 @@ def _understood(
         raise InputError("tokens are no list of integers")
     if type(top) is not int or not 0 < top <= cfg.vocab_size:
         raise InputError(f"top = {top!r}, expected 1 to {cfg.vocab_size}")
-    if facts["numerics"] not in POLICIES:
-        raise InputError(f"numerics {facts['numerics']!r}; known: {', '.join(POLICIES)}")
+    if facts["numerics"] not in PRECISIONS:
+        raise InputError(f"numerics {facts['numerics']!r}; known: {', '.join(PRECISIONS)}")
     tuples = {k: tuple(v) for k, v in facts["conventions"].items() if isinstance(v, list)}
     profiles = [Profile(**p) for p in facts["profiles"]]
     for p in profiles:

@@ -14,7 +14,7 @@ from refmoe.model.decoder import (
     mix,
     mlp_input,
 )
-from refmoe.model.experts import Lent, MoeWeights, in_order, with_shared
+from refmoe.model.experts import ExpertsFrom, MoeWeights, add_shared_expert
 from refmoe.model.matrix import dequantize
 from refmoe.model.mla import Segment
 from refmoe.model.router import GateWeights, Routing, limit_groups, route, sigmoid
@@ -145,7 +145,7 @@ def _embedded(p: Pass) -> np.ndarray:
 def _layer(i: int, passes: Sequence[Pass], rows: list[np.ndarray]) -> list[np.ndarray]:
     """Layer i of all passes: x [T, D] of each → x' [T, D]."""
     first = passes[0].decoder
-    cfg, w, experts = first.cfg, first.layers[i], first.experts_of(i)
+    cfg, w, experts = first.cfg, first.layers[i], first.experts[i]
     scopes = [p.decoder.nx.within(f"model.layers.{i}.") for p in passes]
     h, inputs, choices = [], [], []
     for p, x, nx in zip(passes, rows, scopes, strict=True):
@@ -159,16 +159,20 @@ def _layer(i: int, passes: Sequence[Pass], rows: list[np.ndarray]) -> list[np.nd
     sums = [np.zeros_like(x) for x in inputs]
     chosen = np.unique(np.concatenate([c.experts.reshape(-1) for c in choices])).tolist()
     nothing = np.zeros((0, cfg.hidden_size), inputs[0].dtype)  # to guess other layers' by
-    for e, matrices in in_order(experts, chosen, nothing):
-        for x, choice, y, nx in zip(inputs, choices, sums, scopes, strict=True):
-            own, slots = np.nonzero(choice.experts == e)
-            if len(own):
-                weights = choice.weights[own, slots][:, None]
-                one = Routing(np.full_like(weights, e, np.intp), weights, *choice[2:])
-                y[own] += nx.experts(x[own], one, Lent({e: matrices}), nx.within("mlp."))
+    for batch in experts.batches(chosen, nothing):
+        here = ExpertsFrom(batch.__getitem__, experts.streamed)
+        for e in batch:
+            for x, choice, y, nx in zip(inputs, choices, sums, scopes, strict=True):
+                own, slots = np.nonzero(choice.experts == e)
+                if len(own):
+                    weights = choice.weights[own, slots][:, None]
+                    one = Routing(np.full_like(weights, e, np.intp), weights, *choice[2:])
+                    y[own] += nx.experts(x[own], one, here, nx.within("mlp."))
     out = []
     for x, inside, y, nx in zip(h, inputs, sums, scopes, strict=True):
-        out.append(add_mlp(x, with_shared(inside, y, w.mlp, nx.within("mlp.")), nx))
+        mlp = nx.within("mlp.")
+        y = add_shared_expert(inside, mlp.point("experts", y), w.mlp, mlp)
+        out.append(add_mlp(x, y, nx))
     return out
 
 
@@ -177,5 +181,5 @@ def _segments(p: Pass) -> Iterator[Segment]:
     start, nx = 0, p.decoder.nx
     for tokens in p.prompts:
         rows = slice(start, start + len(tokens))
-        yield Segment(rows, LatentCache(p.decoder.cfg, nx.dtype, nx.cache == "bf16"))
+        yield Segment(rows, LatentCache(p.decoder.cfg, nx.dtype, p.decoder.cache_options.bf16))
         start = rows.stop

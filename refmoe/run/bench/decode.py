@@ -70,10 +70,10 @@ def bytes_per_token(decoder: Decoder, positions: int) -> int:
         if isinstance(w.mlp, MoeWeights):
             total += sum(m.nbytes for m in w.mlp.gate)
             total += sum(m.nbytes for m in w.mlp.shared_experts or ())
-            total += cfg.num_experts_per_tok * sum(m.nbytes for m in decoder.experts(i, 0))
+            total += cfg.num_experts_per_tok * sum(m.nbytes for m in decoder.experts[i](0))
         else:
             total += sum(m.nbytes for m in w.mlp)
-    number = 2 if decoder.nx.cache == "bf16" else np.dtype(decoder.nx.dtype).itemsize
+    number = 2 if decoder.cache_options.bf16 else np.dtype(decoder.nx.dtype).itemsize
     latent = cfg.kv_lora_rank + cfg.qk_rope_head_dim
     return total + number * latent * positions * cfg.num_hidden_layers
 

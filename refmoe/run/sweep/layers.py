@@ -22,7 +22,13 @@ from refmoe.model.decoder import (
     mix,
     mlp_input,
 )
-from refmoe.model.experts import Experts, Lender, Lent, MlpWeights, MoeWeights, with_shared
+from refmoe.model.experts import (
+    Experts,
+    ExpertsFrom,
+    MlpWeights,
+    MoeWeights,
+    add_shared_expert,
+)
 from refmoe.model.mla import Segment
 from refmoe.model.numerics import NonFinite, Numerics
 from refmoe.model.router import Routing, route
@@ -159,7 +165,7 @@ def _layer(run: Run, i: int) -> None:
     run.bar.set_description(f"sweep layer {i} of {cfg.num_hidden_layers}", refresh=False)
     nx = decoder.nx.within(f"model.layers.{i}.").watching(run.points)
     old, new = run.x[i % 2], run.x[(i + 1) % 2]
-    w, experts = decoder.layers[i], decoder.experts_of(i)
+    w, experts = decoder.layers[i], decoder.experts[i]
     run.read(_size(w), _size(w))
     for pieces in work.chunks:
         with _at(pieces[0].begin):
@@ -170,7 +176,8 @@ def _layer(run: Run, i: int) -> None:
     for pieces in work.chunks:
         rows = slice(pieces[0].begin, pieces[-1].end)
         with _at(rows.start):
-            new[rows] = _second_half(run.h[rows], new[rows], w, experts, cfg, nx)
+            x = _second_half(run.h[rows], new[rows], w, experts, cfg, nx)
+            new[rows] = _in_memory(x, run)
     new.flush()
     run.finish(i + 1)
 
@@ -192,12 +199,12 @@ def _first_half(
     rows = slice(start, pieces[-1].end)
     for p in pieces:
         if p.first:
-            run.caches[p.prompt] = LatentCache(cfg, nx.dtype, nx.cache == "bf16")
+            run.caches[p.prompt] = LatentCache(cfg, nx.dtype, run.work.decoder.cache_options.bf16)
     segments = [
         Segment(slice(p.begin - start, p.end - start), run.caches[p.prompt]) for p in pieces
     ]
     h = attend(old[rows], w, segments, cfg, nx)
-    run.h[rows] = nx.bring(h, None)
+    run.h[rows] = _in_memory(h, run)
     for p in pieces:
         if p.last:
             del run.caches[p.prompt]
@@ -217,7 +224,14 @@ def _second_half(
     if not isinstance(w.mlp, MoeWeights):
         return mix(h, w, experts, cfg, nx)
     x = mlp_input(h, w, cfg, nx.watching(None))  # shown already
-    return add_mlp(h, with_shared(x, y, w.mlp, nx.within("mlp.")), nx)
+    inside = nx.within("mlp.")
+    return add_mlp(h, add_shared_expert(x, inside.point("experts", y), w.mlp, inside), nx)
+
+
+def _in_memory(x: np.ndarray, run: Run) -> np.ndarray:
+    """Return x in the processor's memory."""
+    card = run.work.model.card
+    return x if card is None else card.bring(x, None)
 
 
 def _experts(run: Run, y: Rows, w: LayerWeights, experts: Experts, nx: Numerics) -> None:
@@ -230,29 +244,27 @@ def _experts(run: Run, y: Rows, w: LayerWeights, experts: Experts, nx: Numerics)
         seen[run.chosen[begin : begin + BLOCK]] = True
     guessed = run.guessed
     nothing = np.zeros((0, cfg.hidden_size), nx.dtype)  # no guess: it may read what nobody chooses
-    for loan in _loans(experts, np.flatnonzero(seen).tolist(), nothing):
-        lent = Lent(loan) if isinstance(experts, Lender) else loan.__getitem__
-        size = _size(tuple(loan.values()))
+    for batch in _batches(experts, np.flatnonzero(seen).tolist(), nothing):
+        here = ExpertsFrom(batch.__getitem__, experts.streamed)
+        size = _size(tuple(batch.values()))
         run.read(size, min(size, guessed))
         guessed -= min(size, guessed)
-        for which, rows, slots in _pairs(run.chosen, list(loan), run.work.chunk):
+        for which, rows, slots in _pairs(run.chosen, list(batch), run.work.chunk):
             run.points.rows = rows
             weight = run.weight[rows, slots][:, None]
             far = np.full(len(rows), np.inf)
             x = mlp_input(run.h[rows], w, cfg, silent)
-            part = nx.experts(x, Routing(which[:, None], weight, far, far), lent, inside)
+            part = nx.experts(x, Routing(which[:, None], weight, far, far), here, inside)
             for e in np.unique(which):
                 own = which == e
                 y[rows[own]] = y[rows[own]] + part[own]
     run.bar.total -= guessed
 
 
-def _loans(experts: Experts, chosen: list[int], x: np.ndarray) -> Iterator[dict[int, MlpWeights]]:
-    if isinstance(experts, Lender):
-        yield from experts.loans(chosen, x)
-        return
-    for begin in range(0, len(chosen), TOGETHER):
-        yield {e: experts(e) for e in chosen[begin : begin + TOGETHER]}
+def _batches(experts: Experts, chosen: list[int], x: np.ndarray) -> Iterator[dict[int, MlpWeights]]:
+    step = len(chosen) if experts.streamed else TOGETHER
+    for begin in range(0, len(chosen), step or 1):
+        yield from experts.batches(chosen[begin : begin + step], x)
 
 
 def _pairs(

@@ -93,7 +93,7 @@ def _prepared(
     chunk: int,
     how: Mapping[str, Any],
 ) -> Work:
-    cfg, nx = model.cfg, model.nx
+    cfg, nx, options = model.cfg, model.nx, model.decoder.cache_options
     if not prompts:
         raise InputError("no prompt; give at least one")
     for n, prompt in enumerate(prompts):
@@ -107,11 +107,11 @@ def _prepared(
     if logits not in ("all", "none") and (kind != "top" or not k.isdecimal() or int(k) < 1):
         raise InputError(f"logits {logits!r}; expected all, none or top:K")
     lengths = [len(tokens) for tokens in prompts]
-    if nx.room is not None and max(lengths) > nx.room:
+    if options.room is not None and max(lengths) > options.room:
         raise InputError(
-            f"a prompt of {max(lengths)} tokens, and the card's caches have room for {nx.room}"
+            f"a prompt of {max(lengths)} tokens, and the card's caches have room for {options.room}"
         )
-    chunk = min(chunk, nx.rows or chunk)
+    chunk = min(chunk, options.rows or chunk)
     starts = [0, *np.cumsum(lengths).tolist()]
     picked = None if logits == "none" else _picked(positions, lengths)
     counts = lengths if picked is None else [len(rows) for rows in picked]
@@ -124,7 +124,7 @@ def _prepared(
         "checkpoint": model.checkpoint.identity,
         "numerics": nx.name,
         "conventions": asdict(nx.conventions),
-        "attention": [nx.attention, nx.cache],
+        "attention": [nx.attention, "bf16" if options.bf16 else None],
         "reference": model.reference,
         "logits": logits,
         "positions": None if picked is None else [p.tolist() for p in picked],

@@ -9,7 +9,7 @@ Nothing is mapped but the embedding, of which a token touches one row. What one 
 token uses with a chance of K/E, so it comes first; the rest is the arena. Where everything fits, or
 the files lie in memory already (tmpfs, DAX), nothing of this is needed and `store` gives None.
 
-Experts of a layer are asked for all at once and lent in order (`model/experts.py`, `Lender`): a
+Experts of a layer are asked for all at once and come in batches (`model/experts.py`, `Experts`): a
 place is never given away while it is lent or waited for. Which to drop: the one not used for the
 longest time; but of the hottest experts, by use in this and earlier runs, as many as fill three
 quarters of the arena, and leave room for three layers' choices, are only dropped for each other.
@@ -122,7 +122,7 @@ class Store:
             nx,
             self.embedding,
             _Layers(self),
-            _Experts(self),
+            [_LayerExperts(self, i) for i in range(len(self.layers))],
             self.checkpoint.reading(_copied).matrix("model.norm"),
             self.head,
         )
@@ -557,24 +557,10 @@ class _Layers(Sequence[LayerWeights]):
         return self.store.stage.get(i)
 
 
-class _Experts:
-    """The decoder's experts: `of_layer` lends them; one alone is lent until the next is."""
-
-    def __init__(self, store: Store):
-        self.store = store
-        self.layers: dict[int, _LayerExperts] = {}
-
-    def of_layer(self, i: int) -> "_LayerExperts":
-        if i not in self.layers:
-            self.layers[i] = _LayerExperts(self.store, i)
-        return self.layers[i]
-
-    def __call__(self, i: int, e: int) -> MlpWeights:
-        return self.of_layer(i)(e)
-
-
 class _LayerExperts:
-    """A `Lender`: one layer's."""
+    """One layer's `Experts`, read from files into the arena."""
+
+    streamed = True
 
     def __init__(self, store: Store, layer: int):
         self.store, self.layer = store, layer
@@ -590,7 +576,7 @@ class _LayerExperts:
         finally:
             arena.release([key])  # a place is taken only by the next that is asked for
 
-    def loans(self, chosen: Sequence[int], x: np.ndarray) -> Iterator[dict[int, MlpWeights]]:
+    def batches(self, chosen: Sequence[int], x: np.ndarray) -> Iterator[dict[int, MlpWeights]]:
         arena, i = self.store.arena, self.layer
         arena.begin(i, chosen)
         todo = list(reversed(chosen))
