@@ -1,7 +1,9 @@
 """Checkpoints and networks for the tests: random, small, and with no two axes alike."""
 
+import importlib.util
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,37 @@ settings.register_profile("default", deadline=None, max_examples=25, derandomize
 settings.load_profile("default")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# What a test may need beyond `.[test]`; pyproject.toml says what each marker means.
+NEEDS = {"peers", "kimi", "gpu", "cupy", "cuda_compiler", "compiler", "browser", "system"}
+PEERS = ("torch", "transformers", "compressed_tensors", "mlx_lm")
+BY_FIXTURE = {"kimi": "kimi", "built": "compiler", "device": "compiler", "holes": "system"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by the fixtures they use."""
+    for item in items:
+        for name in getattr(item, "fixturenames", ()):
+            if name in BY_FIXTURE:
+                item.add_marker(BY_FIXTURE[name])
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test whose witnesses are not installed."""
+    missing = [name for name in PEERS if importlib.util.find_spec(name) is None]
+    if missing and item.get_closest_marker("peers"):
+        pytest.skip(f"{', '.join(missing)} not installed: pip install -e '.[test,peers]'")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Fail a test that skips itself and carries no marker that says what it needs."""
+    report = yield
+    marked = any(mark.name in NEEDS for mark in item.iter_markers())
+    if report.skipped and not marked and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped without a marker of {sorted(NEEDS)}: {report.longrepr}"
+    return report
 
 
 def heed_ctrl_c() -> None:

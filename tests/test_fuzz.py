@@ -1,7 +1,5 @@
 """A few thousand of tests/fuzz.py's damaged checkpoints."""
 
-import pytest
-
 from tests.fuzz import cases, gguf_cases
 
 
@@ -12,6 +10,5 @@ def test_damaged_files_raise_only_our_own_error(tmp_path):
 
 def test_damaged_ggufs_raise_only_our_own_error(tmp_path):
     """More, up to 10⁵, by hand: python tests/fuzz.py gguf."""
-    pytest.importorskip("gguf", reason="the gguf package is not installed")
     found = gguf_cases(tmp_path / "model", 1000, 0)
     assert [(case, name, repr(e)) for case, name, e in found] == []

@@ -1,9 +1,11 @@
 """The house: rooms import downwards, the paper needs only NumPy, lint and types are clean."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -123,3 +125,18 @@ def test_one_loader_serves_a_working_tree_and_an_installed_package(tmp_path):
     path, made = done.stdout.split()
     assert Path(path) == (site / "refmoe" / "golden" / "tiny-k2").resolve()
     assert made == "True"
+
+
+def test_the_oldest_dependencies_are_those_that_pyproject_allows():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]["test"]
+    wanted = [
+        re.match(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", d) for d in project["dependencies"] + extras
+    ]
+    bounds = {m[1]: m[2] for m in wanted if m}
+    lines = (ROOT / ".ci" / "oldest.txt").read_text("utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    tools = {"ruff", "mypy"}  # the newest, for all
+    assert set(pinned) == set(bounds) - tools
+    for name, version in pinned.items():
+        assert version == bounds[name] or version.startswith(bounds[name] + ".0"), name

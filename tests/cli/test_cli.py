@@ -273,6 +273,7 @@ def test_the_prompt_may_come_from_standard_input():
     assert json.loads(process.stdout)["prompt_tokens"] == 2
 
 
+@pytest.mark.system
 def test_the_age_of_the_process_is_measured_from_its_start():
     age = cli._process_age()
     if age is None:

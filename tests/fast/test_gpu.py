@@ -262,6 +262,7 @@ def by_nvcc(code: str, architecture: str, folder: Path) -> str:
     return (folder / "k.ptx").read_text()
 
 
+@pytest.mark.cuda_compiler
 @pytest.mark.parametrize("architecture", ["compute_86", "compute_90"])
 @pytest.mark.parametrize("name", FORMS)
 def test_the_source_compiles(name, architecture, tmp_path):
@@ -275,6 +276,7 @@ def test_the_source_compiles(name, architecture, tmp_path):
     assert ".f64" not in text  # a constant without its f would be slow, and no one would see it
 
 
+@pytest.mark.cupy
 def test_the_stand_in_offers_nothing_that_cupy_has_not():
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed", exc_type=ImportError)
     for name in standin.NAMES:

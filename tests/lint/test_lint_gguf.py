@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
@@ -21,7 +22,6 @@ from refmoe.weights.synthetic import members
 from refmoe.weights.synthetic.members import MEMBERS, write_member
 from tests.lint.test_lint import errors, only, says
 
-gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
 TINY = refmoe.run.load.golden_folder() / "tiny-k2"
 EXPERT = "model.layers.2.mlp.experts.5."
 Change = Callable[[np.ndarray], Any]

@@ -10,8 +10,7 @@ import pytest
 from refmoe.model.matrix import E4M3
 from refmoe.oracle.selftest import power as bench
 
-pytest.importorskip("torch", reason="the peers extra is not installed")
-pytest.importorskip("mlx_lm", reason="the peers extra is not installed")
+pytestmark = pytest.mark.peers
 
 
 @pytest.fixture(scope="module")

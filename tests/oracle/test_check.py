@@ -24,7 +24,7 @@ from tests.conftest import ROOT
 from tests.run.test_tiny_k2 import PASSAGE
 
 torch = pytest.importorskip("torch", reason="the peers extra is not installed")
-pytest.importorskip("mlx_lm", reason="the peers extra is not installed")
+pytestmark = pytest.mark.peers
 
 
 engines = bench.engines()

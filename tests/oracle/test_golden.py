@@ -114,10 +114,9 @@ def test_rel_error_is_row_wise_and_notices_shapes_and_nan():
     assert golden.rel_error(np.ones((1, 2)), np.zeros((1, 2))) == np.inf
 
 
+@pytest.mark.peers
 def test_transformers_writes_these_goldens_again(tmp_path):
     """The committed numbers are those the witness computes now, to the last bits of its sums."""
-    for engine in ("transformers", "mlx_lm"):
-        pytest.importorskip(engine, reason="the peers extra is not installed")
     script("make").make(tmp_path)
     fresh = golden.read_manifest(tmp_path)
     strip = {"sha256", "greedy"}
@@ -137,10 +136,10 @@ def test_transformers_writes_these_goldens_again(tmp_path):
         assert old.get("greedy", {}).get("tokens") == new.get("greedy", {}).get("tokens")
 
 
+@pytest.mark.peers
 def test_the_packing_is_that_of_compressed_tensors(random_int4):
     """Codes and scales of our packer unpack, with the library's own code, to the same values."""
-    torch = pytest.importorskip("torch", reason="the peers extra is not installed")
-    pytest.importorskip("compressed_tensors", reason="the peers extra is not installed")
+    import torch
     from compressed_tensors.compressors.pack_quantized.helpers import (
         pack_to_int32,
         unpack_from_int32,
@@ -162,8 +161,10 @@ def test_the_packing_is_that_of_compressed_tensors(random_int4):
             assert torch.equal(pack_to_int32(codes, 4), packed)
 
 
+@pytest.mark.peers
 def test_bf16_rounding_is_torchs():
-    torch = pytest.importorskip("torch", reason="the peers extra is not installed")
+    import torch
+
     from refmoe.model.matrix import round_bf16
 
     x = np.random.default_rng(0).standard_normal(100_000).astype(np.float32) * 1e3

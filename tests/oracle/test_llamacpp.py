@@ -17,7 +17,6 @@ from refmoe.oracle.base_logits import divergence, read_base, write_base
 from refmoe.oracle.readers.dump import read_dump
 from refmoe.run.export import to_gguf
 
-pytest.importorskip("gguf", reason="the gguf package is not installed")
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "llamacpp"
 EXPORTS = {"f32": ("f32", "f32", "f32"), "q8_0": ("q8_0", "f32", "q4_0")}
 

@@ -21,7 +21,6 @@ from refmoe.run.export import to_gguf, to_safetensors
 from refmoe.weights.dense import replaced
 from refmoe.weights.synthetic.random import write_random
 
-pytest.importorskip("gguf", reason="the gguf package is not installed")
 TINY = refmoe.run.load.golden_folder() / "tiny-k2"
 
 

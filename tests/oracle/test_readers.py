@@ -34,7 +34,8 @@ def model(random_bf16):
 
 def sglang(folder: Path, name: str, x, index=0, **tags) -> None:  # type: ignore[no-untyped-def]
     """As the dumper's `_dump_single` names and saves a tensor."""
-    torch = pytest.importorskip("torch", reason="the peers extra is not installed")
+    import torch
+
     folder.mkdir(exist_ok=True)
     extra = tags.pop("meta", {})
     full = {"step": 0, "rank": 0, "dump_index": index, "name": name, **tags}
@@ -69,6 +70,7 @@ def as_sglang(folder: Path, arrays, rows=slice(None), step=0) -> None:  # type: 
         sglang(folder, f"non_intrusive__{name}.output", x[rows], index, step=step)
 
 
+@pytest.mark.peers
 def test_a_folder_of_sglang_is_read(traced, model, tmp_path):
     as_sglang(tmp_path / "d", traced)
     sglang(tmp_path / "d", "input_ids", np.array(TOKENS), 0)
@@ -84,6 +86,7 @@ def test_a_folder_of_sglang_is_read(traced, model, tmp_path):
     assert "model.layers.2.self_attn.q_a_proj" in names
 
 
+@pytest.mark.peers
 def test_steps_follow_each_other_and_ranks_are_one(traced, model, tmp_path):
     folder = tmp_path / "d"
     as_sglang(folder, traced, slice(0, 7))
@@ -102,11 +105,13 @@ def test_steps_follow_each_other_and_ranks_are_one(traced, model, tmp_path):
     assert "model.norm" not in dump.arrays
 
 
+@pytest.mark.peers
 def test_names_given_by_hand_stand_beside_their_layer(traced, tmp_path):
     sglang(tmp_path / "d", "self_attn", traced["model.layers.2.self_attn"], layer_id=2)
     assert list(read_dump(tmp_path / "d").arrays) == ["model.layers.2.self_attn"]
 
 
+@pytest.mark.peers
 def test_a_fused_norm_is_given_no_sum(traced, model, tmp_path):
     """SGLang's norm adds the residual itself; elsewhere its only input is the sum."""
     folder = tmp_path / "d"
@@ -126,6 +131,7 @@ def test_a_fused_norm_is_given_no_sum(traced, model, tmp_path):
     np.testing.assert_array_equal(read_dump(alone).arrays["model.layers.1#attn_residual"], x)
 
 
+@pytest.mark.peers
 def test_a_layer_that_returns_two_parts_is_not_the_first(traced, tmp_path):
     folder = tmp_path / "d"
     sglang(folder, "non_intrusive__model.layers.1.output.0", traced["model.layers.1.mlp"], 1)
@@ -140,6 +146,7 @@ def positions(folder: Path, step: int, first: int, rows: int, **tags) -> None:  
     sglang(folder, "input_ids", ids, 2, step=step, **tags)
 
 
+@pytest.mark.peers
 def test_positions_tell_which_steps_are_one_prompt(traced, model, tmp_path):
     folder = tmp_path / "d"
     warm = {n: x[:3] * 2 for n, x in traced.items() if len(x) >= 3}  # wrong, were it read
@@ -169,6 +176,7 @@ def test_positions_tell_which_steps_are_one_prompt(traced, model, tmp_path):
     assert "lm_head" in {p.name for p in report.points}
 
 
+@pytest.mark.peers
 def test_a_nan_of_the_engine_is_no_unknown_row(traced, model, tmp_path):
     folder = tmp_path / "d"
     positions(folder, 0, 0, 9)
@@ -179,6 +187,7 @@ def test_a_nan_of_the_engine_is_no_unknown_row(traced, model, tmp_path):
     assert (report.verdict, report.point, report.reason) == ("fault", "lm_head", "not finite")
 
 
+@pytest.mark.peers
 def test_prompts_side_by_side_or_without_a_beginning_are_refused(tmp_path):
     folder = tmp_path / "several"
     sglang(folder, "positions", np.array([0, 1, 2, 0, 1]))
@@ -195,6 +204,7 @@ def test_prompts_side_by_side_or_without_a_beginning_are_refused(tmp_path):
     assert "steps 0 follow no other" in dump.notes[0]
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("dims", ["t h[tp]", "t h(tp)", "t (heads*d)[tp:sharded] # ep:replicated"])
 def test_parts_are_put_together_along_their_dims(traced, tmp_path, dims):
     folder, x = tmp_path / "d", traced["model.layers.1.self_attn.q_b_proj"]
@@ -213,6 +223,7 @@ def test_parts_are_put_together_along_their_dims(traced, tmp_path, dims):
     assert "2 of its 3 parts are there" in dump.notes[0]
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("dims", ["t h[tp:partial]", "t[cp:zigzag] h", "t[sp] h[tp]", "t ((", None])
 def test_parts_that_are_no_plain_split_are_named(tmp_path, dims):
     for layer in range(3):
@@ -227,6 +238,7 @@ def test_parts_that_are_no_plain_split_are_named(tmp_path, dims):
     )
 
 
+@pytest.mark.peers
 def test_choices_are_read_where_a_backend_shows_them(traced, tmp_path):
     folder, name = tmp_path / "d", "non_intrusive__model.layers.{}.mlp.topk.output.{}"
     chosen = traced["model.layers.1.mlp.gate#experts"].astype(np.int32)
@@ -240,8 +252,10 @@ def test_choices_are_read_where_a_backend_shows_them(traced, tmp_path):
     assert dump.notes[0].startswith("model.layers.2.mlp.gate#experts: no indices")
 
 
+@pytest.mark.peers
 def test_what_is_no_tensor_is_named_and_the_rest_read(traced, tmp_path):
-    torch = pytest.importorskip("torch", reason="the peers extra is not installed")
+    import torch
+
     folder = tmp_path / "d"
     x = traced["model.layers.2.mlp"]
     sglang(folder, "mlp__output", x, 1, layer_id=2, recompute_status="disabled", pp_rank=0)
@@ -466,9 +480,10 @@ def test_a_print_of_too_many_rows_is_refused(tmp_path):
 # --- Hugging Face
 
 
+@pytest.mark.peers
 def test_hidden_states_and_logits_of_transformers_are_points(tmp_path):
-    torch = pytest.importorskip("torch", reason="the peers extra is not installed")
-    pytest.importorskip("mlx_lm", reason="the peers extra is not installed")
+    import torch
+
     from refmoe.oracle.selftest import power as bench
 
     engines = bench.engines()
@@ -494,9 +509,10 @@ def test_hidden_states_and_logits_of_transformers_are_points(tmp_path):
     assert "model.layers.2" not in names  # transformers keeps the norm of it
 
 
+@pytest.mark.peers
 def test_what_generate_returns_is_one_sequence(tmp_path):
-    torch = pytest.importorskip("torch", reason="the peers extra is not installed")
-    pytest.importorskip("mlx_lm", reason="the peers extra is not installed")
+    import torch
+
     from refmoe.oracle.selftest import power as bench
 
     engines = bench.engines()
@@ -526,9 +542,11 @@ def test_what_generate_returns_is_one_sequence(tmp_path):
     assert names[3:] == ["model.norm", "lm_head"]
 
 
+@pytest.mark.peers
 def test_outputs_are_named_whatever_holds_them(traced, tmp_path):
-    torch = pytest.importorskip("torch", reason="the peers extra is not installed")
-    safetensors = pytest.importorskip("safetensors.torch", reason="not installed")
+    import safetensors.torch as safetensors
+    import torch
+
     order = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm"]
     flat = {f"hidden_states.{i}": traced[name][None] for i, name in enumerate(order)}
     flat |= {f"router_logits.{i}": traced[f"model.layers.{i + 1}.mlp.gate"] for i in range(2)}
@@ -576,8 +594,10 @@ def test_token_ids_are_one_sequence_of_integers(traced, tmp_path):
 # --- what could harm
 
 
+@pytest.mark.peers
 def test_nested_dicts_and_lists_are_flattened_and_do_not_swell(tmp_path):
-    torch = pytest.importorskip("torch", reason="the peers extra is not installed")
+    import torch
+
     t = torch.ones(2)
     torch.save({"a": {"b": t, "c": [t, {"d": (t,)}]}, 3: t, "text": "x"}, tmp_path / "d.pt")
     assert list(read_dump(tmp_path / "d.pt").arrays) == ["a.b", "a.c.0", "a.c.1.d.0", "3"]
@@ -594,8 +614,10 @@ def test_nested_dicts_and_lists_are_flattened_and_do_not_swell(tmp_path):
         read_dump(tmp_path / "d.pt")
 
 
+@pytest.mark.peers
 def test_a_small_file_makes_no_large_array(tmp_path):
-    torch = pytest.importorskip("torch", reason="the peers extra is not installed")
+    import torch
+
     shared = torch.arange(12.0).reshape(3, 1, 4)
     torch.save({"x": shared.expand(3, 64, 4)}, tmp_path / "d.pt")  # one key for 64 heads
     np.testing.assert_array_equal(read_dump(tmp_path / "d.pt").arrays["x"][:, 9], shared[:, 0])
@@ -620,8 +642,9 @@ def test_a_small_file_makes_no_large_array(tmp_path):
 @pytest.fixture(scope="module")
 def whole_files(traced, tmp_path_factory):
     """A dump in every format."""
-    torch = pytest.importorskip("torch", reason="the peers extra is not installed")
-    safetensors = pytest.importorskip("safetensors.torch", reason="not installed")
+    import safetensors.torch as safetensors
+    import torch
+
     folder = tmp_path_factory.mktemp("whole")
     few = {n: x[:4, :7].copy() for n, x in traced.items() if n in ("model.norm", "model.layers.0")}
     few["input_ids"] = np.array(TOKENS[:4])
@@ -651,6 +674,7 @@ def kinds(dump) -> list[str]:  # type: ignore[no-untyped-def]
     return [x.dtype.kind for x in dump.arrays.values()]
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("suffix", ["npz", "safetensors", "pt", "txt", "json", "folder"])
 def test_a_damaged_file_is_read_or_refused_and_nothing_else(whole_files, tmp_path, suffix):
     rng = np.random.default_rng(7)

@@ -367,6 +367,7 @@ def test_the_same_case_gives_the_same_page(cases):
     assert report.render(cases["fault"]) == report.render(cases["fault"])
 
 
+@pytest.mark.browser
 def test_a_browser_opens_it(cases, tmp_path):
     names = ("chromium", "chromium-browser", "google-chrome")
     browser = next(filter(None, map(shutil.which, names)), None)

@@ -106,7 +106,6 @@ def test_parts_are_those_of_the_tensors_and_of_the_config(name, tmp_path):
 
 
 def test_a_gguf_is_counted_from_its_tensors(tmp_path):
-    pytest.importorskip("gguf", reason="the gguf extra is not installed")
     model = load()
     to_gguf(model, tmp_path / "tiny.gguf")
     there = opened(tmp_path / "tiny.gguf")

@@ -246,6 +246,7 @@ def test_weights_are_asked_for_once_and_unchosen_experts_never(
     assert (tmp_path / "plain").read_bytes() == (tmp_path / "s").read_bytes()
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("more", [1.0, 1.4])
 @pytest.mark.parametrize("way", WAYS)
 def test_under_a_budget_the_bits_are_the_same_and_each_expert_is_read_once(

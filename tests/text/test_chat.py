@@ -196,6 +196,7 @@ def test_hugging_faces_settings_filters_and_globals():
         render("{{ raise_exception('roles must alternate') }}")
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize(
     "source",
     [
@@ -215,9 +216,8 @@ def test_hugging_faces_settings_filters_and_globals():
 )
 def test_hugging_face_renders_the_same(source):
     """The witness is transformers' own environment, without any budget."""
-    utils = pytest.importorskip(
-        "transformers.utils.chat_template_utils", reason="the peers extra is not installed"
-    )
+    from transformers.utils import chat_template_utils as utils
+
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "name": "ann", "content": "Rain <in> Århus?\n"},

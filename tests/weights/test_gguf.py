@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -27,7 +28,6 @@ from refmoe.weights.gguf import Gguf, config_of, is_gguf, opened, read_part
 from refmoe.weights.synthetic.random import FIXED, pack_int4, write_random
 from tests.fast.test_kernels import bound, exact
 
-gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
 TOKENS = [5, 17, 2, 44, 9, 30, 11]
 
 

@@ -46,8 +46,10 @@ def test_e4m3_is_the_format_of_its_definition():
     assert np.nanmax(E4M3) == 448
 
 
+@pytest.mark.peers
 def test_e4m3_is_torchs():
-    torch = pytest.importorskip("torch", reason="the peers extra is not installed")
+    import torch
+
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     np.testing.assert_array_equal(E4M3, codes.float().numpy())
 

@@ -47,6 +47,7 @@ def smallest(path):
     return s.least
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("way", reader.WAYS)
 @pytest.mark.parametrize("more", [1.0, 1.4, 2.5])
 @pytest.mark.parametrize("name", ["tiny-k2", "bf16", "int4", "fp8", "tiny.gguf"])
@@ -196,6 +197,7 @@ def test_a_budget_too_small_is_refused_with_the_figure(tiny_k2, capsys):
     assert "budget of 0.00 GB is too small: 0.01 GB" in capsys.readouterr().err
 
 
+@pytest.mark.system
 def test_where_all_fits_or_lies_in_memory_nothing_is_streamed(tiny_k2):
     assert load(tiny_k2, ram=10**9).store is None
     shm = Path("/dev/shm")
@@ -256,6 +258,7 @@ def test_a_shard_that_is_cut_short_is_named(own_copy):
 # --- the reader
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("way", reader.WAYS)
 def test_what_is_read_is_what_is_there(tmp_path, way):
     file = tmp_path / "bytes"
@@ -365,6 +368,7 @@ print(before, high_water(), model.store is not None)
 """
 
 
+@pytest.mark.system
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no high-water mark to read")
 @pytest.mark.parametrize("more", [1.0, 1.2])
 def test_no_more_is_resident_than_the_budget(tmp_path, more):
