@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -632,45 +631,49 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _measured(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[Any], list[str]]]:
     """What a benchmark found, and how to show it to people."""
-    from refmoe.run.bench import kernels as speed_kernels
-    from refmoe.run.bench import peers as speed_peers
-    from refmoe.run.bench import table as speed_table
+    from refmoe.run.bench.model import format_model
 
-    lines: Callable[[Any], list[str]] = partial(speed_table.table, args.what)
     if args.what == "kernels":
+        from refmoe.run.bench.kernels import format_kernels, measure_kernels
+
         counts = [args.threads] if args.threads else []
-        return speed_kernels.kernels(args.formats or FORMATS, counts), lines
+        return measure_kernels(args.formats or FORMATS, counts), format_kernels
     if args.what in ("decode", "prefill"):
-        return _bench_model(args), lines
+        return _bench_model(args), format_model
     folder = args.model if args.shape is None else _slice(args)
     if args.what == "peers":
-        return speed_peers.peers(folder, args.folder), lines
-    if args.what == "gpu":
-        from refmoe.run.bench.gpu import bench_gpu, gpu_table
+        from refmoe.run.bench.peers import format_peers, measure_peers
 
-        return bench_gpu(folder, args.dense, args.vram), gpu_table
+        return measure_peers(folder, args.folder), format_peers
+    if args.what == "gpu":
+        from refmoe.run.bench.gpu import format_gpu, measure_gpu
+
+        return measure_gpu(folder, args.dense, args.vram), format_gpu
     how = {"dense": args.dense, "reads": args.reads}
     if args.what == "store":
-        from refmoe.run.bench.store import bench_store, store_table
+        from refmoe.run.bench.store import format_store, measure_store
 
-        return bench_store(folder, args.ram, args.tokens or 12, int4=args.int4, **how), store_table
-    from refmoe.run.bench.sweep import bench_sweep, sweep_table
+        steps = args.tokens or 12
+        return measure_store(folder, args.ram, steps, int4=args.int4, **how), format_store
+    from refmoe.run.bench.sweep import format_sweep, measure_sweep
 
-    return bench_sweep(folder, args.ram, args.prompt or 8, folder=args.folder, **how), sweep_table
+    return measure_sweep(
+        folder, args.ram, args.prompt or 8, folder=args.folder, **how
+    ), format_sweep
 
 
 def _bench_model(args: argparse.Namespace) -> dict[str, Any]:
-    from refmoe.run.bench import base as speed_base
-    from refmoe.run.bench import decode as speed_decode
-    from refmoe.run.bench import prefill as speed_prefill
+    from refmoe.run.bench.base import describe_machine
+    from refmoe.run.bench.decode import measure_decode
+    from refmoe.run.bench.prefill import measure_prefill
 
     folder = args.model if args.shape is None else _slice(args)
     model = load(folder, dense=args.dense, gpu=_request(args))
     decoder = working(model, args.int4, args.cache)
     count = 128 if args.prompt is None else args.prompt
-    measure = speed_decode.decode if args.what == "decode" else speed_prefill.prompt
+    measure = measure_decode if args.what == "decode" else measure_prefill
     how = {"dense": args.dense, "int4": args.int4, "cache": args.cache}
-    found = {"machine": speed_base.machine(), **measure(model, decoder, count), **how}
+    found = {"machine": describe_machine(), **measure(model, decoder, count), **how}
     return {**found, **_card_facts(model)}
 
 

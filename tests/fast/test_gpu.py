@@ -829,7 +829,7 @@ def test_the_bench_runs(device, capsys, monkeypatch):
     assert [r["placement"] for r in d["decode"]] == placements
     assert d["decode"][0]["vram_peak"] is None
     assert all(0 < r["vram_peak"] <= 10**9 for r in d["decode"][1:])
-    assert "tok/s" in bench_gpu.gpu_table(d)[-1]
+    assert "tok/s" in bench_gpu.format_gpu(d)[-1]
 
 
 def test_what_the_card_has_no_room_for_is_told(device, capsys, monkeypatch):

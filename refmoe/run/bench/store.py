@@ -1,4 +1,4 @@
-"""How well weights larger than memory are streamed: `refmoe bench store`.
+"""Measure how well weights larger than memory are streamed.
 
     ratio = tok/s · bytes read a token / the disk's own rate for such reads
 
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from refmoe.files import InputError
-from refmoe.run.bench.base import timed
-from refmoe.run.bench.decode import random_tokens
+from refmoe.run.bench.base import time_call
+from refmoe.run.bench.model import random_tokens
 from refmoe.run.generate import prefill, step, working
 from refmoe.run.load import load
 from refmoe.weights.streaming.reader import high_water
@@ -22,7 +22,7 @@ from refmoe.weights.streaming.reader import high_water
 WARM = 2  # tokens before counting begins
 
 
-def bench_store(
+def measure_store(
     path: str | Path | None,
     ram: int | None,
     steps: int = 12,
@@ -31,7 +31,11 @@ def bench_store(
     dense: str = "exact",
     reads: str | None = None,
 ) -> dict[str, Any]:
-    """Decode under a budget. Raises `InputError` without one, or where all fits into it."""
+    """Measure decoding with `ram` bytes for weights.
+
+    steps   tokens that are decoded, after a prompt of `prompt` tokens
+    Raises `InputError` without a budget, and where everything fits into it.
+    """
     if ram is None:
         raise InputError("--ram BYTES: the budget, like 4GB")
     model = load(path, dense=dense, ram=ram, reads=reads)
@@ -48,7 +52,7 @@ def bench_store(
     rates = [store.read_rate(sample)]
     store.reset()
     seconds = [
-        timed(lambda token=token: step(decoder, token, memory))  # type: ignore[misc]
+        time_call(lambda token=token: step(decoder, token, memory))  # type: ignore[misc]
         for token in ids[prompt + WARM :]
     ]
     counters = store.counters
@@ -75,8 +79,9 @@ def bench_store(
     }
 
 
-def store_table(d: dict[str, Any]) -> list[str]:
-    """For people."""
+def format_store(document: dict[str, Any]) -> list[str]:
+    """Return the lines that show a document of `measure_store` to people."""
+    d = document
     hit = "none" if d["hit_rate"] is None else f"{d['hit_rate']:.1%}"
     guess = "none made" if d["guess_rate"] is None else f"{d['guess_rate']:.1%} right"
     return [
