@@ -34,8 +34,10 @@ Row = tuple[str, str, float, float]  # engine, version, tok/s decoding and of a 
 def measure_peers(
     folder: Path | None, scratch: Path | None = None, steps: int = 8, length: int = 128
 ) -> dict[str, Any]:
-    """Measure refmoe, transformers (bf16, eager, cached) and llama.cpp (Q4_0 experts, the rest Q8_0)
-    on one checkpoint, in one run: those of them that are installed.
+    """Measure refmoe, transformers and llama.cpp on one checkpoint, in one run.
+
+    transformers computes in bf16, eager, cached; llama.cpp has experts in Q4_0 and the rest in
+    Q8_0. Those that are not installed are left out.
 
     scratch  a folder for the files that the others need; None: the system's
     steps    tokens that are decoded; length: of the prompt
