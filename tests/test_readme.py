@@ -84,11 +84,6 @@ def test_examples_run(example, tmp_path):
     assert run(f"python examples/{example}", workplace(tmp_path))
 
 
-def test_the_table_of_points_is_what_the_example_prints(tmp_path):
-    printed = run("python examples/points.py", workplace(tmp_path))
-    assert (ROOT / "docs" / "points.md").read_text("utf-8").endswith(printed)
-
-
 def test_every_file_that_the_readme_names_exists():
     for name in re.findall(r"\]\(([^)#:]+)\)", README.read_text("utf-8")):
         assert (ROOT / name).exists(), name

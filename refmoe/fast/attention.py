@@ -20,7 +20,16 @@ import numpy as np
 
 from refmoe.config import Config
 from refmoe.fast import kernels, threads
-from refmoe.fast.linear import ALONE, FEW, Inputs, Stored, address, alone, stored, stored_anew
+from refmoe.fast.linear import (
+    ALONE,
+    FEW,
+    Inputs,
+    KernelMatrix,
+    address,
+    alone,
+    kernel_view,
+    make_kernel_view,
+)
 from refmoe.model import matrix, mla
 from refmoe.model.cache import LatentCache
 from refmoe.model.matrix import BF16, Fp8Block, Heads, Matrix, dequantize
@@ -77,12 +86,12 @@ def absorbed(
         return mla.absorbed(q_nope, q_pe, kv_b_proj, cache, cfg, nx)
     scale, H = nx.dtype(softmax_scale(cfg)), cfg.num_attention_heads
     if isinstance(kv_b_proj, Heads):
-        k_b, v_b = stored(kv_b_proj.k_b), stored(kv_b_proj.v_b)
+        k_b, v_b = kernel_view(kv_b_proj.k_b), kernel_view(kv_b_proj.v_b)
         if k_b is not None and v_b is not None:
             q_latent = _by_head(q_nope, k_b, 0, k_b.shape[0] // H, k_b.shape[0] // H)
             context = _attend(q_latent, q_pe, cache, scale)  # [T, H, C]
             return _by_head(context, v_b, 0, cfg.v_head_dim, cfg.v_head_dim)
-    known = stored(kv_b_proj)
+    known = kernel_view(kv_b_proj)
     if known is None or known.how.sum is None:
         return mla.absorbed(q_nope, q_pe, kv_b_proj, cache, cfg, nx)
     q_latent = _to_latent(q_nope, known)  # [T, H, C]
@@ -104,7 +113,7 @@ def _alone(q_nope: np.ndarray, m: Matrix, cfg: Config, nx: Numerics) -> bool:
     return True
 
 
-def _to_latent(q_nope: np.ndarray, m: Stored) -> np.ndarray:
+def _to_latent(q_nope: np.ndarray, m: KernelMatrix) -> np.ndarray:
     """q_nope W_uk: [T, H, N] → [T, H, C]."""
     T, H, N = q_nope.shape
     O, C = m.shape
@@ -121,7 +130,7 @@ def _to_latent(q_nope: np.ndarray, m: Stored) -> np.ndarray:
     return kernels.restored(m.form, out.reshape(T * H, C)).reshape(T, H, C)
 
 
-def _by_head(x: np.ndarray, m: Stored, first: int, count: int, every: int) -> np.ndarray:
+def _by_head(x: np.ndarray, m: KernelMatrix, first: int, count: int, every: int) -> np.ndarray:
     """y[t, h] = W[h·every + first …] x[t, h], so many rows of a head: [T, H, I] → [T, H, count]."""
     T, H, I = x.shape
     x = kernels.ordered(m.form, x.reshape(T * H, I)).reshape(T, H, I)
@@ -145,7 +154,7 @@ def _product(w: np.ndarray, e: np.ndarray) -> np.ndarray:
     return e @ w
 
 
-def _sums(m: Stored, e: np.ndarray) -> np.ndarray:
+def _sums(m: KernelMatrix, e: np.ndarray) -> np.ndarray:
     """e W for few rows of e, in this thread: [n, S], W [S, C] → [n, C]."""
     assert m.how.sum is not None
     out = np.empty((len(e), m.shape[1]), np.float32)
@@ -154,7 +163,7 @@ def _sums(m: Stored, e: np.ndarray) -> np.ndarray:
     return kernels.restored(m.form, out)
 
 
-def _together(m: Stored, H: int) -> int:
+def _together(m: KernelMatrix, H: int) -> int:
     """Heads in a piece: all of a small matrix."""
     return H if m.nbytes < 2 * ALONE else max(1, H // 16)
 
@@ -178,7 +187,7 @@ def _attend(
     def block(i: int) -> None:
         rows = slice(i * BLOCK, min(S, (i + 1) * BLOCK))
         c_kv, k_pe = (matrix.rows(m, rows) for m in matrices)
-        latent, rotated = stored_anew(c_kv), stored_anew(k_pe)
+        latent, rotated = make_kernel_view(c_kv), make_kernel_view(k_pe)
         if T * H <= FEW and latent is not None and rotated is not None:
             # so few rows of queries are tokens to the kernels, and the cache a matrix
             s = (alone(latents, latent) + alone(keys, rotated)) * scale  # [T·H, block]

@@ -40,7 +40,7 @@ KNOWN = 1 << 18  # matrices; K2 has 70,000
 ROWS = 2048  # of experts' inputs at once, which bounds the scratch
 
 
-class Stored(NamedTuple):
+class KernelMatrix(NamedTuple):
     """A matrix as kernels take it: addresses and bytes from row to row. It does not hold it."""
 
     how: Kernels
@@ -68,22 +68,22 @@ class Stored(NamedTuple):
         return self.w, self.w_row, self.s, self.s_row, self.share
 
 
-def stored(m: Matrix, fast: bool = False) -> Stored | None:
+def kernel_view(m: Matrix, fast: bool = False) -> KernelMatrix | None:
     """None where no kernel reads it. A checkpoint's matrices are remembered, and so held."""
     if isinstance(m, np.ndarray):
-        return stored_anew(m, fast)
+        return make_kernel_view(m, fast)
     known = _known.get((id(m), fast))
     if known is None:
         if len(_known) >= KNOWN:
             _known.clear()
-        known = _known[id(m), fast] = m, stored_anew(m, fast)
+        known = _known[id(m), fast] = m, make_kernel_view(m, fast)
     return known[1]
 
 
-_known: dict[tuple[int, bool], tuple[Matrix, Stored | None]] = {}
+_known: dict[tuple[int, bool], tuple[Matrix, KernelMatrix | None]] = {}
 
 
-def stored_anew(m: Matrix, fast: bool = False) -> Stored | None:
+def make_kernel_view(m: Matrix, fast: bool = False) -> KernelMatrix | None:
     """The same, for a matrix that soon is another."""
     scale: np.ndarray | None = None
     share = 1
@@ -114,7 +114,7 @@ def stored_anew(m: Matrix, fast: bool = False) -> Stored | None:
         if not whole_rows(scale):
             return None
         s, s_row = address(scale), scale.strides[0]
-    return Stored(how, w, w_row, s, s_row, share, (O, I))
+    return KernelMatrix(how, w, w_row, s, s_row, share, (O, I))
 
 
 def whole_rows(a: np.ndarray) -> bool:
@@ -161,7 +161,7 @@ class Inputs:
         return out.reshape(len(x), -1)
 
 
-def multiply(products: Sequence[tuple[Inputs, Stored]]) -> list[np.ndarray]:
+def multiply(products: Sequence[tuple[Inputs, KernelMatrix]]) -> list[np.ndarray]:
     """y = x Wᵀ of each, float32 [T, O], as one parallel region."""
     out: list[np.ndarray] = []
     pieces: list[threads.Piece] = []
@@ -189,7 +189,7 @@ def multiply(products: Sequence[tuple[Inputs, Stored]]) -> list[np.ndarray]:
     return out
 
 
-def alone(inputs: Inputs, m: Stored) -> np.ndarray:
+def alone(inputs: Inputs, m: KernelMatrix) -> np.ndarray:
     """y = x Wᵀ of a few tokens, in this thread: float32 [T, O]."""
     x = inputs.few(m.form)
     y = np.empty((len(x), m.shape[0]), np.float32)
@@ -198,7 +198,7 @@ def alone(inputs: Inputs, m: Stored) -> np.ndarray:
     return y
 
 
-def _few(x: np.ndarray, m: Stored, y: np.ndarray) -> Iterator[threads.Piece]:
+def _few(x: np.ndarray, m: KernelMatrix, y: np.ndarray) -> Iterator[threads.Piece]:
     O = m.shape[0]
     step = max(8, PIECE // m.w_row & ~7)
     begins = range(0, O, step)
@@ -207,14 +207,16 @@ def _few(x: np.ndarray, m: Stored, y: np.ndarray) -> Iterator[threads.Piece]:
         yield partial(m.how.few, *places, begin, min(begin + step, O))
 
 
-def _many(x: np.ndarray, m: Stored, y: np.ndarray) -> Iterator[threads.Piece]:
+def _many(x: np.ndarray, m: KernelMatrix, y: np.ndarray) -> Iterator[threads.Piece]:
     O, I = m.shape
     step = max(8, DECODED // I & ~7)
     for begin in range(0, O, step):
         yield partial(_tile, x, m, y, begin, min(begin + step, O))
 
 
-def _wide(x: tuple[np.ndarray, np.ndarray], m: Stored, y: np.ndarray) -> Iterator[threads.Piece]:
+def _wide(
+    x: tuple[np.ndarray, np.ndarray], m: KernelMatrix, y: np.ndarray
+) -> Iterator[threads.Piece]:
     O = m.shape[0]
     step = kernels.WIDE * max(1, PIECE // m.w_row // kernels.WIDE)
     for begin in range(0, O, step):
@@ -225,7 +227,7 @@ _scratch = threading.local()
 
 
 def _sixteen(
-    codes: np.ndarray, units: np.ndarray, m: Stored, y: np.ndarray, begin: int, end: int
+    codes: np.ndarray, units: np.ndarray, m: KernelMatrix, y: np.ndarray, begin: int, end: int
 ) -> None:
     size = m.steps * kernels.INTERLEAVED // 4
     if getattr(_scratch, "rows", np.empty(0)).size < size:
@@ -236,7 +238,7 @@ def _sixteen(
     m.how.many(m.w, m.w_row, address(_scratch.rows), *x, *to)
 
 
-def _tile(x: np.ndarray, m: Stored, y: np.ndarray, begin: int, end: int) -> None:
+def _tile(x: np.ndarray, m: KernelMatrix, y: np.ndarray, begin: int, end: int) -> None:
     """Decoded into this thread's scratch, then multiplied."""
     I = m.shape[1]
     if getattr(_scratch, "tile", np.empty(0)).size < (end - begin) * I:
@@ -253,7 +255,7 @@ def linear(
     if isinstance(m, np.ndarray) and m.dtype == x.dtype and (len(x) > FEW or x.dtype != np.float32):
         return x @ m.T
     if x.dtype == np.float32 and len(x) and not _rounds(m, rounded):
-        known = stored(m, fast)
+        known = kernel_view(m, fast)
         if known is not None:
             if len(x) <= FEW and known.nbytes * len(x) < ALONE:
                 return alone(Inputs(x), known)
@@ -308,11 +310,11 @@ def experts(
     whole = Inputs(x)
     rows = {e: np.nonzero(routing.experts.reshape(-1) == e)[0] for e in chosen}
     rounded = nx.conventions.rounded_products
-    known_as = stored_anew if experts.streamed else stored
+    view = make_kernel_view if experts.streamed else kernel_view
     for matrices in experts.batches(chosen, x):
-        known: dict[int, list[Stored]] = {}
+        known: dict[int, list[KernelMatrix]] = {}
         for e, w in matrices.items():
-            each = [None if _rounds(m, rounded) else known_as(m, fast) for m in w]
+            each = [None if _rounds(m, rounded) else view(m, fast) for m in w]
             known[e] = [m for m in each if m is not None]
             if len(known[e]) < len(MlpWeights._fields):
                 return routed_experts(x, routing, experts, nx)
@@ -347,7 +349,7 @@ def _groups(rows: dict[int, np.ndarray]) -> Iterator[list[int]]:
 
 
 def _swiglu(
-    whole: Inputs, group: list[tuple[np.ndarray, list[Stored]]], K: int, parts: np.ndarray
+    whole: Inputs, group: list[tuple[np.ndarray, list[KernelMatrix]]], K: int, parts: np.ndarray
 ) -> None:
     """parts[row] = W_down (silu(W_gate x) · W_up x) for rows of tokens and slots, T·K in all."""
     first = []

@@ -9,7 +9,7 @@ from refmoe.files import InputError
 from refmoe.lint.base import Level, _Findings, _object, _read, _same_bytes
 from refmoe.weights.checkpoint import (
     INDEX,
-    Stored,
+    TensorEntry,
     canonical,
     read_header,
 )
@@ -17,7 +17,7 @@ from refmoe.weights.checkpoint import (
 # --- shards
 
 
-def _gather(folder: Path, out: _Findings) -> dict[str, Stored]:
+def _gather(folder: Path, out: _Findings) -> dict[str, TensorEntry]:
     """Every tensor of the folder that the index knows, by canonical name; damage is a finding."""
     weight_map: dict[str, str] = _object(_read(folder / INDEX, out).get("weight_map"))
     if not all(isinstance(f, str) for f in weight_map.values()):
@@ -28,8 +28,8 @@ def _gather(folder: Path, out: _Findings) -> dict[str, Stored]:
         if shard not in files:  # also one outside the folder, which is not looked for
             text = f"shard {shard!r} of {INDEX} is not in the folder; {count} tensors are lost"
             out.add("error", "shards", None, text)
-    tensors: dict[str, Stored] = {}
-    strays: list[Stored] = []
+    tensors: dict[str, TensorEntry] = {}
+    strays: list[TensorEntry] = []
     seen: set[tuple[str, str]] = set()
     for shard, file in files.items():
         try:
@@ -57,14 +57,14 @@ def _gather(folder: Path, out: _Findings) -> dict[str, Stored]:
     return tensors
 
 
-def _twice(a: Stored, b: Stored, who: str, mild: Level, out: _Findings) -> None:
+def _twice(a: TensorEntry, b: TensorEntry, who: str, mild: Level, out: _Findings) -> None:
     same = (a.dtype, a.shape) == (b.dtype, b.shape) and _same_bytes(_mapped(a), _mapped(b))
     text = f"in {a.file.name} and, as {b.name}, in {b.file.name} ({who}): "
     text += "the same bytes" if same else "different values, the last one read wins"
     out.add(mild if same else "error", "tensors stored twice", a.name, text)
 
 
-def _mapped(t: Stored) -> np.ndarray:
+def _mapped(t: TensorEntry) -> np.ndarray:
     if not t.nbytes:
         return np.zeros(0, np.uint8)
     return np.memmap(t.file, np.uint8, "r", t.start, (t.nbytes,))

@@ -19,9 +19,9 @@ import numpy as np
 from refmoe.model.decoder import Decoder, head, layer
 from refmoe.model.experts import MlpWeights
 from refmoe.model.mla import Segment
+from refmoe.model.points import SWIGLU
 from refmoe.oracle.faults.base import Fault, altered, strength_of
 from refmoe.oracle.faults.dictionary import BY_ID, candidates, equivalent
-from refmoe.oracle.graph import SWIGLU
 from refmoe.oracle.noise import rms
 from refmoe.oracle.replay import Replay
 

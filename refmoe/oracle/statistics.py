@@ -6,7 +6,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from refmoe.oracle.graph import kind
+from refmoe.model.points import kind
 from refmoe.oracle.noise import Envelope, rms
 from refmoe.oracle.replay import Replay
 

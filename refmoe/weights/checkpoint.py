@@ -61,7 +61,7 @@ HEADER_LIMIT = 100_000_000  # bytes, the limit of the safetensors library
 INDEX = "model.safetensors.index.json"
 
 
-class Stored(NamedTuple):
+class TensorEntry(NamedTuple):
     """One tensor of one shard, not yet read."""
 
     file: Path
@@ -72,7 +72,7 @@ class Stored(NamedTuple):
     nbytes: int
 
 
-def read_header(file: Path) -> dict[str, Stored]:
+def read_header(file: Path) -> dict[str, TensorEntry]:
     """The tensors of a safetensors file; `InputError` unless they tile its data exactly."""
     size = file.stat().st_size
     with file.open("rb") as f:
@@ -112,7 +112,7 @@ def read_header(file: Path) -> dict[str, Stored]:
                 f"{'overlapping' if start < end else 'a gap'}; the file is damaged"
             )
         end = stop
-        out[name] = Stored(file, name, dtype, shape, 8 + length + start, nbytes)
+        out[name] = TensorEntry(file, name, dtype, shape, 8 + length + start, nbytes)
     if 8 + length + end != size:
         raise InputError(
             f"{file}: the header describes {8 + length + end} bytes, the file has {size}: "
@@ -131,12 +131,12 @@ class Checkpoint:
 
     path: Path
     cfg: Config
-    tensors: dict[str, Stored]
+    tensors: dict[str, TensorEntry]
     generation_eos: tuple[int, ...] = ()
     missing: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
     stray: list[str] = field(default_factory=list)
-    source: Callable[[Stored], np.ndarray] = field(init=False, repr=False)
+    source: Callable[[TensorEntry], np.ndarray] = field(init=False, repr=False)
     _maps: dict[Path, np.ndarray] = field(default_factory=dict, repr=False)
     _experts: dict[tuple[int, int], MlpWeights] = field(default_factory=dict, repr=False)
 
@@ -220,7 +220,7 @@ class Checkpoint:
         stored = self.tensors[name]
         return self.source(stored).view(DTYPES[stored.dtype]).reshape(stored.shape)
 
-    def mapped(self, stored: Stored) -> np.ndarray:
+    def mapped(self, stored: TensorEntry) -> np.ndarray:
         """Its bytes in the mapped file."""
         file = self._maps.get(stored.file)
         if file is None:
@@ -232,8 +232,8 @@ class Checkpoint:
         for file in self._maps.values():
             advise(file, "MADV_DONTNEED")
 
-    def reading(self, source: Callable[[Stored], np.ndarray]) -> Self:
-        """The same checkpoint with bytes from elsewhere: Stored → uint8 [nbytes]."""
+    def reading(self, source: Callable[[TensorEntry], np.ndarray]) -> Self:
+        """The same checkpoint with bytes from elsewhere: TensorEntry → uint8 [nbytes]."""
         other = copy(self)
         other.source, other._experts = source, {}
         return other
@@ -339,11 +339,11 @@ def canonical(name: str) -> str:
     return name
 
 
-def _shards(path: Path) -> tuple[dict[str, Stored], list[str]]:
+def _shards(path: Path) -> tuple[dict[str, TensorEntry], list[str]]:
     """All tensors of the folder by canonical name, and those not where the index says."""
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, TensorEntry] = {}
 
-    def take(stored: Stored) -> None:
+    def take(stored: TensorEntry) -> None:
         other = tensors.setdefault(canonical(stored.name), stored)
         if other is not stored:
             raise InputError(

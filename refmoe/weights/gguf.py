@@ -37,7 +37,7 @@ import numpy as np
 from refmoe.config import Config
 from refmoe.files import InputError
 from refmoe.model.matrix import BF16, Q4, Q8, Coded, Heads, Matrix
-from refmoe.weights.checkpoint import MISSING_LIMIT, Checkpoint, Stored, expected
+from refmoe.weights.checkpoint import MISSING_LIMIT, Checkpoint, TensorEntry, expected
 
 PLAIN = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 28: ("F64", 1, 8)}
 BLOCKS = {2: ("Q4_0", 32, 18), 8: ("Q8_0", 32, 34)}
@@ -106,7 +106,7 @@ class Part:
 
     file: Path
     metadata: dict[str, Any]
-    tensors: dict[str, Stored]  # names as the file has them; shapes slowest first
+    tensors: dict[str, TensorEntry]  # names as the file has them; shapes slowest first
 
 
 def read_part(file: Path) -> Part:
@@ -135,7 +135,7 @@ def read_part(file: Path) -> Part:
     if not isinstance(align, int) or not 0 < align <= 1 << 20:
         raise InputError(f"{file}: general.alignment = {align!r}")
     base = -(-head.at // align) * align
-    found: dict[str, Stored] = {}
+    found: dict[str, TensorEntry] = {}
     for name, shape, kind, place in infos:
         typed, elements, size = _type(file, name, kind)
         if name in found or any(not 0 < n < 2**40 for n in shape) or shape[-1] % elements:
@@ -146,7 +146,7 @@ def read_part(file: Path) -> Part:
                 f"{file}: {name} is {nbytes} bytes at {base + place}, the file has {len(data)}; "
                 "truncated or damaged, copy it again"
             )
-        found[name] = Stored(file, name, typed, shape, base + place, nbytes)
+        found[name] = TensorEntry(file, name, typed, shape, base + place, nbytes)
     return Part(file, metadata, found)
 
 
@@ -163,7 +163,7 @@ def _type(file: Path, name: str, kind: int) -> tuple[str, int, int]:
     return which.name, elements, size
 
 
-def block_of(t: Stored) -> tuple[int, int]:
+def block_of(t: TensorEntry) -> tuple[int, int]:
     """Elements and bytes of a block of its type."""
     for name, elements, size in (*PLAIN.values(), *BLOCKS.values()):
         if name == t.dtype:
@@ -252,7 +252,7 @@ STACKED: dict[str, tuple[str, ...]] = {
 }
 
 
-def named(t: Stored, cfg: Config) -> Iterator[tuple[str, Stored]]:
+def named(t: TensorEntry, cfg: Config) -> Iterator[tuple[str, TensorEntry]]:
     """The checkpoint's names of a GGUF tensor: one, or one of each expert."""
     module, _, end = t.name.rpartition(".")
     layer = re.fullmatch(r"blk\.(\d+)\.(.*)", module)
@@ -375,7 +375,7 @@ class Gguf(Checkpoint):
         found = parts(Path(path))
         metadata = found[0].metadata
         cfg, notes = config_of(metadata, found[0].file)
-        tensors: dict[str, Stored] = {}
+        tensors: dict[str, TensorEntry] = {}
         unread: list[str] = []
         for part in found:
             for t in part.tensors.values():

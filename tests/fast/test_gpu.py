@@ -189,7 +189,7 @@ def test_float16_comes_out_as_it_is(device):
     assert np.array_equal(y, m.astype(np.float32), equal_nan=True)
 
 
-def _known(card: Card, m: Any) -> gpu_card.Stored:
+def _known(card: Card, m: Any) -> gpu_card.GpuMatrix:
     known = card.stored(card.matrix(m))
     assert known is not None
     return known

@@ -23,7 +23,7 @@ from refmoe.config import Config
 from refmoe.fast import kernels, threads
 from refmoe.fast.attention import absorbed, expanded
 from refmoe.fast.engine import engine
-from refmoe.fast.linear import FEW, Inputs, experts, linear, multiply, stored
+from refmoe.fast.linear import FEW, Inputs, experts, kernel_view, linear, multiply
 from refmoe.model import matrix, mla
 from refmoe.model.cache import LatentCache
 from refmoe.model.decoder import policy
@@ -194,7 +194,7 @@ def test_many_tokens_are_few_tokens(kind):
     """Decoded tiles and BLAS give what kernels give, within both their sums."""
     rng = np.random.default_rng(2)
     m, x = draw(kind, 300, 1024, rng), rng.standard_normal((40, 1024)).astype(np.float32)
-    known = stored(m)
+    known = kernel_view(m)
     assert known is not None
     few = np.concatenate([multiply([(Inputs(row[None]), known)])[0] for row in x])
     assert (np.abs(linear(x, m) - few) <= 2 * bound(x, m)).all()
@@ -218,7 +218,7 @@ def test_what_a_mapped_file_holds_is_read_in_place(kind, tmp_path):
         return full[..., : a.shape[-1]]
 
     there = mapped(m) if isinstance(m, np.ndarray) else type(m)(*map(mapped, m))
-    assert stored(there) is not None
+    assert kernel_view(there) is not None
     np.testing.assert_array_equal(linear(x, there), linear(x, m))
 
 

@@ -13,11 +13,11 @@ import refmoe
 from refmoe.model.decoder import Decoder, layer
 from refmoe.model.matrix import round_bf16
 from refmoe.model.mla import Segment
+from refmoe.model.points import kind
 from refmoe.model.rope import cos_sin, inv_freq, softmax_scale
 from refmoe.oracle.faults import base as faults_base
 from refmoe.oracle.faults.base import Fault, altered
 from refmoe.oracle.faults.dictionary import BY_ID, FAULTS, candidates, equivalent
-from refmoe.oracle.graph import kind
 from refmoe.oracle.trace import Recorder
 from refmoe.weights.synthetic.members import write_member
 from refmoe.weights.synthetic.random import write_random

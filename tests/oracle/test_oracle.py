@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import refmoe
+from refmoe.model.points import parents
 from refmoe.oracle import noise
 from refmoe.oracle.check import Case, arbitrate, check
-from refmoe.oracle.graph import parents
 from refmoe.oracle.noise import PROFILES, profile_of
 from refmoe.oracle.readers.adapt import adapt
 from refmoe.oracle.readers.dump import Dump

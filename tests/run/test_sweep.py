@@ -25,11 +25,11 @@ from refmoe import cli
 from refmoe.files import InputError
 from refmoe.model.matrix import dequantize
 from refmoe.model.norm import rms_norm
+from refmoe.model.points import points as points_of
 from refmoe.oracle.readers.dump import read_dump
 from refmoe.run.generate import prefill, working
 from refmoe.run.sweep import layers as sweeps_layers
 from refmoe.run.sweep.sweep import sweep
-from refmoe.run.sweep.work import point_sizes
 from refmoe.weights.streaming.reader import WAYS
 from refmoe.weights.streaming.store import Store
 from refmoe.weights.synthetic.random import write_random
@@ -98,9 +98,8 @@ def test_all_points_are_those_of_a_trace(which, tiny_k2, grouped, random_int4, t
             else:
                 np.testing.assert_allclose(mine[name], x, rtol=0, atol=1e-12 * np.abs(x).max())
         if n == 0:
-            names = {k for k in point_sizes(model.cfg) if ".experts." not in k}
-            absorbed = {k for k in names if k.endswith(("#q_latent", "#context_latent"))}
-            assert names - absorbed == {k for k in seen if ".experts." not in k} - {"lm_head"}
+            names = [k for k in points_of(model.cfg) if ".experts." not in k]
+            assert names == [k for k in seen if ".experts." not in k]
 
 
 def test_one_prompt_reads_as_a_trace(random_int4, tmp_path):

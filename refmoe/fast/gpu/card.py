@@ -41,7 +41,7 @@ READS = (
 )
 
 
-class Stored(NamedTuple):
+class GpuMatrix(NamedTuple):
     """A matrix as kernels take it."""
 
     form: Form
@@ -87,7 +87,7 @@ class Card:
     rows: int | None = None  # of a prompt at a time
     cache: str = "float32"  # or bf16, as caches were planned
     said: str = ""  # the placement, for people
-    _known: dict[int, tuple[Matrix, Stored | None]] = field(default_factory=dict)
+    _known: dict[int, tuple[Matrix, GpuMatrix | None]] = field(default_factory=dict)
     _same: dict[Any, list[tuple[np.ndarray, Array]]] = field(default_factory=dict)
     _pinned: np.ndarray | None = None
     _place: tuple[Array, int] | None = None  # and how much of it is taken
@@ -267,7 +267,7 @@ class Card:
 
     # --- products
 
-    def stored(self, m: Matrix) -> Stored | None:
+    def stored(self, m: Matrix) -> GpuMatrix | None:
         """None where no kernel reads it. Matrices are remembered, and so held."""
         known = self._known.get(id(m))
         if known is None or known[0] is not m:
@@ -308,7 +308,7 @@ class Card:
         """An array is a matrix by itself: views of it come and go."""
         return isinstance(m, self.device.xp.ndarray)
 
-    def decoded(self, m: Stored, begin: int, end: int) -> Array:
+    def decoded(self, m: GpuMatrix, begin: int, end: int) -> Array:
         """Rows as float32."""
         I = m.shape[1]
         out = self.device.xp.empty((end - begin, I), np.float32)
@@ -319,7 +319,7 @@ class Card:
             self.device.launch(m.form.name, "decode", grid, args, 0)
         return out
 
-    def by_head(self, x: Array, m: Stored, first: int, count: int, every: int) -> Array:
+    def by_head(self, x: Array, m: GpuMatrix, first: int, count: int, every: int) -> Array:
         """y[t, h] = W[h·every + first …] x[t, h], so many rows: [T, H, I] → [T, H, count]."""
         T, H, I = x.shape
         y = self.device.xp.empty((T, H, count), np.float32)
@@ -331,7 +331,7 @@ class Card:
         self,
         x: Array,
         x_strides: tuple[int, int],
-        m: Stored,
+        m: GpuMatrix,
         y: Array,
         y_strides: tuple[int, int],
         which: tuple[int, int, int],
@@ -352,7 +352,7 @@ class Card:
         )
         self.device.launch(m.form.name, f"rows_{R}_{at_once}", grid, args, shared_bytes(m.form))
 
-    def latent(self, q: Array, m: Stored, every: int) -> Array:
+    def latent(self, q: Array, m: GpuMatrix, every: int) -> Array:
         """y[t, h, c] = Σ_n W[h·every + n, c] q[t, h, n]: [T, H, N] → [T, H, C]."""
         (T, H, N), C = q.shape, m.shape[1]
         y = self.device.xp.empty((T, H, C), np.float32)
@@ -362,7 +362,7 @@ class Card:
         return y
 
 
-def _stored(m: Any) -> Stored | None:
+def _stored(m: Any) -> GpuMatrix | None:
     scale: Array = None
     share = 1
     match m:
@@ -383,7 +383,7 @@ def _stored(m: Any) -> Stored | None:
     if not w.flags.c_contiguous:
         return None
     s = w if scale is None else scale
-    return Stored(FORMS[name], w, w.strides[0], s, s.strides[0], share, tuple(m.shape))
+    return GpuMatrix(FORMS[name], w, w.strides[0], s, s.strides[0], share, tuple(m.shape))
 
 
 def _rounds(m: Any, rounded: tuple[str, ...]) -> bool:

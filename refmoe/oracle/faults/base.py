@@ -41,8 +41,8 @@ from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import Experts, ExpertsFrom, MlpWeights, MoeWeights
 from refmoe.model.matrix import BF16, Fp8Block, Int4, Matrix, dequantize
 from refmoe.model.numerics import Numerics, Watch
+from refmoe.model.points import kind
 from refmoe.model.router import GateWeights, Routing, sigmoid
-from refmoe.oracle.graph import kind
 
 Alter = Callable[[Decoder, int | None], Decoder]  # layer it is confined to; None: all
 Graded = Callable[[Decoder, int | None, float], Decoder]  # the same with a strength in (0, 1]

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from refmoe.config import Config
+from refmoe.model.points import kind
 from refmoe.oracle.faults.attention import ATTENTION
 from refmoe.oracle.faults.base import Fault
 from refmoe.oracle.faults.experts import EXPERTS
@@ -11,7 +12,6 @@ from refmoe.oracle.faults.norms import NORMS
 from refmoe.oracle.faults.positions import POSITIONS
 from refmoe.oracle.faults.router import ROUTER
 from refmoe.oracle.faults.stored import STORED
-from refmoe.oracle.graph import kind
 
 
 def candidates(point: str, through: Iterable[str], cfg: Config | None = None) -> list[Fault]:

@@ -6,8 +6,8 @@ import numpy as np
 
 from refmoe.model.matrix import Matrix, dequantize
 from refmoe.model.norm import rms_norm
+from refmoe.model.points import kind
 from refmoe.oracle.faults.base import LATENT, MAIN, Changes, Here, has_low_rank_queries, written
-from refmoe.oracle.graph import kind
 
 # ------------------------------------------------------------------ norms
 

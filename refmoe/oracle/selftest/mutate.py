@@ -35,11 +35,11 @@ from typing import Any
 import numpy as np
 
 from refmoe.model.decoder import Decoder
+from refmoe.model.points import kind
 from refmoe.oracle.cause import inside
 from refmoe.oracle.check import Case
 from refmoe.oracle.faults.base import Fault, altered
 from refmoe.oracle.faults.dictionary import BY_ID, FAULTS, equivalent
-from refmoe.oracle.graph import kind
 from refmoe.oracle.noise import PROFILES, Profile
 from refmoe.oracle.readers.dump import Dump
 from refmoe.oracle.selftest.power import really_rounding

@@ -10,7 +10,7 @@ from refmoe.config import Config
 from refmoe.model.decoder import (
     Decoder,
 )
-from refmoe.oracle.graph import kind
+from refmoe.model.points import kind
 from refmoe.oracle.noise import Profile, emulated
 from refmoe.oracle.statistics import LEAST_SPREAD
 from refmoe.oracle.truth.errors import _known_rms, differences, errors, reached

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from refmoe.fast import threads
-from refmoe.fast.linear import Inputs, multiply, stored
+from refmoe.fast.linear import Inputs, kernel_view, multiply
 from refmoe.model import matrix
 from refmoe.model.matrix import BF16, E4M3, Fp8Block, Int4, Matrix, quantize_q8
 from refmoe.run.bench import base
@@ -64,7 +64,7 @@ def measure_kernels(
             for T in tokens:
                 x = rng.standard_normal((T, I)).astype(np.float32)
                 few = matrix.rows(each[0], slice(0, ROWS))
-                known = stored(few, fast=name.endswith("-fast"))
+                known = kernel_view(few, fast=name.endswith("-fast"))
                 assert known is not None
                 error = relative_error(multiply([(Inputs(x), known)])[0], x, few)
                 for count in counts:
@@ -89,7 +89,7 @@ def _rates(
     name: str, each: Sequence[Matrix], x: np.ndarray, stream: Stream
 ) -> tuple[list[float], list[float]]:
     """Measure rates in GB/s of weights, and each one's ratio to that of reading."""
-    known = [stored(m, fast=name.endswith("-fast")) for m in each]
+    known = [kernel_view(m, fast=name.endswith("-fast")) for m in each]
     here = [m for m in known if m is not None]
     nbytes = sum(m.nbytes for m in each)
     rates: list[float] = []

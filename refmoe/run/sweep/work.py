@@ -17,6 +17,8 @@ from refmoe.model.decoder import (
     Decoder,
     check_tokens,
 )
+from refmoe.model.points import FORMS, numbers_per_row
+from refmoe.model.points import points as points_of
 from refmoe.run.load import Model
 
 VERSION = 1  # of the folder's contents
@@ -201,58 +203,13 @@ def _chunks(starts: Sequence[int], chunk: int) -> Iterator[list[Piece]]:
 WHOLE = ("#scores", "#probs", ".kv_b_proj")  # of a prompt, not of a row
 
 
-def point_sizes(cfg: Config) -> dict[str, float]:
-    """Every point but the logits, in some order, and how many numbers it has for each row.
-
-    `#scores` and `#probs` have as many for each pair of rows of a prompt; of experts' points the
-    numbers are those of a row on average.
-    """
-    D, H, A, C = cfg.hidden_size, cfg.num_attention_heads, cfg.q_lora_rank, cfg.kv_lora_rank
-    N, R, V, K = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim, cfg.num_experts_per_tok
-    F, E = cfg.moe_intermediate_size, cfg.n_routed_experts
-    out: dict[str, float] = {"model.embed_tokens": D}
-
-    def mlp(at: str, width: float, D: float) -> None:
-        out.update({f"{at}{part}": width for part in ("gate_proj", "up_proj", "act")})
-        out[f"{at}down_proj"] = D
-
-    for i in range(cfg.num_hidden_layers):
-        at = f"model.layers.{i}"
-        a = f"{at}.self_attn"
-        out |= {f"{at}.input_layernorm": D}
-        if A is None:
-            out |= {f"{a}.q_proj": H * (N + R)}
-        else:
-            out |= {f"{a}.q_a_proj": A, f"{a}.q_a_layernorm": A, f"{a}.q_b_proj": H * (N + R)}
-        out |= {f"{a}.kv_a_proj_with_mqa": C + R, f"{a}.kv_a_layernorm": C}
-        out |= {f"{a}#q_pe": H * R, f"{a}#k_pe": R}
-        out |= {f"{a}.kv_b_proj": H * (N + V), f"{a}#q_latent": H * C}
-        out |= {f"{a}#context_latent": H * C}
-        out |= {f"{a}#scores": H, f"{a}#probs": H, f"{a}#context": H * V, f"{a}.o_proj": D}
-        out |= {a: D, f"{at}#attn_residual": D, f"{at}.post_attention_layernorm": D}
-        m = f"{at}.mlp"
-        if cfg.is_moe(i):
-            out |= {f"{m}.gate": E, f"{m}.gate#experts": K, f"{m}.gate#weights": K}
-            for e in range(E):
-                out[f"{m}.experts.{e}#rows"] = K / E
-                mlp(f"{m}.experts.{e}.", F * K / E, D * K / E)
-            out |= {f"{m}.experts": D}
-            if cfg.n_shared_experts:
-                mlp(f"{m}.shared_experts.", F * cfg.n_shared_experts, D)
-                out |= {f"{m}.shared_experts": D}
-        else:
-            mlp(f"{m}.", cfg.intermediate_size, D)
-        out |= {m: D, at: D}
-    return out | {"model.norm": D}
-
-
 def _wanted(cfg: Config, patterns: Sequence[str], longest: int, chunk: int) -> frozenset[str]:
     """Points that the patterns name, and what always is written."""
     last = f"model.layers.{cfg.num_hidden_layers - 1}"
-    sizes = point_sizes(cfg) if patterns else {}
+    names = [name for name in points_of(cfg, FORMS) if name != LOGITS] if patterns else []
     out: set[str] = set()
     for pattern in patterns:
-        found = {name for name in sizes if fnmatchcase(name, pattern)}
+        found = {name for name in names if fnmatchcase(name, pattern)}
         if not found:
             hint = "; logits are asked for by themselves" if fnmatchcase(LOGITS, pattern) else ""
             raise InputError(
@@ -288,10 +245,9 @@ def _needed(work: Work) -> int:
     moe = sum(map(cfg.is_moe, range(cfg.num_hidden_layers)))
     kept = moe * T * (K * (2 + b) + 16) + head
     lengths = np.diff(work.starts)
-    sizes = point_sizes(cfg) if len(work.wanted) > 2 * moe else {}
-    for name in work.wanted & sizes.keys():
+    for name in sorted(work.wanted):
         if name.endswith(("gate#experts", "gate#weights")):
             continue
         pairs = name.endswith(("#scores", "#probs"))
-        kept += int(b * sizes[name] * ((lengths**2).sum() if pairs else T))
+        kept += int(b * numbers_per_row(name, cfg) * ((lengths**2).sum() if pairs else T))
     return scratch + 2 * kept + T * b * cfg.hidden_size

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from refmoe.files import InputError
-from refmoe.weights.checkpoint import Checkpoint, Stored
+from refmoe.weights.checkpoint import Checkpoint, TensorEntry
 from refmoe.weights.streaming.reader import PAGE, Extent
 
 GAP = 2 * PAGE  # bytes between two tensors that are read along with them
@@ -22,9 +22,9 @@ class Layout(NamedTuple):
     nbytes: int
 
 
-def layout(tensors: Iterable[Stored]) -> Layout:
+def layout(tensors: Iterable[TensorEntry]) -> Layout:
     """Whole pages of the files; tensors near each other are one read."""
-    runs: list[list[Stored]] = []
+    runs: list[list[TensorEntry]] = []
     for t in sorted(tensors, key=lambda t: (t.file.as_posix(), t.start)):
         last = runs[-1][-1] if runs else None
         if last and last.file == t.file and t.start - (last.start + last.nbytes) <= GAP:
@@ -86,7 +86,7 @@ def _dense(items: Sequence[int], stay: int) -> int:
     return sum(sizes[:stay]) + (2 * sizes[stay] if stay < len(sizes) else 0)
 
 
-def expert_tensors(checkpoint: Checkpoint, layer: int, e: int) -> list[Stored]:
+def expert_tensors(checkpoint: Checkpoint, layer: int, e: int) -> list[TensorEntry]:
     """The tensors of a routed expert."""
     at = f"model.layers.{layer}.mlp.experts.{e}."
     ends = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_scale_inv")
@@ -95,14 +95,14 @@ def expert_tensors(checkpoint: Checkpoint, layer: int, e: int) -> list[Stored]:
     return [tensors[name] for name in names if name in tensors]
 
 
-def _slot(tensors: Sequence[Stored]) -> int:
+def _slot(tensors: Sequence[TensorEntry]) -> int:
     """Bytes that are enough wherever in its file an expert of this size lies."""
     return sum(-(-(t.nbytes + 2 * PAGE + GAP) // PAGE) * PAGE for t in tensors)
 
 
-def _by_layer(checkpoint: Checkpoint) -> list[list[Stored]]:
+def _by_layer(checkpoint: Checkpoint) -> list[list[TensorEntry]]:
     """What every token uses of each layer."""
-    out: list[list[Stored]] = [[] for _ in range(checkpoint.cfg.num_hidden_layers)]
+    out: list[list[TensorEntry]] = [[] for _ in range(checkpoint.cfg.num_hidden_layers)]
     for name, stored in checkpoint.tensors.items():
         if name.startswith("model.layers.") and ".mlp.experts." not in name:
             i = int(name.split(".", 3)[2])
@@ -111,7 +111,7 @@ def _by_layer(checkpoint: Checkpoint) -> list[list[Stored]]:
     return out
 
 
-def _head_tiles(checkpoint: Checkpoint) -> list[list[Stored]]:
+def _head_tiles(checkpoint: Checkpoint) -> list[list[TensorEntry]]:
     """lm_head in tiles of whole rows; one tile where it has scales beside it."""
     own = [t for name, t in checkpoint.tensors.items() if name.startswith("lm_head.")]
     if [name for name in checkpoint.tensors if name.startswith("lm_head.")] != ["lm_head.weight"]:

@@ -42,7 +42,7 @@ from refmoe.model.experts import MlpWeights, MoeWeights
 from refmoe.model.matrix import Matrix, Tiled, dequantize
 from refmoe.model.numerics import Numerics
 from refmoe.model.router import route
-from refmoe.weights.checkpoint import Checkpoint, Stored, advise
+from refmoe.weights.checkpoint import Checkpoint, TensorEntry, advise
 from refmoe.weights.streaming import reader
 from refmoe.weights.streaming.budget import (
     FEW,
@@ -131,7 +131,7 @@ class Store:
     def embedding(self) -> Matrix:
         """Mapped, without what a system reads ahead."""
 
-        def source(t: Stored) -> np.ndarray:
+        def source(t: TensorEntry) -> np.ndarray:
             file = np.memmap(t.file, np.uint8, "r")
             self.maps.append(file)
             advise(file, "MADV_RANDOM")
@@ -216,7 +216,7 @@ def store(checkpoint: Checkpoint, ram: int | None, way: str | None = None) -> St
     return Store(checkpoint, ram, way)
 
 
-def _copied(t: Stored) -> np.ndarray:
+def _copied(t: TensorEntry) -> np.ndarray:
     with t.file.open("rb") as f:
         f.seek(t.start)
         return np.frombuffer(f.read(t.nbytes), np.uint8)
@@ -332,7 +332,7 @@ def _from(memory: np.ndarray, there: Layout) -> Any:
     fixed = memory.view()
     fixed.flags.writeable = False
 
-    def source(t: Stored) -> np.ndarray:
+    def source(t: TensorEntry) -> np.ndarray:
         at = there.at[t.file, t.start]
         return fixed[at : at + t.nbytes]
 
