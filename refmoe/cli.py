@@ -43,7 +43,7 @@ from refmoe.oracle.truth.file import read_truth
 from refmoe.oracle.truth.make import make as make_truth
 from refmoe.run import export
 from refmoe.run.dialogue import Dialogue, interact, printable
-from refmoe.run.generate import CHUNK, generate_tokens, working
+from refmoe.run.generate import CHUNK, generate_tokens, generation_decoder
 from refmoe.run.load import DENSE, Model, golden_folder, load
 from refmoe.run.plan import hardware as plan_hardware
 from refmoe.run.plan import measure as plan_measure
@@ -59,7 +59,8 @@ from refmoe.text.template import ChatTemplate
 from refmoe.text.tokenizer import Tokenizer
 from refmoe.weights.checkpoint import Checkpoint, summary, tensor_class
 from refmoe.weights.dense import sizes as dense_sizes
-from refmoe.weights.gguf import Gguf, opened
+from refmoe.weights.gguf import Gguf
+from refmoe.weights.open import open_checkpoint
 from refmoe.weights.placement import Parts, parts_of
 from refmoe.weights.streaming.reader import WAYS
 from refmoe.weights.streaming.store import facts as store_facts
@@ -113,7 +114,7 @@ def _generate(args: argparse.Namespace) -> int:
             sys.stdout.flush()
 
     made = generate_tokens(
-        working(model, args.int4, args.cache),
+        generation_decoder(model, args.int4, args.cache),
         prompt,
         max_new_tokens=args.max_new_tokens,
         sampling=how,
@@ -168,7 +169,7 @@ def _chat(args: argparse.Namespace) -> int:
     tools = read_tools(args.tools) if args.tools else None
     template = model.template
     variables = {} if args.thinking is None else {"thinking": args.thinking}
-    decoder = working(model, args.int4, args.cache)
+    decoder = generation_decoder(model, args.int4, args.cache)
     dialogue = Dialogue(model, template, args.system, tools, variables, decoder=decoder)
     how = Sampling(args.temperature, args.top_p, args.min_p)
     interact(dialogue, how, args.seed, args.max_new_tokens, sys.stdout)
@@ -219,7 +220,7 @@ def _tok_input(args: argparse.Namespace, folder: Path, words: Tokenizer) -> tupl
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    checkpoint = opened(args.model or golden_folder() / "tiny-k2")
+    checkpoint = open_checkpoint(args.model or golden_folder() / "tiny-k2")
     facts = summary(checkpoint)
     raw = (
         {k: v for k, v in checkpoint.metadata.items() if not isinstance(v, list)}
@@ -669,7 +670,7 @@ def _bench_model(args: argparse.Namespace) -> dict[str, Any]:
 
     folder = args.model if args.shape is None else _slice(args)
     model = load(folder, dense=args.dense, gpu=_request(args))
-    decoder = working(model, args.int4, args.cache)
+    decoder = generation_decoder(model, args.int4, args.cache)
     count = 128 if args.prompt is None else args.prompt
     measure = measure_decode if args.what == "decode" else measure_prefill
     how = {"dense": args.dense, "int4": args.int4, "cache": args.cache}
@@ -736,7 +737,7 @@ def _plan(args: argparse.Namespace) -> int:
     hardware = _hardware(args)
     dense, cache = args.dense or hardware.dense, args.cache or hardware.cache
     if args.model:
-        checkpoint = opened(args.model)
+        checkpoint = open_checkpoint(args.model)
         parts, eighths = parts_of(checkpoint, dense), parts_of(checkpoint, "q8")
     else:
         cfg = plan_time.model_config(args.config, args.member)

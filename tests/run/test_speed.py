@@ -15,7 +15,7 @@ from refmoe.files import InputError
 from refmoe.model.matrix import Q8, dequantize, quantize_q8
 from refmoe.run.bench import base as bench_base
 from refmoe.run.bench import kernels as bench_kernels
-from refmoe.run.generate import prefill, step, working
+from refmoe.run.generate import generation_decoder, prefill, step
 from refmoe.weights import dense
 from refmoe.weights.checkpoint import Checkpoint
 from refmoe.weights.synthetic.k2_slice import SHAPE as K2
@@ -173,7 +173,7 @@ def test_decoding_by_steps_is_the_whole_sequence(small):
         return float(np.sqrt(((logits - truth) ** 2).mean()))
 
     def stepped(int4: str) -> np.ndarray:
-        decoder = working(refmoe.load(small), int4)
+        decoder = generation_decoder(refmoe.load(small), int4)
         memory = decoder.caches()
         rows = [prefill(decoder, tokens[:3], memory)]
         return np.array(rows + [step(decoder, token, memory) for token in tokens[3:]])
@@ -190,7 +190,7 @@ def test_a_bf16_cache_costs_less_than_an_engine_in_bf16(small):
     truth = refmoe.load(small, "float64", reference=True).logits(tokens)[2:]
 
     def off(cache: str) -> float:
-        decoder = working(refmoe.load(small), "exact", cache)
+        decoder = generation_decoder(refmoe.load(small), "exact", cache)
         memory = decoder.caches()
         rows = [prefill(decoder, tokens[:3], memory)]
         rows += [step(decoder, token, memory) for token in tokens[3:]]

@@ -27,7 +27,7 @@ from refmoe.model.matrix import dequantize
 from refmoe.model.norm import rms_norm
 from refmoe.model.points import points as points_of
 from refmoe.oracle.readers.dump import read_dump
-from refmoe.run.generate import prefill, working
+from refmoe.run.generate import generation_decoder, prefill
 from refmoe.run.sweep import layers as sweeps_layers
 from refmoe.run.sweep.sweep import sweep
 from refmoe.weights.streaming.reader import WAYS
@@ -77,7 +77,7 @@ def test_a_sweep_is_generation(which, numerics, chunk, tiny_k2, grouped, random_
         assert np.abs(logits - whole).max() <= bound
         if numerics == "float64":  # 2⁻⁵³ a rounding, of which 10⁴ lie one behind another at most
             assert np.abs(logits - whole).max() <= 1e-12 * np.abs(whole).max()
-        decoder = working(model, "exact")
+        decoder = generation_decoder(model, "exact")
         last = prefill(decoder, PROMPTS[n], decoder.caches())
         assert np.abs(logits[-1] - last).max() <= bound
 

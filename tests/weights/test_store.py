@@ -20,11 +20,11 @@ from refmoe.run.export import to_gguf
 from refmoe.run.generate import generate_tokens, prefill, step
 from refmoe.run.load import load
 from refmoe.weights.checkpoint import Checkpoint
-from refmoe.weights.gguf import opened
+from refmoe.weights.open import open_checkpoint
 from refmoe.weights.streaming import reader
 from refmoe.weights.streaming.budget import divide, expert_tensors, least
 from refmoe.weights.streaming.reader import MAYBE, PAGE, PIECE, URGENT, Extent, Reader
-from refmoe.weights.streaming.store import Store, store
+from refmoe.weights.streaming.store import Store, open_store
 from refmoe.weights.synthetic.k2_full import k2_full
 from refmoe.weights.synthetic.random import write_random
 
@@ -42,7 +42,7 @@ def folders(tmp_path_factory, tiny_k2):
 
 
 def smallest(path):
-    s = Store(opened(path), 10**12, "cached")
+    s = Store(open_checkpoint(path), 10**12, "cached")
     s.close()
     return s.least
 
@@ -206,7 +206,7 @@ def test_where_all_fits_or_lies_in_memory_nothing_is_streamed(tiny_k2):
     copy = shm / f"refmoe-test-{os.getpid()}"
     try:
         shutil.copytree(tiny_k2, copy)
-        assert store(Checkpoint.open(copy), 8_000_000) is None
+        assert open_store(Checkpoint.open(copy), 8_000_000) is None
     finally:
         shutil.rmtree(copy, ignore_errors=True)
     assert not reader.in_memory(tiny_k2) or "shm" in str(tiny_k2)
@@ -351,10 +351,10 @@ def test_bench_store_prints_its_document(capsys):
 BUDGET = """
 import sys
 from refmoe.run.load import load
-from refmoe.run.generate import working, prefill, step
+from refmoe.run.generate import generation_decoder, prefill, step
 from refmoe.weights.streaming.reader import high_water
 def start(model):
-    decoder = working(model)
+    decoder = generation_decoder(model)
     memory = decoder.caches()
     prefill(decoder, [1], memory)
     return decoder, memory

@@ -22,7 +22,7 @@ from refmoe.model.matrix import (
     tiles,
 )
 from refmoe.weights.checkpoint import Checkpoint, expected
-from refmoe.weights.gguf import opened
+from refmoe.weights.open import open_checkpoint
 
 LOOSE = 0.35  # of the RMS: two-bit formats are off by a quarter
 
@@ -39,7 +39,7 @@ class Verdict(NamedTuple):
 
 def verify(a: str | Path, b: str | Path) -> Iterator[Verdict]:
     """Each module of the first in the second. Raises `InputError` where one cannot be opened."""
-    ours, theirs = opened(a), opened(b)
+    ours, theirs = open_checkpoint(a), open_checkpoint(b)
     if _shape(ours) != _shape(theirs):
         raise InputError(f"{a} and {b} are of different shapes; not two files of one model")
     for module in modules(ours):

@@ -22,7 +22,7 @@ from refmoe.fast.gpu.placement import Request
 from refmoe.model import matrix
 from refmoe.run.bench.base import relative_error
 from refmoe.run.bench.kernels import EIGHT, SHAPES, draw
-from refmoe.run.generate import prefill, step, working
+from refmoe.run.generate import generation_decoder, prefill, step
 from refmoe.run.load import Model, load
 from refmoe.weights.placement import on_card, parts_of
 
@@ -98,7 +98,7 @@ def _error(card: Card, there: Any, m: Any, x: np.ndarray, host: Any) -> float:
 
 def decode_rate(model: Model) -> float:
     """Return tokens a second, the middle of the steps after a prompt."""
-    decoder = working(model)
+    decoder = generation_decoder(model)
     memory = decoder.caches()
     rng = np.random.default_rng(1)
     count = PROMPT + WARM + STEPS

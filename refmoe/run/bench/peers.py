@@ -21,7 +21,7 @@ from refmoe.run.bench.decode import measure_decode
 from refmoe.run.bench.model import random_tokens
 from refmoe.run.bench.prefill import measure_prefill
 from refmoe.run.export import to_gguf
-from refmoe.run.generate import working
+from refmoe.run.generate import generation_decoder
 from refmoe.run.load import Model, load
 from refmoe.version import __version__ as refmoe_version
 from refmoe.weights.checkpoint import Checkpoint, expected
@@ -46,7 +46,7 @@ def measure_peers(
     rows: list[Row] = []
     for dense in ("exact", "q8"):
         model = load(folder, dense=dense)
-        decoder = working(model)
+        decoder = generation_decoder(model)
         one = measure_decode(model, decoder, 16, steps)
         many = measure_prefill(model, decoder, length)
         rows.append((f"refmoe, {dense}", refmoe_version, one["tok_s"], many["tok_s"]))

@@ -15,7 +15,7 @@ import numpy as np
 from refmoe.files import InputError
 from refmoe.run.bench.base import time_call
 from refmoe.run.bench.model import random_tokens
-from refmoe.run.generate import prefill, step, working
+from refmoe.run.generate import generation_decoder, prefill, step
 from refmoe.run.load import load
 from refmoe.weights.streaming.reader import high_water
 
@@ -42,7 +42,7 @@ def measure_store(
     store = model.store
     if store is None:
         raise InputError(f"{ram / 1e9:.1f} GB: all fits, or lies in memory; nothing is streamed")
-    decoder = working(model, int4)
+    decoder = generation_decoder(model, int4)
     memory = decoder.caches()
     ids = random_tokens(model, prompt + WARM + steps)
     prefill(decoder, ids[:prompt], memory)

@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refmoe.run.generate import CHUNK, alone
+from refmoe.run.generate import CHUNK, single_blas_thread
 from refmoe.run.load import Model
 from refmoe.run.sweep.files import _clear, _explained, _locked
 from refmoe.run.sweep.head import _head
@@ -90,7 +90,10 @@ def sweep(
     folder = out.with_name(out.name + ".part")
     with _locked(folder, restart), _explained(work, folder), np.errstate(over="ignore"):
         began = time.perf_counter()
-        with np.errstate(invalid="ignore"), alone(model.decoder):  # points name what is not finite
+        with (
+            np.errstate(invalid="ignore"),
+            single_blas_thread(model.decoder),
+        ):  # points name what is not finite
             run = _begin(work, folder)
             before, read = run.state["done"], run.state["bytes_read"]
             with run.bar:

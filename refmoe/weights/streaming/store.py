@@ -57,7 +57,7 @@ from refmoe.weights.streaming.budget import (
     least,
 )
 from refmoe.weights.streaming.reader import MAYBE, SOON, URGENT, Reader, Ticket
-from refmoe.weights.streaming.usage import usage, usage_file
+from refmoe.weights.streaming.usage import read_usage, usage_file
 
 FADING = 0.999  # of an expert's use, from pass to pass
 HOT = 0.75  # of the arena
@@ -202,7 +202,7 @@ def line(store: Store) -> str:
     return f"[{', '.join(parts)}]"
 
 
-def store(checkpoint: Checkpoint, ram: int | None, way: str | None = None) -> Store | None:
+def open_store(checkpoint: Checkpoint, ram: int | None, way: str | None = None) -> Store | None:
     """A `Store` where one is needed: None without a budget, where all fits, or lies in memory.
 
     way: of reading, direct or cached; None: the quicker one.
@@ -366,7 +366,7 @@ class _Arena:
         return usage_file(self.store.checkpoint)
 
     def _load(self) -> None:
-        use = usage(self.store.checkpoint)
+        use = read_usage(self.store.checkpoint)
         if use is not None:
             self.use = use
 
