@@ -63,8 +63,7 @@ from refmoe.weights.gguf import Gguf
 from refmoe.weights.open import open_checkpoint
 from refmoe.weights.placement import Parts, parts_of
 from refmoe.weights.streaming.reader import WAYS
-from refmoe.weights.streaming.store import facts as store_facts
-from refmoe.weights.streaming.store import line as store_line
+from refmoe.weights.streaming.store import describe_store, format_store
 from refmoe.weights.synthetic import members, random
 from refmoe.weights.synthetic.k2_full import NAME as FULL
 from refmoe.weights.synthetic.k2_full import SAID as FULL_SAID
@@ -141,7 +140,7 @@ def _generate(args: argparse.Namespace) -> int:
                 "seconds": end - began,
                 "tok_s": rate,
                 "first_token_s": first[1] if first else None,
-                "store": store_facts(model.store) if model.store else None,
+                "store": describe_store(model.store) if model.store else None,
                 **_card_facts(model),
             }
         )
@@ -155,7 +154,7 @@ def _generate(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         if model.store:
-            print(store_line(model.store), file=sys.stderr)
+            print(format_store(model.store), file=sys.stderr)
         if card := _card_facts(model).get("gpu"):
             peak, budget = card["vram_peak"] / 1e9, card["budget"] / 1e9
             print(f"[at most {peak:.2f} GB of {budget:.2f} on the card]", file=sys.stderr)
@@ -331,7 +330,7 @@ def _sweep(args: argparse.Namespace) -> int:
             f"{done.seconds:.1f} s{after}"
         )
         if model.store:
-            print(store_line(model.store), file=sys.stderr)
+            print(format_store(model.store), file=sys.stderr)
     return 0
 
 

@@ -49,14 +49,14 @@ def measure_store(
     for token in ids[prompt : prompt + WARM]:
         step(decoder, token, memory)
     sample = max(256 << 20, store.slot)
-    rates = [store.read_rate(sample)]
+    rates = [store.arena.measure_read_rate(sample)]
     store.reset()
     seconds = [
         time_call(lambda token=token: step(decoder, token, memory))  # type: ignore[misc]
         for token in ids[prompt + WARM :]
     ]
     counters = store.counters
-    rates.append(store.read_rate(sample))
+    rates.append(store.arena.measure_read_rate(sample))
     kept = sum(c.stored[0].nbytes + c.stored[1].nbytes for c in memory)
     total, disk = float(np.sum(seconds)), float(np.mean(rates))
     missed = counters.bytes_read / steps

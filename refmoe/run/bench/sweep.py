@@ -16,7 +16,7 @@ from refmoe.files import InputError
 from refmoe.run.bench.model import random_tokens
 from refmoe.run.load import Model, load
 from refmoe.run.sweep.sweep import sweep
-from refmoe.weights.streaming.reader import PAGE, WAYS, forget, high_water, rate
+from refmoe.weights.streaming.reader import PAGE, WAYS, forget, high_water, measure_rate
 
 SAMPLE = 1 << 30  # bytes of one reading
 
@@ -70,7 +70,7 @@ def _read_rate(files: list[Path], share: float) -> float:
     found = []
     for way in WAYS:
         try:
-            found.append(rate(file, way, start, min(SAMPLE, size - start)))
+            found.append(measure_rate(file, way, start, min(SAMPLE, size - start)))
         except (OSError, InputError):  # direct reads are refused by some file systems
             continue
     return max(found)
