@@ -4,8 +4,9 @@
     ticket.wait()                            seconds stalled; `InputError` where a file is not whole
 
 A read goes past the page cache (O_DIRECT, F_NOCACHE on macOS) or through it, whichever is quicker
-for this file on this machine: `choose_way` measures it, for neither always is. What the cache would keep
-is kept in the arena anyway, so that going past it saves a copy; but not every file system lets one.
+for this file on this machine: `choose_way` measures it, for neither always is. What the cache would
+keep is kept in the arena anyway, so that going past it saves a copy; but not every file system
+allows it.
 """
 
 import errno
