@@ -11,7 +11,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,19 @@ import numpy as np
 from tqdm import tqdm
 
 import refmoe
-from refmoe.engines import CONVENTIONS
+from refmoe.engines import CONVENTIONS, PROFILES
 from refmoe.fast.threads import use as use_threads
 from refmoe.files import InputError, parse_size, read_json, read_text
 from refmoe.lint import base as lint_base
 from refmoe.lint import lint as lint_lint
-from refmoe.lint.diff import verify as quant_verify
+from refmoe.lint import registry as lint_registry
+from refmoe.lint.diff.report import verify as quant_verify
 from refmoe.model.numerics import PRECISIONS, NonFinite
 from refmoe.oracle import quant as quant_quant
 from refmoe.oracle import repro
 from refmoe.oracle.base_logits import divergence, read_base, write_base
-from refmoe.oracle.check import Case, arbitrate
+from refmoe.oracle.check import arbitrate, judge_dump
 from refmoe.oracle.judge import Report
-from refmoe.oracle.noise import PROFILES
 from refmoe.oracle.readers.dump import read_dump
 from refmoe.oracle.report import write as write_html
 from refmoe.oracle.selftest import golden, mutate
@@ -41,6 +41,7 @@ from refmoe.oracle.trace import trace, write
 from refmoe.oracle.truth.check import check_truth
 from refmoe.oracle.truth.file import read_truth
 from refmoe.oracle.truth.make import make as make_truth
+from refmoe.oracle.words import arbitration_lines, report_lines
 from refmoe.run import export
 from refmoe.run.dialogue import Dialogue, interact, printable
 from refmoe.run.generate import CHUNK, generate_tokens, generation_decoder
@@ -362,7 +363,7 @@ def _check(args: argparse.Namespace) -> int:
     model = load(args.model, "float64", reference=True)
     tokens = read_sequence(args.tokens) if args.tokens else None
     engine = args.engine or "refmoe"
-    case = Case(model, dump, tokens, engine, args.profile)
+    case = judge_dump(model, dump, tokens, engine, args.profile)
     if args.repro and case.report.verdict == "fault":
         for path in repro.write(case, args.repro):
             print(f"refmoe: wrote {path}", file=sys.stderr)
@@ -370,7 +371,7 @@ def _check(args: argparse.Namespace) -> int:
         print(f"refmoe: wrote {write_html(case, args.html)}", file=sys.stderr)
     if args.against is None:
         return _show(case.report, args)
-    second = Case(
+    second = judge_dump(
         model,
         read_dump(args.against),
         tokens,
@@ -381,15 +382,7 @@ def _check(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(both.as_json())
     else:
-        for name, r in ((args.dump, report), (args.against, other)):
-            where = f" at {r.point}" if r.point else ""
-            print(f"{name}: {r.verdict}{where} under profile {r.profile}; {r.reason}")
-        if both.ratio is not None:
-            print(f"errors of the first over the second: {both.ratio:.3g} at {both.shared} points")
-        at = both.first_difference
-        print(f"the same bits at {both.equal}{f'; they part at {at}' if at else ''}")
-        further = {"a": args.dump, "b": args.against}.get(both.further, "neither")
-        print(f"further from float64: {further}")
+        _print_lines(arbitration_lines(both, str(args.dump), str(args.against)))
     return max(EXIT[report.verdict], EXIT[other.verdict])
 
 
@@ -397,59 +390,16 @@ def _show(report: Report, args: argparse.Namespace) -> int:
     if args.json:
         _print_json(report.as_json())
     else:
-        _check_report(report, args.all, bool(args.truth))
+        _print_lines(report_lines(report, args.all, bool(args.truth)))
     return EXIT[report.verdict]
 
 
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
+
+
 EXIT = {"pass": 0, "fault": 1, "undecidable": 2}
-
-
-def _check_report(report: Report, every: bool, truth: bool = False) -> None:
-    how = "end to end" if truth else "each operation on the engine's own inputs"
-    print(
-        f"{report.compared} tensors compared, {how}; "
-        f"profile {report.profile}, conventions of {report.engine}"
-    )
-    for name, sides in report.conventions.items():
-        print(f"  its side: {name} = {sides}")
-    worst = sorted(report.points, key=lambda p: -p.multiple)
-    shown = report.points if every else worst[:5]
-    print(f"\n{'rel error':>10} {'explained':>10} {'multiple':>9}  point")
-    for p in shown:
-        print(f"{p.rel_error:10.1e} {p.envelope:10.1e} {p.multiple:9.2f}  {p.name}")
-    flips = report.router
-    print(f"\nrouter: {flips['flips']} choices differ, {flips['explained']} explained by noise")
-    if report.missing:
-        print(f"not in the dump: {len(report.missing)} points, first {report.missing[0]}")
-    for name, why in list(report.unmatched.items())[:10]:
-        print(f"not compared: {name}: {why}")
-    print(f"\n{report.verdict.upper()}: ", end="")
-    print(f"{report.point}, {report.reason}" if report.point else report.reason)
-    through = report.judged_with(report.point)
-    if through:
-        more = f" and {len(through) - 4} more" if len(through) > 5 else ""
-        first = through[:4] if more else through
-        print(f"judged together with {', '.join(first)}{more}, which the dump lacks")
-    _cause(report)
-    print(f"nominal chance of a false alarm in the whole report: {report.alpha:g}")
-
-
-def _cause(report: Report) -> None:
-    if report.cause is None:
-        if report.verdict == "fault":
-            print(f"CAUSE: none known fits{f'; {report.shape}' if report.shape else ''}")
-        return
-    cause = report.cause
-    print(f"CAUSE: {cause.text} [{cause.id}]")
-    if cause.references:
-        print(f"  as in {', '.join(cause.references)}")
-    if cause.fitted:
-        print(f"  {cause.fitted}")
-    if cause.equivalent:
-        print(f"  here the same as: {', '.join(cause.equivalent)}")
-    if cause.runner_up:
-        worse = f", {cause.times_worse:.3g} times worse" if cause.times_worse else ""
-        print(f"  next best: {cause.runner_up}{worse}")
 
 
 def _golden(args: argparse.Namespace) -> int:
@@ -540,18 +490,20 @@ def _quant(args: argparse.Namespace) -> int:
     if args.what == "verify":
         if args.b is None:
             raise InputError("quant verify takes two files of one model: A B")
-        found = list(quant_verify.verify(args.a, args.b))
-        document = quant_verify.as_json(found)
+        found = quant_verify(args.a, args.b)
         if args.json:
-            _print_json(document)
+            _print_json(found.as_json())
         else:
-            for v in found:
+            for v in found.tensors:
                 if v.verdict == "wrong" or args.all:
                     rel = "" if v.max_rel is None else f" {v.max_rel:.1e}"
                     print(f"{v.verdict:<10} {v.name}{rel}{f': {v.likely}' if v.likely else ''}")
-            counts = Counter(v.verdict for v in found)
+            for f in found.findings:
+                if f.level != "note" and f.rule != "diff-weights":
+                    print(f)
+            counts = Counter(v.verdict for v in found.tensors)
             print(", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()))
-        return 0 if document["ok"] else 1
+        return 0 if found.ok else 1
     if args.what in ("base", "kl"):
         return _quant_base(args)
     if args.to is None:
@@ -781,17 +733,30 @@ def _hardware(args: argparse.Namespace) -> plan_hardware.Hardware:
 
 
 def _lint(args: argparse.Namespace) -> int:
+    if args.rules:
+        for r in lint_registry.rules():
+            print(f"{r.level:<8} {r.id:<23} {r.summary}")
+        return 0
     folder = args.folder or golden_folder() / "tiny-k2"
-    found = lint_lint.lint_against(folder, args.against) if args.against else lint_lint.lint(folder)
+    chosen = args.select, args.ignore
+    found = (
+        lint_lint.lint_against(folder, args.against, *chosen)
+        if args.against
+        else lint_lint.lint(folder, *chosen)
+    )
     document = lint_base.as_json(found)
     if args.json:
         _print_json(document)
     else:
         for f in found:
-            print(f"{f.level:<8} {f'{f.tensor}: ' if f.tensor else ''}{f.text}")
+            print(f)
         errors = sum(f.level == "error" for f in found)
         print(f"{errors or 'no'} errors in {len(found)} findings")
     return 0 if document["ok"] else 1
+
+
+def _ids(text: str) -> list[str]:
+    return text.split(",")
 
 
 def _mutate(args: argparse.Namespace) -> int:
@@ -1137,6 +1102,11 @@ def _parser() -> argparse.ArgumentParser:
     p = verb("lint", _lint, "what is wrong with a checkpoint, without running it", model=False)
     p.add_argument("folder", type=Path, nargs="?", metavar="DIR", help="default: tiny-k2")
     p.add_argument("--against", type=Path, metavar="DIR", help="another copy of the same model")
+    p.add_argument("--rules", action="store_true", help="list all rules")
+    help = "judge by these rules or families alone"
+    p.add_argument("--select", type=_ids, action="extend", default=[], metavar="ID", help=help)
+    help = "leave these rules or families out"
+    p.add_argument("--ignore", type=_ids, action="extend", default=[], metavar="ID", help=help)
 
     p = verb("mutate", _mutate, "plant every known fault and see it found", model=False)
     p.add_argument("faults", nargs="*", metavar="ID", help="default: all")
