@@ -5,10 +5,10 @@ from math import sqrt
 
 import numpy as np
 
+from refmoe.engines import YARN_READINGS
 from refmoe.lint.base import Found
 from refmoe.lint.facts.settings import Network
 from refmoe.lint.registry import rule
-from refmoe.engines import YARN_READINGS
 from refmoe.lint.yarn import gain, ramp
 from refmoe.model.rope import inv_freq, softmax_scale
 
