@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ from refmoe.oracle.truth.make import make as make_truth
 from refmoe.oracle.words import arbitration_lines, report_lines
 from refmoe.run import export
 from refmoe.run.dialogue import Dialogue, interact, printable
-from refmoe.run.generate import CHUNK, generate_tokens, working
+from refmoe.run.generate import CHUNK, generate_tokens, generation_decoder
 from refmoe.run.load import DENSE, Model, golden_folder, load
 from refmoe.run.plan import hardware as plan_hardware
 from refmoe.run.plan import measure as plan_measure
@@ -55,16 +54,17 @@ from refmoe.run.plan import units as plan_units
 from refmoe.run.plan import validate as plan_validate
 from refmoe.run.sampler import Sampling
 from refmoe.run.sweep.sweep import sweep
-from refmoe.text.chat import ChatTemplate, read_tools
 from refmoe.text.explain import explain
+from refmoe.text.messages import read_tools
+from refmoe.text.template import ChatTemplate
 from refmoe.text.tokenizer import Tokenizer
 from refmoe.weights.checkpoint import Checkpoint, summary, tensor_class
 from refmoe.weights.dense import sizes as dense_sizes
-from refmoe.weights.gguf import Gguf, opened
+from refmoe.weights.gguf import Gguf
+from refmoe.weights.open import open_checkpoint
 from refmoe.weights.placement import Parts, parts_of
 from refmoe.weights.streaming.reader import WAYS
-from refmoe.weights.streaming.store import facts as store_facts
-from refmoe.weights.streaming.store import line as store_line
+from refmoe.weights.streaming.store import describe_store, format_store
 from refmoe.weights.synthetic import members, random
 from refmoe.weights.synthetic.k2_full import NAME as FULL
 from refmoe.weights.synthetic.k2_full import SAID as FULL_SAID
@@ -114,7 +114,7 @@ def _generate(args: argparse.Namespace) -> int:
             sys.stdout.flush()
 
     made = generate_tokens(
-        working(model, args.int4, args.cache),
+        generation_decoder(model, args.int4, args.cache),
         prompt,
         max_new_tokens=args.max_new_tokens,
         sampling=how,
@@ -141,7 +141,7 @@ def _generate(args: argparse.Namespace) -> int:
                 "seconds": end - began,
                 "tok_s": rate,
                 "first_token_s": first[1] if first else None,
-                "store": store_facts(model.store) if model.store else None,
+                "store": describe_store(model.store) if model.store else None,
                 **_card_facts(model),
             }
         )
@@ -155,7 +155,7 @@ def _generate(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         if model.store:
-            print(store_line(model.store), file=sys.stderr)
+            print(format_store(model.store), file=sys.stderr)
         if card := _card_facts(model).get("gpu"):
             peak, budget = card["vram_peak"] / 1e9, card["budget"] / 1e9
             print(f"[at most {peak:.2f} GB of {budget:.2f} on the card]", file=sys.stderr)
@@ -169,7 +169,7 @@ def _chat(args: argparse.Namespace) -> int:
     tools = read_tools(args.tools) if args.tools else None
     template = model.template
     variables = {} if args.thinking is None else {"thinking": args.thinking}
-    decoder = working(model, args.int4, args.cache)
+    decoder = generation_decoder(model, args.int4, args.cache)
     dialogue = Dialogue(model, template, args.system, tools, variables, decoder=decoder)
     how = Sampling(args.temperature, args.top_p, args.min_p)
     interact(dialogue, how, args.seed, args.max_new_tokens, sys.stdout)
@@ -220,7 +220,7 @@ def _tok_input(args: argparse.Namespace, folder: Path, words: Tokenizer) -> tupl
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    checkpoint = opened(args.model or golden_folder() / "tiny-k2")
+    checkpoint = open_checkpoint(args.model or golden_folder() / "tiny-k2")
     facts = summary(checkpoint)
     raw = (
         {k: v for k, v in checkpoint.metadata.items() if not isinstance(v, list)}
@@ -331,7 +331,7 @@ def _sweep(args: argparse.Namespace) -> int:
             f"{done.seconds:.1f} s{after}"
         )
         if model.store:
-            print(store_line(model.store), file=sys.stderr)
+            print(format_store(model.store), file=sys.stderr)
     return 0
 
 
@@ -583,45 +583,49 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _measured(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[Any], list[str]]]:
     """What a benchmark found, and how to show it to people."""
-    from refmoe.run.bench import kernels as speed_kernels
-    from refmoe.run.bench import peers as speed_peers
-    from refmoe.run.bench import table as speed_table
+    from refmoe.run.bench.model import format_model
 
-    lines: Callable[[Any], list[str]] = partial(speed_table.table, args.what)
     if args.what == "kernels":
+        from refmoe.run.bench.kernels import format_kernels, measure_kernels
+
         counts = [args.threads] if args.threads else []
-        return speed_kernels.kernels(args.formats or FORMATS, counts), lines
+        return measure_kernels(args.formats or FORMATS, counts), format_kernels
     if args.what in ("decode", "prefill"):
-        return _bench_model(args), lines
+        return _bench_model(args), format_model
     folder = args.model if args.shape is None else _slice(args)
     if args.what == "peers":
-        return speed_peers.peers(folder, args.folder), lines
-    if args.what == "gpu":
-        from refmoe.run.bench.gpu import bench_gpu, gpu_table
+        from refmoe.run.bench.peers import format_peers, measure_peers
 
-        return bench_gpu(folder, args.dense, args.vram), gpu_table
+        return measure_peers(folder, args.folder), format_peers
+    if args.what == "gpu":
+        from refmoe.run.bench.gpu import format_gpu, measure_gpu
+
+        return measure_gpu(folder, args.dense, args.vram), format_gpu
     how = {"dense": args.dense, "reads": args.reads}
     if args.what == "store":
-        from refmoe.run.bench.store import bench_store, store_table
+        from refmoe.run.bench.store import format_store, measure_store
 
-        return bench_store(folder, args.ram, args.tokens or 12, int4=args.int4, **how), store_table
-    from refmoe.run.bench.sweep import bench_sweep, sweep_table
+        steps = args.tokens or 12
+        return measure_store(folder, args.ram, steps, int4=args.int4, **how), format_store
+    from refmoe.run.bench.sweep import format_sweep, measure_sweep
 
-    return bench_sweep(folder, args.ram, args.prompt or 8, folder=args.folder, **how), sweep_table
+    return measure_sweep(
+        folder, args.ram, args.prompt or 8, folder=args.folder, **how
+    ), format_sweep
 
 
 def _bench_model(args: argparse.Namespace) -> dict[str, Any]:
-    from refmoe.run.bench import base as speed_base
-    from refmoe.run.bench import decode as speed_decode
-    from refmoe.run.bench import prefill as speed_prefill
+    from refmoe.run.bench.base import describe_machine
+    from refmoe.run.bench.decode import measure_decode
+    from refmoe.run.bench.prefill import measure_prefill
 
     folder = args.model if args.shape is None else _slice(args)
     model = load(folder, dense=args.dense, gpu=_request(args))
-    decoder = working(model, args.int4, args.cache)
+    decoder = generation_decoder(model, args.int4, args.cache)
     count = 128 if args.prompt is None else args.prompt
-    measure = speed_decode.decode if args.what == "decode" else speed_prefill.prompt
+    measure = measure_decode if args.what == "decode" else measure_prefill
     how = {"dense": args.dense, "int4": args.int4, "cache": args.cache}
-    found = {"machine": speed_base.machine(), **measure(model, decoder, count), **how}
+    found = {"machine": describe_machine(), **measure(model, decoder, count), **how}
     return {**found, **_card_facts(model)}
 
 
@@ -684,7 +688,7 @@ def _plan(args: argparse.Namespace) -> int:
     hardware = _hardware(args)
     dense, cache = args.dense or hardware.dense, args.cache or hardware.cache
     if args.model:
-        checkpoint = opened(args.model)
+        checkpoint = open_checkpoint(args.model)
         parts, eighths = parts_of(checkpoint, dense), parts_of(checkpoint, "q8")
     else:
         cfg = plan_time.model_config(args.config, args.member)
