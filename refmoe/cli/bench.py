@@ -26,7 +26,7 @@ from refmoe.cli.options import (
 from refmoe.cli.parser import Parser, add_parts, describe
 from refmoe.cli.show import print_json
 from refmoe.files import InputError
-from refmoe.run.generate import working
+from refmoe.run.generate import generation_decoder
 from refmoe.run.load import load
 from refmoe.weights.synthetic.k2_slice import k2_slice
 
@@ -263,19 +263,18 @@ def _engine_line(kind: str, row: dict[str, Any]) -> str:
 
 
 def _run_kernels(args: Namespace) -> int:
-    from refmoe.run.bench.kernels import NAMES, kernels
-    from refmoe.run.bench.table import table
+    from refmoe.run.bench.kernels import NAMES, format_kernels, measure_kernels
 
     _begin(args)
     counts = [args.threads] if args.threads else []
-    return _show(args, kernels(args.formats or NAMES, counts), partial(table, "kernels"))
+    return _show(args, measure_kernels(args.formats or NAMES, counts), format_kernels)
 
 
 def _run_speed(args: Namespace) -> int:
-    from refmoe.run.bench.base import machine
-    from refmoe.run.bench.decode import decode
-    from refmoe.run.bench.prefill import prompt
-    from refmoe.run.bench.table import table
+    from refmoe.run.bench.base import describe_machine
+    from refmoe.run.bench.decode import measure_decode
+    from refmoe.run.bench.model import format_model
+    from refmoe.run.bench.prefill import measure_prefill
 
     check_memory(args)
     request = gpu_request(args)
@@ -284,46 +283,45 @@ def _run_speed(args: Namespace) -> int:
     _begin(args)
     model = load(_folder(args), dense=args.dense, gpu=request)
     how = {"dense": args.dense, "int4": args.int4 or "fast", "cache": args.cache}
-    decoder = working(model, how["int4"], args.cache)
-    measure = decode if args.what == "decode" else prompt
-    found = {"machine": machine(), **measure(model, decoder, args.prompt), **how}
-    return _show(args, {**found, **gpu_facts(model)}, partial(table, args.what))
+    decoder = generation_decoder(model, how["int4"], args.cache)
+    measure = measure_decode if args.what == "decode" else measure_prefill
+    found = {"machine": describe_machine(), **measure(model, decoder, args.prompt), **how}
+    return _show(args, {**found, **gpu_facts(model)}, format_model)
 
 
 def _run_peers(args: Namespace) -> int:
-    from refmoe.run.bench.peers import peers
-    from refmoe.run.bench.table import table
+    from refmoe.run.bench.peers import format_peers, measure_peers
 
     _begin(args)
-    return _show(args, peers(_folder(args), args.folder), partial(table, "peers"))
+    return _show(args, measure_peers(_folder(args), args.folder), format_peers)
 
 
 def _run_store(args: Namespace) -> int:
-    from refmoe.run.bench.store import bench_store, store_table
+    from refmoe.run.bench.store import format_store, measure_store
 
     check_memory(args)
     if args.ram is None:
         raise InputError("--ram BYTES: the budget, like 4GB")
     _begin(args)
     how = {"int4": args.int4 or "fast", "dense": args.dense, "reads": args.reads}
-    return _show(args, bench_store(_folder(args), args.ram, args.tokens, **how), store_table)
+    return _show(args, measure_store(_folder(args), args.ram, args.tokens, **how), format_store)
 
 
 def _run_sweep(args: Namespace) -> int:
-    from refmoe.run.bench.sweep import bench_sweep, sweep_table
+    from refmoe.run.bench.sweep import format_sweep, measure_sweep
 
     check_memory(args)
     _begin(args)
     how = {"dense": args.dense, "reads": args.reads, "folder": args.folder}
-    return _show(args, bench_sweep(_folder(args), args.ram, args.prompt, **how), sweep_table)
+    return _show(args, measure_sweep(_folder(args), args.ram, args.prompt, **how), format_sweep)
 
 
 def _run_gpu(args: Namespace) -> int:
     _open_card()
-    from refmoe.run.bench.gpu import bench_gpu, gpu_table
+    from refmoe.run.bench.gpu import format_gpu, measure_gpu
 
     _begin(args)
-    return _show(args, bench_gpu(_folder(args), args.dense, args.vram), gpu_table)
+    return _show(args, measure_gpu(_folder(args), args.dense, args.vram), format_gpu)
 
 
 def _open_card() -> None:

@@ -17,8 +17,8 @@ from refmoe.cli.options import (
 from refmoe.cli.parser import Parser, describe
 from refmoe.ctrl_c import ctrl_c
 from refmoe.run.dialogue import Dialogue, interact
-from refmoe.run.generate import working
-from refmoe.text.chat import read_tools
+from refmoe.run.generate import generation_decoder
+from refmoe.text.messages import read_tools
 
 
 def add(parser: Parser) -> None:
@@ -49,7 +49,7 @@ def run(args: Namespace) -> int:
     model = open_model(args)
     tools = read_tools(args.tools) if args.tools else None
     variables = {} if args.thinking is None else {"thinking": args.thinking}
-    decoder = working(model, args.int4 or "fast", args.cache)
+    decoder = generation_decoder(model, args.int4 or "fast", args.cache)
     dialogue = Dialogue(model, model.template, args.system, tools, variables, decoder=decoder)
     interact(dialogue, sampling(args), args.seed, args.max_new_tokens, sys.stdout)
     if model.store:

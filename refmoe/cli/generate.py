@@ -21,12 +21,11 @@ from refmoe.cli.options import (
 from refmoe.cli.parser import Parser, describe
 from refmoe.cli.show import print_json
 from refmoe.files import InputError
-from refmoe.run.generate import generate_tokens, working
+from refmoe.run.generate import generate_tokens, generation_decoder
 from refmoe.run.load import Model
 from refmoe.run.sampler import Sampling
 from refmoe.text.terminal import printable
-from refmoe.weights.streaming.store import facts as store_facts
-from refmoe.weights.streaming.store import line as store_line
+from refmoe.weights.streaming.store import describe_store, format_store
 
 
 def add(parser: Parser) -> None:
@@ -71,7 +70,7 @@ def run(args: Namespace) -> int:
             sys.stdout.flush()
 
     made = generate_tokens(
-        working(model, args.int4 or "fast", args.cache),
+        generation_decoder(model, args.int4 or "fast", args.cache),
         prompt,
         max_new_tokens=args.max_new_tokens,
         sampling=how,
@@ -98,7 +97,7 @@ def run(args: Namespace) -> int:
                 "seconds": end - began,
                 "tok_s": rate,
                 "first_token_s": first[1] if first else None,
-                "store": store_facts(model.store) if model.store else None,
+                "store": describe_store(model.store) if model.store else None,
                 **gpu_facts(model),
             }
         )
@@ -112,7 +111,7 @@ def run(args: Namespace) -> int:
             file=sys.stderr,
         )
         if model.store:
-            print(store_line(model.store), file=sys.stderr)
+            print(format_store(model.store), file=sys.stderr)
         if card := gpu_facts(model).get("gpu"):
             peak, budget = card["vram_peak"] / 1e9, card["budget"] / 1e9
             print(f"[at most {peak:.2f} GB of {budget:.2f} on the card]", file=sys.stderr)

@@ -10,7 +10,8 @@ from refmoe.cli.show import print_json
 from refmoe.run.load import golden_folder
 from refmoe.weights.checkpoint import Checkpoint, summary, tensor_class
 from refmoe.weights.dense import sizes as dense_sizes
-from refmoe.weights.gguf import Gguf, opened
+from refmoe.weights.gguf import Gguf
+from refmoe.weights.open import open_checkpoint
 
 SHOWN = 20  # names of missing, unread and stray tensors; --json lists all
 
@@ -28,7 +29,7 @@ def add(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> int:
-    checkpoint = opened(args.model or golden_folder() / "tiny-k2")
+    checkpoint = open_checkpoint(args.model or golden_folder() / "tiny-k2")
     if args.json:
         print_json(_document(checkpoint))
     else:

@@ -15,7 +15,7 @@ from refmoe.run.plan.plan import format_plan, plan
 from refmoe.run.plan.time import Placed, model_config
 from refmoe.run.plan.units import NUMBER_BYTES, parse_count, parse_rate
 from refmoe.run.plan.validate import format_validation, validate
-from refmoe.weights.gguf import opened
+from refmoe.weights.open import open_checkpoint
 from refmoe.weights.placement import Parts, parts_of
 from refmoe.weights.synthetic.members import MEMBERS
 
@@ -88,7 +88,7 @@ def run(args: Namespace) -> int:
     hardware = _hardware(args)
     dense, cache = args.dense or hardware.dense, args.cache or hardware.cache
     if args.model:
-        checkpoint = opened(args.model)
+        checkpoint = open_checkpoint(args.model)
         parts, eighths = parts_of(checkpoint, dense), parts_of(checkpoint, "q8")
     else:
         cfg = model_config(args.config, args.member)

@@ -21,7 +21,7 @@ from refmoe.cli.parser import Parser, describe
 from refmoe.cli.show import print_json, remark
 from refmoe.run.generate import CHUNK
 from refmoe.run.sweep.sweep import Swept, sweep
-from refmoe.weights.streaming.store import line as store_line
+from refmoe.weights.streaming.store import format_store
 
 
 def add(parser: Parser) -> None:
@@ -103,7 +103,7 @@ def run(args: Namespace) -> int:
         return 0
     print(_line(done))
     if model.store:
-        print(store_line(model.store), file=sys.stderr)
+        print(format_store(model.store), file=sys.stderr)
     return 0
 
 

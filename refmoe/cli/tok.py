@@ -72,7 +72,8 @@ def _input(args: Namespace, folder: Path, words: Tokenizer) -> tuple[list[int], 
         raise InputError("give a TEXT or --messages FILE")
     if args.messages:
         refuse(args, ("--decode", "--special"), "is for a TEXT, not for --messages")
-        from refmoe.text.chat import ChatTemplate, read_tools  # Jinja, which a TEXT needs not
+        from refmoe.text.messages import read_tools
+        from refmoe.text.template import ChatTemplate  # Jinja, which a TEXT needs not
 
         messages = read_messages(args.messages)
         tools = read_tools(args.tools) if args.tools else None

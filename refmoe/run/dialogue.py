@@ -16,11 +16,10 @@ from refmoe.ctrl_c import ctrl_c
 from refmoe.files import InputError
 from refmoe.model.cache import LatentCache
 from refmoe.model.decoder import Decoder
-from refmoe.run.generate import context_of, generate_tokens, working
+from refmoe.run.generate import context_length, generate_tokens, generation_decoder
 from refmoe.run.load import Model
 from refmoe.run.sampler import Sampling
-from refmoe.text.chat import (
-    ChatTemplate,
+from refmoe.text.reply import (
     Event,
     Parser,
     Problem,
@@ -29,6 +28,7 @@ from refmoe.text.chat import (
     collect,
     ends_in_thought,
 )
+from refmoe.text.template import ChatTemplate
 from refmoe.text.terminal import printable
 
 with contextlib.suppress(ImportError):  # not everywhere; lines can be edited, and be long, with it
@@ -51,7 +51,7 @@ class Dialogue:
     system: str | None = None
     tools: Sequence[dict[str, Any]] | None = None
     variables: dict[str, Any] = field(default_factory=dict)  # the template's own: K2.5's thinking
-    decoder: Decoder | None = None  # by default, as `working` makes it
+    decoder: Decoder | None = None  # None: as `generation_decoder` makes it
     messages: list[dict[str, Any]] = field(default_factory=list)
     memory: list[LatentCache] = field(default_factory=list)
     remembered: list[int] = field(default_factory=list)  # the tokens that `memory` holds
@@ -65,7 +65,7 @@ class Dialogue:
 
     @cached_property
     def _decoder(self) -> Decoder:
-        return working(self.model) if self.decoder is None else self.decoder
+        return generation_decoder(self.model) if self.decoder is None else self.decoder
 
     @property
     def waiting(self) -> list[dict[str, Any]]:
@@ -89,7 +89,7 @@ class Dialogue:
         """
         messages = [*self.messages, message]
         prompt = self.template.encode(self.model.tokenizer, messages, self.tools, **self.variables)
-        context = context_of(self._decoder)
+        context = context_length(self._decoder)
         if len(prompt.tokens) >= context:
             raise InputError(
                 f"the conversation would have {len(prompt.tokens)} tokens, the context holds "

@@ -21,7 +21,8 @@ import refmoe
 from refmoe.files import InputError
 from refmoe.run import generate
 from refmoe.run.dialogue import Dialogue, printable
-from refmoe.text.chat import ChatTemplate, Problem, collect
+from refmoe.text.reply import Problem, collect
+from refmoe.text.template import ChatTemplate
 from tests.conftest import ROOT, heed_ctrl_c
 
 MODEL = refmoe.load()

@@ -5,10 +5,11 @@ from math import sqrt
 
 import numpy as np
 
+from refmoe.engines import YARN_READINGS
 from refmoe.lint.base import Found
 from refmoe.lint.facts.settings import Network
 from refmoe.lint.registry import rule
-from refmoe.lint.yarn import READINGS, gain, ramp
+from refmoe.lint.yarn import gain, ramp
 from refmoe.model.rope import inv_freq, softmax_scale
 
 
@@ -30,7 +31,7 @@ def yarn_engines(net: Network) -> Iterator[Found]:
         text = f"no YaRN: theta {cfg.rope_theta:g}, softmax scale {scale:.6f} in every engine"
         yield Found(text)
         return
-    for e in READINGS:
+    for e in YARN_READINGS:
         low, high = ramp(cfg, yarn, e.betas)
         short = (
             f" ({1 / sqrt(cfg.qk_head_dim):.6f} if not more than "
@@ -56,7 +57,7 @@ def yarn_betas(net: Network) -> Iterator[Found]:
     frequencies are wrong, and the error grows with distance.
     """
     cfg, yarn = net.cfg, net.cfg.rope_scaling
-    for e in READINGS if yarn is not None else ():
+    for e in YARN_READINGS if yarn is not None else ():
         if e.betas is None or yarn is None:
             continue
         ratio = inv_freq(cfg, e.betas) / inv_freq(cfg)
@@ -84,7 +85,7 @@ def yarn_mscale(net: Network) -> Iterator[Found]:
     the factor out.
     """
     yarn = net.cfg.rope_scaling
-    for e in READINGS:
+    for e in YARN_READINGS:
         if yarn is not None and e.one_mscale and gain(yarn) != 1:
             text = f"{e.name}: GGUF has no key for mscale; cos and sin lack the factor"
             yield Found(f"{text} {gain(yarn):.6g}")

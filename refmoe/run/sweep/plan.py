@@ -1,4 +1,4 @@
-"""Say what a sweep has to do before it begins."""
+"""Plan a sweep: check what is asked for, and say what is to be done, before anything is."""
 
 import hashlib
 import json
@@ -21,71 +21,61 @@ from refmoe.model.points import FORMS, numbers_per_row
 from refmoe.model.points import points as points_of
 from refmoe.run.load import Model
 
-VERSION = 1  # of the folder's contents
-TILE = 1 << 22  # elements of a tile of the head
-BLOCK = 1 << 16  # rows of routing looked through at once
-TOGETHER = 16  # experts of a mapped checkpoint in one parallel region
-COPIED = 1 << 24  # bytes of the result at once
+VERSION = 1  # of the folder's contents: another version's sweep is not gone on with
 LOGITS = "lm_head"
-LETTERS = {
-    "float64": "F64",
-    "float32": "F32",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-}
-
-
-# --- what is to be done -------------------------------------------------------------------------
+WHOLE = ("#scores", "#probs", ".kv_b_proj")  # points that are of a prompt, not of single rows
 
 
 class Piece(NamedTuple):
-    """Rows of one prompt in a chunk."""
+    """The rows of one prompt in a chunk."""
 
     prompt: int
-    begin: int  # rows of all prompts
+    begin: int  # among the rows of all prompts
     end: int
-    first: bool  # of the prompt
-    last: bool
+    first: bool  # it begins its prompt
+    last: bool  # it ends its prompt
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a sweep computes; nothing of it changes."""
+class SweepPlan:
+    """What a sweep computes; nothing of it changes while it does."""
 
     model: Model
-    ids: np.ndarray  # [T]
+    ids: np.ndarray  # [T], of all prompts
     starts: list[int]  # row of each prompt's first token, and T
     chunks: list[list[Piece]]
-    chunk: int
-    logits: str
+    chunk: int  # rows at a time, at most
+    logits: str  # all, none or top:K
     picked: np.ndarray | None  # rows whose logits are wanted; None: all
-    counts: list[int]  # of them in each prompt
-    wanted: frozenset[str]  # points
+    counts: list[int]  # how many of them each prompt has
+    wanted: frozenset[str]  # points that are kept
     needed: int  # bytes on the disk
-    facts: dict[str, Any]  # what makes two sweeps the same
-    tokens: str  # JSON, for the result
+    facts: dict[str, Any]  # what two runs of one sweep have in common
+    tokens: str  # the prompts as JSON, for the result's metadata
 
     @property
     def cfg(self) -> Config:
+        """The model's config."""
         return self.model.cfg
 
     @property
     def decoder(self) -> Decoder:
+        """The model's decoder."""
         return self.model.decoder
 
     @property
     def T(self) -> int:
+        """How many rows there are."""
         return len(self.ids)
 
     @property
     def top(self) -> int:
-        """Likeliest tokens that are kept; 0: whole logits."""
+        """How many of the likeliest tokens are kept; 0: whole logits."""
         kind, _, k = self.logits.partition(":")
         return min(int(k), self.cfg.vocab_size) if kind == "top" else 0
 
 
-def _prepared(
+def plan_sweep(
     model: Model,
     prompts: Sequence[Sequence[int]],
     out: Path,
@@ -94,7 +84,8 @@ def _prepared(
     points: Sequence[str],
     chunk: int,
     how: Mapping[str, Any],
-) -> Work:
+) -> SweepPlan:
+    """Return the plan of `sweep` with these arguments. Raises `InputError` for bad ones."""
     cfg, nx, options = model.cfg, model.nx, model.decoder.cache_options
     if not prompts:
         raise InputError("no prompt; give at least one")
@@ -137,7 +128,7 @@ def _prepared(
     rows = None
     if picked is not None:
         rows = np.concatenate([p + s for p, s in zip(picked, starts, strict=False)]).astype(int)
-    work = Work(
+    plan = SweepPlan(
         model,
         np.concatenate([np.asarray(t, np.intp) for t in prompts]),
         starts,
@@ -151,13 +142,13 @@ def _prepared(
         json.loads(json.dumps(facts)),
         tokens if len(prompts) > 1 else tokens[1:-1],
     )
-    return replace(work, needed=_needed(work))
+    return replace(plan, needed=_needed_bytes(plan))
 
 
 def _picked(
     positions: str | Sequence[int] | Sequence[Sequence[int]] | None, lengths: list[int]
 ) -> list[np.ndarray] | None:
-    """Of each prompt, the positions whose logits are wanted, in order."""
+    """Return for each prompt the positions whose logits are wanted, in order; None: all."""
     if positions is None or positions == "all":
         return None
     if isinstance(positions, str):
@@ -182,7 +173,7 @@ def _picked(
 
 
 def _chunks(starts: Sequence[int], chunk: int) -> Iterator[list[Piece]]:
-    """Rows in order; a prompt is split only if it is longer than a chunk."""
+    """Yield chunks of rows in order; a prompt is split only if it is longer than a chunk."""
     pieces: list[Piece] = []
     room = chunk
     for n, (begin, end) in enumerate(pairwise(starts)):
@@ -200,11 +191,8 @@ def _chunks(starts: Sequence[int], chunk: int) -> Iterator[list[Piece]]:
         yield pieces
 
 
-WHOLE = ("#scores", "#probs", ".kv_b_proj")  # of a prompt, not of a row
-
-
 def _wanted(cfg: Config, patterns: Sequence[str], longest: int, chunk: int) -> frozenset[str]:
-    """Points that the patterns name, and what always is written."""
+    """Return the points that the patterns name, and those that are always written."""
     last = f"model.layers.{cfg.num_hidden_layers - 1}"
     names = [name for name in points_of(cfg, FORMS) if name != LOGITS] if patterns else []
     out: set[str] = set()
@@ -223,29 +211,29 @@ def _wanted(cfg: Config, patterns: Sequence[str], longest: int, chunk: int) -> f
             f"{whole[0]} is not of single rows, and the longest prompt has {longest} tokens, a "
             f"chunk {chunk}; make chunks as long, or ask for fewer points"
         )
-    out |= {f"{_expert(name)}#rows" for name in out if ".mlp.experts." in name}
+    out |= {f"{expert_of(name)}#rows" for name in out if ".mlp.experts." in name}
     for i in range(cfg.num_hidden_layers):
         if cfg.is_moe(i):
             out |= {f"model.layers.{i}.mlp.gate#{part}" for part in ("experts", "weights")}
     return frozenset(out - {last})
 
 
-def _expert(name: str) -> str:
-    """model.layers.L.mlp.experts.E of one of its points."""
+def expert_of(name: str) -> str:
+    """Return the expert, model.layers.L.mlp.experts.E, that a point is of."""
     return name.removesuffix("#rows") if name.endswith("#rows") else name.rpartition(".")[0]
 
 
-def _needed(work: Work) -> int:
-    """Bytes on the disk while it works: its files, and the result beside them."""
-    cfg, T = work.cfg, work.T
-    b, K = np.dtype(work.decoder.nx.dtype).itemsize, cfg.num_experts_per_tok
+def _needed_bytes(plan: SweepPlan) -> int:
+    """Return the bytes that a sweep takes on the disk: its files, and the result beside them."""
+    cfg, T = plan.cfg, plan.T
+    b, K = np.dtype(plan.decoder.nx.dtype).itemsize, cfg.num_experts_per_tok
     scratch = T * (3 * cfg.hidden_size * b + K * (4 + b))
-    n = sum(work.counts) if work.logits != "none" else 0
-    head = n * (work.top * (b + 4) + 16 if work.top else b * cfg.vocab_size)
+    n = sum(plan.counts) if plan.logits != "none" else 0
+    head = n * (plan.top * (b + 4) + 16 if plan.top else b * cfg.vocab_size)
     moe = sum(map(cfg.is_moe, range(cfg.num_hidden_layers)))
     kept = moe * T * (K * (2 + b) + 16) + head
-    lengths = np.diff(work.starts)
-    for name in sorted(work.wanted):
+    lengths = np.diff(plan.starts)
+    for name in sorted(plan.wanted):
         if name.endswith(("gate#experts", "gate#weights")):
             continue
         pairs = name.endswith(("#scores", "#probs"))
