@@ -16,7 +16,8 @@ from refmoe.config import Config
 from refmoe.files import InputError
 from refmoe.lint.base import Finding, Findings, Place, show_progress
 from refmoe.lint.base import as_json as findings_as_json
-from refmoe.lint.diff.mistakes import UNKNOWN, Cause, find_cause
+from refmoe.lint.diff.cause import UNKNOWN, find_cause
+from refmoe.lint.diff.suspect import Cause
 from refmoe.lint.diff.weights import Compared, compare
 from refmoe.lint.facts.router import share_of_flips
 from refmoe.lint.facts.settings import SHAPE, compare_configs
