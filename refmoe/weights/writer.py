@@ -1,4 +1,4 @@
-"""A safetensors file written as a stream: one tensor after another, no other in memory.
+"""Write safetensors files as a stream: one tensor after another, no other in memory.
 
 The library's writer (safetensors.serialize_file) wants all of them at once.
 """
@@ -19,17 +19,20 @@ ALIGNED = 64  # bytes: tensors begin at whole cache lines where their sizes let 
 
 
 class Spec(NamedTuple):
+    """A tensor that is going to be written."""
+
     name: str
     dtype: str  # as safetensors spells it
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
+        """The bytes of its numbers."""
         return prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
 
 
 def header(specs: Sequence[Spec], metadata: Mapping[str, str] | None = None) -> bytes:
-    """What comes before the tensors, which lie one behind the other in the order given."""
+    """Return the bytes before the tensors, which lie one behind the other in the order given."""
     fields: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     start = 0
     for spec in specs:
@@ -59,6 +62,7 @@ def write_stream(
     progress's name (None: none is shown); `part` where the file is while it is written. Raises
     ValueError if the chunks have more or fewer bytes than the specs.
     """
+
     head, total = header(specs, metadata), sum(spec.nbytes for spec in specs)
     bar = Progress(total, name=said or "", shown=said is not None)
     written = 0

@@ -1,6 +1,5 @@
 """Read what config.json and its companions, or the metadata of a GGUF, say."""
 
-import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -180,8 +179,7 @@ def published() -> dict[str, dict[str, Any]]:
     """
     out = {}
     for name, member in members.MEMBERS.items():
-        raw = json.loads((members.HERE / f"{member.config}.json").read_text("utf-8"))
-        out["k2.6 or k2.7-code" if name == "k2.6" else name] = flatten(member.edit(raw))
+        out["k2.6 or k2.7-code" if name == "k2.6" else name] = flatten(member.published())
     later = {**out["k2-instruct"], "rope_scaling.factor": 64.0, "max_position_embeddings": 262144}
     unknown = ("rms_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id")
     out["k2-instruct-0905"] = {k: v for k, v in later.items() if k not in unknown}
