@@ -9,12 +9,13 @@ warning   probably wrong, or right and known to break an engine
 note      facts
 """
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
+
+from refmoe.progress import Progress
 
 Level = Literal["error", "warning", "note"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "note")
@@ -119,17 +120,12 @@ def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
 
 
 def show_progress(names: Iterable[str], size: Callable[[str], int]) -> Iterator[str]:
-    """Yield the names while a bar counts their bytes on stderr, if that is a terminal."""
+    """Yield the names while progress counts their bytes on stderr."""
     names = list(names)
-    if not sys.stderr.isatty():
-        yield from names
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=sum(map(size, names)), unit="B", unit_scale=True, leave=False) as bar:
+    with Progress(sum(map(size, names))) as bar:
         for name in names:
             yield name
-            bar.update(size(name))
+            bar.advance(size(name))
 
 
 def percent(part: float, whole: float) -> str:

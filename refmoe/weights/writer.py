@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from refmoe.files import write_atomically
+from refmoe.progress import Progress
 from refmoe.weights.checkpoint import DTYPES
 
 ALIGNED = 64  # bytes: tensors begin at whole cache lines where their sizes let them
@@ -58,13 +59,12 @@ def write_stream(
     """Write a safetensors file, which has its name only once it is whole and on the disk.
 
     `chunks` are the tensors' bytes in the order of `specs`, in pieces of any size; `said` is the
-    progress bar's name (None: no bar); `part` where the file is while it is written. Raises
+    progress's name (None: none is shown); `part` where the file is while it is written. Raises
     ValueError if the chunks have more or fewer bytes than the specs.
     """
-    from tqdm import tqdm  # only large writes show a bar
 
     head, total = header(specs, metadata), sum(spec.nbytes for spec in specs)
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc=said, disable=said is None)
+    bar = Progress(total, name=said or "", shown=said is not None)
     written = 0
     with write_atomically(file, part=part, to_disk=True) as path:
         with path.open("wb") as out, bar:
@@ -72,6 +72,6 @@ def write_stream(
             for chunk in chunks:
                 out.write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
                 written += chunk.nbytes
-                bar.update(chunk.nbytes)
+                bar.advance(chunk.nbytes)
         if written != total:
             raise ValueError(f"{file}: {written} bytes came for tensors of {total}")

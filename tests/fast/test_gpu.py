@@ -841,7 +841,8 @@ def test_what_the_card_has_no_room_for_is_told(device, capsys, monkeypatch):
     standin.pool.limit = standin.pool.used + 1000
     with pytest.raises(MemoryError):
         prefill(generation_decoder(model), PROMPT, model.decoder.caches())
-    monkeypatch.setattr(cli, "load", lambda *_: (_ for _ in ()).throw(MemoryError("5 of 4 bytes")))
+    full = MemoryError("5 of 4 bytes")
+    monkeypatch.setattr("refmoe.cli.models.load", lambda *_, **__: (_ for _ in ()).throw(full))
     assert cli.main(["generate", "ROMEO:"]) == 2
     assert "out of memory: 5 of 4 bytes" in capsys.readouterr().err
 

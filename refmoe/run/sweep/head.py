@@ -15,7 +15,7 @@ def sweep_head(run: Run) -> None:
     """Compute the last norm of all rows, and the wanted logits, each tile with all rows."""
     plan, decoder, cfg = run.plan, run.plan.decoder, run.plan.cfg
     run.check_checkpoint()
-    run.bar.set_description("sweep head", refresh=False)
+    run.bar.rename("sweep head")
     nx = decoder.nx.watching(run.points)
     x = run.x[cfg.num_hidden_layers % 2]
     for begin in range(0, plan.T, plan.chunk):

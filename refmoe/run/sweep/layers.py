@@ -37,7 +37,7 @@ def sweep_layer(run: Run, i: int) -> None:
     """Take all rows through layer i. Raises `InputError` if the checkpoint has changed."""
     run.check_checkpoint()
     layers = run.plan.cfg.num_hidden_layers
-    run.bar.set_description(f"sweep layer {i} of {layers}", refresh=False)
+    run.bar.rename(f"sweep layer {i} of {layers}")
     new = run.x[(i + 1) % 2]
     run_layer(i, run.plan.decoder, [FileGroup(run, run.x[i % 2], new)])
     new.flush()

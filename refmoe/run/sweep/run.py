@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from refmoe.files import InputError, write_atomically
 from refmoe.model.numerics import NonFinite
+from refmoe.progress import Progress
 from refmoe.run.sweep.files import Points, Rows, empty_folder
 from refmoe.run.sweep.plan import SweepPlan
 from refmoe.weights.checkpoint import summary
@@ -30,14 +30,14 @@ class Run:
     h: Rows  # [T, D] after the first half of the layer at work
     chosen: Rows  # experts [T, K] of the layer at work
     weight: Rows  # and their weights [T, K]
-    bar: Any
+    bar: Progress
     expected: float  # bytes of a layer's experts that the bar counts on
 
     def count_read(self, size: float, instead_of: float = 0.0) -> None:
         """Count bytes of weights that were asked for, `instead_of` of which the bar expected."""
         self.state["bytes_read"] += int(size)
         self.bar.total += size - instead_of
-        self.bar.update(size)
+        self.bar.advance(size)
 
     def finish(self, done: int) -> None:
         """Write down that so many layers are done; what they were made of may be overwritten."""
@@ -74,14 +74,8 @@ def begin_run(plan: SweepPlan, folder: Path) -> Run:
     cfg, dtype = plan.cfg, plan.decoder.nx.dtype
     hidden, choice = (plan.T, cfg.hidden_size), (plan.T, cfg.num_experts_per_tok)
     once, expected = _expected_bytes(plan)
-    bar = tqdm(
-        total=once + expected * sum(map(cfg.is_moe, range(cfg.num_hidden_layers))),
-        initial=state["bytes_read"],
-        unit="B",
-        unit_scale=True,
-        desc="sweep",
-        disable=None,
-    )
+    total = once + expected * sum(map(cfg.is_moe, range(cfg.num_hidden_layers)))
+    bar = Progress(total, name="sweep", done=state["bytes_read"])
     return Run(
         plan,
         folder,

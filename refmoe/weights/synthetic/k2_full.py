@@ -30,11 +30,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from refmoe.config import Config
 from refmoe.files import InputError, write_atomically
 from refmoe.model.matrix import bf16_bits
+from refmoe.progress import Progress
 from refmoe.weights.checkpoint import INDEX, expected
 from refmoe.weights.synthetic.k2_slice import SHAPE, YARN, Numbers, scale_numbers, weight_shape
 from refmoe.weights.synthetic.random import FIXED, INT4_CONFIG
@@ -204,7 +204,7 @@ def _write(part: Path, files: Mapping[str, list[Spec]], seed: int) -> None:
     total = sum(
         count_real(s) * s.nbytes // prod(s.shape) for specs in files.values() for s in specs
     )
-    with tqdm(total=total, unit="B", unit_scale=True, desc=NAME) as bar:
+    with Progress(total, name=NAME) as bar:
         for name, specs in files.items():
             head = header(specs, {"format": "pt"})
             at = len(head)
@@ -216,7 +216,7 @@ def _write(part: Path, files: Mapping[str, list[Spec]], seed: int) -> None:
                     out.seek(at)
                     for piece in _pieces(spec, packed, numbers, drawn) if count_real(spec) else ():
                         out.write(piece.data)
-                        bar.update(piece.nbytes)
+                        bar.advance(piece.nbytes)
                     at += spec.nbytes
 
 
