@@ -143,7 +143,7 @@ def one_after_another(model, tokens, profiles, runs=12, top=64):
             return super().scores(path, x)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(truths_forward, "Seen", Alone)
+        patch.setattr(truths_envelope, "Seen", Alone)
         exact = Alone(model.decoder, top, lambda: None)
         decoder = model.decoder.using(model.nx.watching(exact))
         whole(truths_forward.Pass(decoder, [tokens], exact))
@@ -246,7 +246,7 @@ def test_levels_survive_a_byte_to_five_percent():
 
 def test_the_same_inputs_give_the_same_bytes(file, tmp_path, random_bf16):
     code = (
-        "import sys, refmoe; from refmoe.oracle.truth import make; "
+        "import sys, refmoe; from refmoe.oracle.truth.make import make; "
         "make(refmoe.load(sys.argv[1], 'float64', True), [i * 7 % 270 for i in range(20)], "
         "sys.argv[2])"
     )
