@@ -16,7 +16,7 @@ import numpy as np
 import refmoe
 
 model = refmoe.load()
-tokens = model.tokenizer.encode("To be, or not to be, that is the question")
+tokens = model.tokenizer.encode("To be, or not to be")
 
 
 def too_flat(path: str, x: np.ndarray) -> np.ndarray:

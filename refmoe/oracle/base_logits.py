@@ -13,15 +13,14 @@ ggml-org/llama.cpp tools/perplexity/perplexity.cpp (`log_softmax`, `process_logi
 `kl_divergence`). golden/make_perplexity.py compares both with that program.
 """
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from refmoe.files import InputError, write_atomically
+from refmoe.progress import Progress
 from refmoe.run.load import Model
 
 MAGIC = b"_logits_"
@@ -66,11 +65,13 @@ def write_base(model: Model, tokens: Sequence[int], n_ctx: int, out: Path) -> in
 
 def _logits(model: Model, ids: np.ndarray) -> Iterator[np.ndarray]:
     """Yield the logits of each chunk's second half but the last position."""
-    decoder, n_ctx, quiet = model.decoder, ids.shape[1], not sys.stderr.isatty()
-    for chunk in tqdm(ids.tolist(), unit="chunk", disable=quiet, leave=False):
-        prompt = chunk if model.bos is None else [model.bos, *chunk[1:]]
-        x = decoder.hidden([prompt], [decoder.caches()])
-        yield decoder.head(x[n_ctx // 2 : n_ctx - 1])
+    decoder, n_ctx = model.decoder, ids.shape[1]
+    with Progress(len(ids), "chunk") as bar:
+        for chunk in ids.tolist():
+            prompt = chunk if model.bos is None else [model.bos, *chunk[1:]]
+            x = decoder.hidden([prompt], [decoder.caches()])
+            yield decoder.head(x[n_ctx // 2 : n_ctx - 1])
+            bar.advance(1)
 
 
 def _encode(logits: np.ndarray) -> Iterable[bytes]:
