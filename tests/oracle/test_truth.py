@@ -246,7 +246,7 @@ def test_levels_survive_a_byte_to_five_percent():
 
 def test_the_same_inputs_give_the_same_bytes(file, tmp_path, random_bf16):
     code = (
-        "import sys, refmoe; from refmoe.oracle.truth import make; "
+        "import sys, refmoe; from refmoe.oracle.truth.make import make; "
         "make(refmoe.load(sys.argv[1], 'float64', True), [i * 7 % 270 for i in range(20)], "
         "sys.argv[2])"
     )
