@@ -52,7 +52,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Parts:
-    """What a model is made of, in bytes and numbers.
+    """The parts that a model is made of, in bytes and numbers.
 
     A layer's norms count with its attention, and the last norm with the head.
     """
@@ -160,6 +160,7 @@ class _Build:
     experts: dict[tuple[int, int], list[int]] = field(default_factory=dict)
 
     def add(self, name: str, shape: tuple[int, ...], dtype: str, nbytes: int) -> None:
+        """Add a tensor to the part that it belongs to."""
         kind = tensor_class(name, self.cfg)
         if kind == "other":
             return
@@ -182,6 +183,7 @@ class _Build:
         total[1] += numbers
 
     def parts(self) -> Parts:
+        """Return the parts of the tensors added."""
         cfg = self.cfg
         always = [
             Part(name, kind, layer, nbytes, self._read(kind, nbytes), numbers)
@@ -262,7 +264,7 @@ class Tier(NamedTuple):
 
 @dataclass(frozen=True)
 class Share:
-    """What one tier holds."""
+    """The part of a model that one tier holds."""
 
     tier: Tier
     parts: tuple[Part, ...]
@@ -288,7 +290,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where everything lives."""
+    """A model divided among tiers."""
 
     shares: tuple[Share, ...]
     homeless: int  # bytes that have no place
