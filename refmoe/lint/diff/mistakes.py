@@ -235,6 +235,7 @@ def another_tensor(s: Suspect) -> Iterator[Candidate]:
 
 
 def _others(key: str, ours: Checkpoint) -> Iterator[tuple[str, str]]:
+    """Yield what a tensor may have been confused with: category and key."""
     for one, two in (("gate_proj", "up_proj"), ("up_proj", "gate_proj")):
         other = key.replace(f".{one}.", f".{two}.")
         if key.endswith(f".{one}.weight") and parts_of(ours, other):

@@ -139,6 +139,7 @@ SHORT = {"same bits": "bit-equal", "same values": "bit-equal", "within a step": 
 
 
 def _verdict(each: Pair | Damaged | OneSided) -> Verdict:
+    """Return the line of `quant verify` for one weight."""
     name = each.key.removesuffix(".weight")
     match each:
         case Pair(_, how, cause):
@@ -169,6 +170,7 @@ def open_pair(
 
 
 def _open(path: str | Path, cfg: Config | None, findings: Findings) -> Checkpoint:
+    """Open a GGUF, or a folder; cfg is taken for a folder that has no config.json."""
     if is_gguf(Path(path)):
         return Gguf.open(path)
     folder = Path(path)
@@ -224,6 +226,7 @@ def compare_checkpoints(
 
 
 def _compare(key: str, a: Checkpoint, b: Checkpoint, seek: bool) -> Pair | Damaged:
+    """Compare the weights of one key; `seek` the cause if they differ."""
     try:
         x, y = matrix_of(a, key), matrix_of(b, key)
         how = compare(x, y)

@@ -82,4 +82,5 @@ def see(m: Matrix, other: Matrix) -> Seen:
 
 
 def _one_grid(a: Matrix, b: Matrix) -> bool:
+    """Return whether two matrices have codes of one kind, whose scales alone may be rounded."""
     return same_format(a, b) or (isinstance(a, Int4 | Q4) and isinstance(b, Int4 | Q4))
