@@ -90,6 +90,7 @@ def describe_difference(a: Matrix, b: Matrix, x: np.ndarray, y: np.ndarray) -> C
 
 
 def _describe_codes(a: Int4 | Q4 | Q8 | Fp8Block, b: Matrix, unknown: Cause) -> Cause:
+    """Return whether codes or scales differ; `unknown` if both do, or codes by several steps."""
     assert isinstance(b, Int4 | Q4 | Q8 | Fp8Block)
     (codes, scales), (others, their_scales) = (_codes_and_scales(m) for m in (a, b))
     off = np.abs(codes - others)

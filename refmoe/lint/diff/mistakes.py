@@ -31,6 +31,7 @@ def mistake(f: Mistake) -> Mistake:
 
 
 def _in_order(s: Suspect, text: str, order: np.ndarray, axis: int = 0) -> Candidate:
+    """Return the candidate whose rows, or columns, stand in another order."""
     return Cause(text, text), s.x.moved(lambda w: np.take(w, order, axis=axis))
 
 

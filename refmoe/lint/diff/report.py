@@ -107,7 +107,7 @@ class Verdict(NamedTuple):
 
 
 class Verification(NamedTuple):
-    """What `quant verify` says: a verdict for each weight, and the findings of the comparison."""
+    """The answer of `quant verify`: a verdict for each weight, and the findings of the comparison."""
 
     tensors: list[Verdict]
     findings: list[Finding]

@@ -14,7 +14,7 @@ from refmoe.weights.checkpoint import Checkpoint
 
 
 class Cause(NamedTuple):
-    """What turns the first matrix into the second."""
+    """The mistake that turns the first matrix into the second."""
 
     category: str  # the same for one mistake, whatever numbers its text has
     text: str
