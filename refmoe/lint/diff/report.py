@@ -107,7 +107,7 @@ class Verdict(NamedTuple):
 
 
 class Verification(NamedTuple):
-    """The answer of `quant verify`: a verdict for each weight, and the findings of the comparison."""
+    """The answer of `quant verify`: a verdict for each weight, and the findings."""
 
     tensors: list[Verdict]
     findings: list[Finding]
