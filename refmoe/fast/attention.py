@@ -32,7 +32,10 @@ from refmoe.fast.linear import (
 )
 from refmoe.model import matrix, mla
 from refmoe.model.cache import LatentCache
-from refmoe.model.matrix import BF16, Fp8Block, Heads, Matrix, dequantize
+from refmoe.model.formats.bf16 import BF16
+from refmoe.model.formats.fp8_block import Fp8Block
+from refmoe.model.formats.heads import Heads
+from refmoe.model.matrix import Matrix, dequantize
 from refmoe.model.numerics import Numerics
 from refmoe.model.rope import softmax_scale
 

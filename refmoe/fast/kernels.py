@@ -823,18 +823,28 @@ class Kernels(NamedTuple):
     many: Callable[..., None] | None = None  # rows times many tokens of 16 bits
 
 
-KERNELS = {"q8-fast": Kernels(Q8, q8, q8_rows, q8_sum, q8_many)}
-KERNELS |= {
-    k.form.name: k
-    for k in (
-        Kernels(F32, f32, f32_rows, f32_sum),
-        Kernels(F16, f16, f16_rows, f16_sum),
-        Kernels(BF16, bf16, bf16_rows, bf16_sum),
-        Kernels(FP8, fp8, fp8_rows, fp8_sum),
-        Kernels(Q8, q8, q8_rows, q8_sum),
-        Kernels(Q4, q4, q4_rows, None),
-        Kernels(Q4_FAST, q4_fast, q4_rows, None),
-        Kernels(INT4, int4, int4_rows, None),
-        Kernels(INT4_FAST, int4_fast, int4_rows, None),
-    )
+class FormatKernels(NamedTuple):
+    """The kernels of one stored format."""
+
+    exact: Kernels  # float32 activations
+    fast: Kernels | None = None  # 16-bit activations, where the format has such
+    scales: int = 0  # bytes of scales to a step, where they are an array of their own
+
+    def choices(self, fast: bool) -> list[Kernels]:
+        """Return what may be used, best first; a form may want longer steps than a row has."""
+        return [self.fast, self.exact] if fast and self.fast is not None else [self.exact]
+
+
+FORMATS = {  # by `StoredMatrix.format`; adding one here is all that a new format needs
+    "f32": FormatKernels(Kernels(F32, f32, f32_rows, f32_sum)),
+    "f16": FormatKernels(Kernels(F16, f16, f16_rows, f16_sum)),
+    "bf16": FormatKernels(Kernels(BF16, bf16, bf16_rows, bf16_sum)),
+    "fp8": FormatKernels(Kernels(FP8, fp8, fp8_rows, fp8_sum), scales=4),
+    "int4": FormatKernels(
+        Kernels(INT4, int4, int4_rows, None), Kernels(INT4_FAST, int4_fast, int4_rows, None), 8
+    ),
+    "q8": FormatKernels(
+        Kernels(Q8, q8, q8_rows, q8_sum), Kernels(Q8, q8, q8_rows, q8_sum, q8_many)
+    ),
+    "q4": FormatKernels(Kernels(Q4, q4, q4_rows, None), Kernels(Q4_FAST, q4_fast, q4_rows, None)),
 }

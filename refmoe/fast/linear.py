@@ -23,11 +23,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refmoe.fast import kernels, threads
-from refmoe.fast.kernels import KERNELS, Form, Kernels
+from refmoe.fast.kernels import FORMATS, Form, Kernels
 from refmoe.fast.kquants import DECODERS, HALVES
 from refmoe.model import matrix
 from refmoe.model.experts import Experts, MlpWeights, routed_experts
-from refmoe.model.matrix import BF16, Q4, Q8, Coded, Fp8Block, Heads, Int4, Matrix, Tiled
+from refmoe.model.formats.coded import Coded
+from refmoe.model.formats.heads import Heads
+from refmoe.model.formats.tiled import Tiled
+from refmoe.model.matrix import Matrix, format_of
 from refmoe.model.numerics import Numerics
 from refmoe.model.router import Routing, sigmoid
 
@@ -85,36 +88,28 @@ _known: dict[tuple[int, bool], tuple[Matrix, KernelMatrix | None]] = {}
 
 def make_kernel_view(m: Matrix, fast: bool = False) -> KernelMatrix | None:
     """The same, for a matrix that soon is another."""
-    scale: np.ndarray | None = None
-    share = 1
-    match m:
-        case BF16(weights):
-            name = "bf16"
-        case Int4(weights, scale):
-            name = "int4-fast" if fast else "int4-exact"
-        case Q8(blocks):
-            name, weights = "q8-fast" if fast else "q8", blocks.reshape(len(blocks), -1)
-        case Q4(blocks):
-            whole = not m.shape[1] % KERNELS["q4-fast"].form.columns
-            name, weights = "q4-fast" if fast and whole else "q4", blocks.reshape(len(blocks), -1)
-        case Fp8Block(weights, scale, (share, 128)):
-            name = "fp8"
-        case np.ndarray(dtype=np.float16):
-            name, weights = "f16", m
-        case np.ndarray(dtype=np.float32):
-            name, weights = "f32", m
-        case _:
-            return None
-    how = KERNELS[name]
-    O, I = m.shape
-    if I % how.form.columns or not O or not whole_rows(weights):
+    kernels_of = FORMATS.get(format_of(m))
+    if kernels_of is None or len(m.shape) != 2 or not m.shape[0]:
         return None
-    w, w_row, s, s_row = address(weights), weights.strides[0], 0, 0
-    if scale is not None:
-        if not whole_rows(scale):
-            return None
-        s, s_row = address(scale), scale.strides[0]
-    return KernelMatrix(how, w, w_row, s, s_row, share, (O, I))
+    O, I = m.shape
+    how = next((k for k in kernels_of.choices(fast) if not I % k.form.columns), None)
+    weights, *scales = [m] if isinstance(m, np.ndarray) else m.arrays().values()
+    weights = weights.reshape(O, -1) if weights.ndim == 3 else weights  # in blocks
+    if how is None or not whole_rows(weights):
+        return None
+    w, w_row = address(weights), weights.strides[0]
+    if not scales:
+        return KernelMatrix(how, w, w_row, 0, 0, 1, (O, I))
+    (scale,) = scales
+    wanted = I // how.form.columns * kernels_of.scales
+    if not whole_rows(scale) or scale.shape[1] * scale.itemsize != wanted:
+        return None
+    return KernelMatrix(how, w, w_row, address(scale), scale.strides[0], _unit(m), (O, I))
+
+
+def _unit(m: Matrix) -> int:
+    """Return how many rows share a row of scales."""
+    return 1 if isinstance(m, np.ndarray) else m.unit
 
 
 def whole_rows(a: np.ndarray) -> bool:
@@ -293,9 +288,8 @@ def _coded(x: np.ndarray, m: Coded) -> np.ndarray:
 
 
 def _rounds(m: Matrix, rounded: tuple[str, ...]) -> bool:
-    return (isinstance(m, Int4) and "int4" in rounded) or (
-        isinstance(m, Fp8Block) and "fp8" in rounded
-    )
+    """Tell whether an engine rounds the product of code and scale, which no kernel here does."""
+    return bool(rounded) and format_of(m) in rounded
 
 
 def experts(

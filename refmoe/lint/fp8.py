@@ -6,9 +6,7 @@ import numpy as np
 
 from refmoe.lint.base import _Findings
 from refmoe.lint.int4 import _histogram
-from refmoe.model.matrix import (
-    E4M3,
-)
+from refmoe.model.formats.fp8_block import E4M3
 from refmoe.weights.checkpoint import (
     Checkpoint,
 )

@@ -6,11 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from refmoe.lint.base import TILE, _Findings, _of
-from refmoe.model.matrix import (
-    Int4,
-    tiles,
-    widen_bf16,
-)
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.matrix import tiles, widen_bf16
 from refmoe.weights.checkpoint import (
     Checkpoint,
 )

@@ -31,16 +31,11 @@ from refmoe.files import InputError
 from refmoe.lint.diff.tile import TILE
 from refmoe.model.decoder import Decoder
 from refmoe.model.experts import ExpertsFrom, MlpWeights, routed_experts
-from refmoe.model.matrix import (
-    Fp8Block,
-    Heads,
-    Int4,
-    Matrix,
-    dequantize,
-    quantize_q8,
-    round_bf16,
-    rows,
-)
+from refmoe.model.formats.fp8_block import Fp8Block
+from refmoe.model.formats.heads import Heads
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.formats.q8_0 import Q8
+from refmoe.model.matrix import Matrix, dequantize, round_bf16, rows
 from refmoe.model.numerics import Numerics
 from refmoe.run.load import Model
 from refmoe.weights.dense import replaced
@@ -60,7 +55,7 @@ def rounder(kind: str) -> Callable[[np.ndarray], np.ndarray]:
     simple: dict[str, Callable[[np.ndarray], np.ndarray]] = {
         "bf16": round_bf16,
         "f16": lambda w: w.astype(np.float16).astype(np.float32),
-        "q8_0": lambda w: dequantize(quantize_q8(w)),
+        "q8_0": lambda w: dequantize(Q8.quantize(w)),
         "int4": lambda w: dequantize(Int4(*pack_int4(w))),
         "int4-7.5": lambda w: dequantize(Int4(*pack_int4(w, 7.5))),
         "fp8": lambda w: dequantize(Fp8Block(*pack_fp8(w, (128, 128)), (128, 128))),

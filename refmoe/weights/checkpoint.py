@@ -33,7 +33,9 @@ from refmoe.config import Config, Fp8Scheme, Int4Scheme, OtherScheme, as_ids
 from refmoe.files import InputError, read_object
 from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import ExpertsFrom, MlpWeights, MoeWeights
-from refmoe.model.matrix import BF16, Q8, Fp8Block, Int4, Matrix
+from refmoe.model.formats.bf16 import BF16
+from refmoe.model.formats.registry import format_for, gguf_formats
+from refmoe.model.matrix import Matrix
 from refmoe.model.mla import AttentionWeights
 from refmoe.model.numerics import Numerics
 from refmoe.model.router import GateWeights
@@ -239,28 +241,22 @@ class Checkpoint:
         return other
 
     def matrix(self, module: str) -> Matrix:
-        """The weight of a module, as stored."""
-        if module + ".weight_scale_inv" in self.tensors:
-            assert isinstance(self.cfg.quantization, Fp8Scheme)
-            scale = self.array(module + ".weight_scale_inv")
-            return Fp8Block(self.array(module + ".weight"), scale, self.cfg.quantization.block)
-        if module + ".weight_packed" not in self.tensors:
+        """Return the weight of a module, as stored."""
+        form = format_for(self.cfg.quantization)
+        if form is None or module + form.mark not in self.tensors:
             return self._plain(module + ".weight")
-        weight = Int4(self.array(module + ".weight_packed"), self.array(module + ".weight_scale"))
-        shape = self.array(module + ".weight_shape").tolist()
-        if shape != list(weight.shape):
-            raise InputError(
-                f"{self.tensors[module + '.weight_shape'].file}: {module}.weight_shape says "
-                f"{shape}, weight_packed holds {list(weight.shape)}"
-            )
-        return weight
+        try:
+            return form.matrix.open(lambda part: self.array(module + part), self.cfg.quantization)
+        except InputError as e:
+            file = next(t.file for name, t in self.tensors.items() if name.startswith(module + "."))
+            raise InputError(f"{file}: {module}: {e}") from None
 
     def _plain(self, name: str) -> Matrix:
         stored = self.tensors[name]
-        if stored.dtype == "Q8_0":  # of `dense.checkpoint_q8`
-            return Q8(self.source(stored).reshape(stored.shape[0], -1, 34))
-        values = self.array(name)
-        return BF16(values) if stored.dtype == "BF16" else values
+        blocks = gguf_formats().get(stored.dtype)  # Q8_0 of `dense.checkpoint_q8`
+        if blocks is not None:
+            return blocks.from_bytes(self.source(stored), stored.shape)
+        return plain_matrix(self.array(name), stored.dtype)
 
     def mlp(self, prefix: str) -> MlpWeights:
         return MlpWeights(*(self.matrix(f"{prefix}{part}_proj") for part in ("gate", "up", "down")))
@@ -317,6 +313,11 @@ class Checkpoint:
             self.matrix("model.norm"),
             self.matrix("lm_head"),
         )
+
+
+def plain_matrix(values: np.ndarray, dtype: str) -> Matrix:
+    """Return a tensor of floats as a matrix; those of dtype BF16 are its bits."""
+    return BF16(values) if dtype == "BF16" else values
 
 
 def advise(file: Any, how: str) -> None:
@@ -393,6 +394,7 @@ def _generation_eos(path: Path) -> tuple[int, ...]:
         raise InputError(f"{file}: {e}") from None
 
 
+Scheme = Int4Scheme | Fp8Scheme | OtherScheme | None
 Expected = tuple[str, tuple[int, ...], tuple[str, ...]]  # name, shape, dtypes
 
 
@@ -437,25 +439,28 @@ def expected(cfg: Config) -> Iterator[Expected]:
     yield from linear("lm_head", cfg.vocab_size, D)
 
 
-def _linear(
-    scheme: Int4Scheme | Fp8Scheme | OtherScheme | None, module: str, O: int, I: int
-) -> Iterator[Expected]:
-    match scheme:
-        case Int4Scheme(group_size=size) if is_int4(module, scheme):
-            if I % size:
-                raise InputError(f"{module}: {I} columns are no whole groups of {size}")
-            yield module + ".weight_packed", (O, I // 8), ("I32",)
-            yield module + ".weight_scale", (O, I // size), ("BF16",)
-            yield module + ".weight_shape", (2,), ("I32", "I64")
-        case Fp8Scheme((rows, columns), ignore) if module not in ignore:
-            yield module + ".weight", (O, I), ("F8_E4M3",)
-            yield module + ".weight_scale_inv", (-(-O // rows), -(-I // columns)), ("F32",)
-        case _:
-            yield module + ".weight", (O, I), FLOATS
+def _linear(scheme: Scheme, module: str, O: int, I: int) -> Iterator[Expected]:
+    form = format_for(scheme)
+    if form is None or not covers(scheme, module):
+        yield module + ".weight", (O, I), FLOATS
+        return
+    try:
+        tensors = form.matrix.tensors(O, I, scheme)
+    except InputError as e:
+        raise InputError(f"{module}: {e}") from None
+    for suffix, (shape, dtypes) in tensors.items():
+        yield module + suffix, shape, dtypes
+
+
+def covers(scheme: Scheme, module: str) -> bool:
+    """Tell whether a `quantization_config` quantises this linear module."""
+    if isinstance(scheme, Fp8Scheme):
+        return module not in scheme.ignore
+    return isinstance(scheme, Int4Scheme) and is_int4(module, scheme)
 
 
 def is_int4(module: str, scheme: Int4Scheme) -> bool:
-    """Whether the scheme packs this linear module."""
+    """Tell whether a compressed-tensors config packs this linear module: targeted, not ignored."""
 
     def matches(entry: str) -> bool:
         if entry.startswith("re:"):

@@ -23,7 +23,9 @@ import numpy as np
 from refmoe.files import InputError, cache_folder
 from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import MlpWeights, MoeWeights
-from refmoe.model.matrix import Q4, Q8, Int4, Matrix, dequantize, quantize_q8, tiles
+from refmoe.model.formats.q8_0 import Q8
+from refmoe.model.formats.registry import all_formats
+from refmoe.model.matrix import Matrix, dequantize, format_of, tiles
 from refmoe.model.numerics import Numerics
 from refmoe.weights.checkpoint import Checkpoint, read_header, tensor_class
 from refmoe.weights.writer import Spec, write_stream
@@ -95,8 +97,8 @@ def replaced(decoder: Decoder, change: Callable[[str, Matrix], Matrix]) -> Decod
     """The decoder with `change(name, matrix)` for each matrix that 8 bits are for."""
 
     def one(name: str, m: Matrix) -> Matrix:
-        alone = isinstance(m, Int4 | Q8 | Q4) or m.shape[1] % 32
-        return m if alone else change(name, m)
+        exact = any(f.name == format_of(m) and not f.eight_bits for f in all_formats())
+        return m if exact or m.shape[1] % 32 else change(name, m)
 
     def mlp(at: str, w: MlpWeights) -> MlpWeights:
         return MlpWeights(*(one(at + name, m) for name, m in w._asdict().items()))
@@ -131,7 +133,7 @@ def size_of(m: Matrix) -> int:
 def quantized(m: Matrix) -> Q8:
     out = Q8(np.empty((m.shape[0], m.shape[1] // 32, 34), np.uint8))
     for rows, tile in tiles(m, TILE):
-        out.blocks[rows] = quantize_q8(dequantize(tile, np.float32)).blocks
+        out.blocks[rows] = Q8.quantize(dequantize(tile, np.float32)).blocks
     return out
 
 
@@ -177,7 +179,7 @@ def _write(file: Path, matrices: dict[str, Matrix], checkpoint: Checkpoint) -> N
     def blocks() -> Iterator[np.ndarray]:
         for m in matrices.values():
             for n, (_, tile) in enumerate(tiles(m, TILE)):
-                q8 = quantize_q8(dequantize(tile, np.float32)).blocks
+                q8 = Q8.quantize(dequantize(tile, np.float32)).blocks
                 digest.update(q8.data)
                 yield q8
                 if n % 32 == 31:

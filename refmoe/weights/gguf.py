@@ -36,11 +36,14 @@ import numpy as np
 
 from refmoe.config import Config
 from refmoe.files import InputError
-from refmoe.model.matrix import BF16, Q4, Q8, Coded, Heads, Matrix
-from refmoe.weights.checkpoint import MISSING_LIMIT, Checkpoint, TensorEntry, expected
+from refmoe.model.formats.coded import Coded
+from refmoe.model.formats.heads import Heads
+from refmoe.model.formats.registry import gguf_formats, gguf_types
+from refmoe.model.matrix import Matrix
+from refmoe.weights.checkpoint import MISSING_LIMIT, Checkpoint, TensorEntry, expected, plain_matrix
 
 PLAIN = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 28: ("F64", 1, 8)}
-BLOCKS = {2: ("Q4_0", 32, 18), 8: ("Q8_0", 32, 34)}
+BLOCKS = {t.number: (t.name, t.elements, t.nbytes) for t in gguf_types()}
 NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F64": np.float64}
 LENGTHS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?"}
 LENGTHS |= {10: "<Q", 11: "<q", 12: "<d"}
@@ -489,15 +492,10 @@ class Gguf(Checkpoint):
     def _plain(self, name: str) -> Matrix:
         t = self.tensors[name]
         values = self.array(name)
-        match t.dtype:
-            case "BF16":
-                return BF16(values)
-            case "Q8_0":
-                return Q8(values.reshape(t.shape[0], -1, 34))
-            case "Q4_0":
-                return Q4(values.reshape(t.shape[0], -1, 18))
-            case "F32" | "F16" | "F64":
-                return values
+        if t.dtype in NUMPY:
+            return plain_matrix(values, t.dtype)
+        if (form := gguf_formats().get(t.dtype)) is not None:
+            return form.from_bytes(values, t.shape)
         library(f"{t.file}: {t.name} is {t.dtype}")
         try:
             return Coded(values, t.shape[-1], decoder_of(t.dtype), t.dtype)

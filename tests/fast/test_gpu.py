@@ -33,7 +33,10 @@ from refmoe.fast.gpu.placement import Request
 from refmoe.files import InputError
 from refmoe.model import matrix
 from refmoe.model.decoder import Decoder
-from refmoe.model.matrix import E4M3, Q8, Coded, Fp8Block, dequantize
+from refmoe.model.formats.coded import Coded
+from refmoe.model.formats.fp8_block import E4M3, Fp8Block
+from refmoe.model.formats.q8_0 import Q8
+from refmoe.model.matrix import dequantize
 from refmoe.model.mla import Segment
 from refmoe.model.numerics import NonFinite
 from refmoe.oracle.selftest import golden

@@ -14,7 +14,8 @@ from refmoe.files import InputError
 from refmoe.lint.diff import tile as quant_tile
 from refmoe.lint.diff import verify as quant_verify
 from refmoe.model.experts import MlpWeights
-from refmoe.model.matrix import Int4, dequantize
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.matrix import dequantize
 from refmoe.oracle import quant as quant_quant
 from refmoe.oracle.base_logits import divergence, read_base, write_base
 from refmoe.run.export import to_gguf, to_safetensors

@@ -19,7 +19,11 @@ from refmoe.fast.kquants import DECODERS, HALVES
 from refmoe.fast.linear import linear
 from refmoe.files import InputError
 from refmoe.model.experts import ExpertsFrom
-from refmoe.model.matrix import Q4, Coded, Heads, Int4, dequantize
+from refmoe.model.formats.coded import Coded
+from refmoe.model.formats.heads import Heads
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.formats.q4_0 import Q4
+from refmoe.model.matrix import dequantize
 from refmoe.run import export
 from refmoe.run.export import int4_of, q4_of, to_gguf, to_safetensors
 from refmoe.run.generate import generate_tokens, working

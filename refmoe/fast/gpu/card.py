@@ -11,17 +11,9 @@ from refmoe.files import InputError
 from refmoe.model import matrix
 from refmoe.model.decoder import LayerWeights
 from refmoe.model.experts import MlpWeights, MoeWeights
-from refmoe.model.matrix import (
-    BF16,
-    Q4,
-    Q8,
-    Fp8Block,
-    Heads,
-    Int4,
-    Matrix,
-    Tiled,
-    dequantize,
-)
+from refmoe.model.formats.heads import Heads
+from refmoe.model.formats.tiled import Tiled
+from refmoe.model.matrix import Matrix, dequantize, format_of
 from refmoe.model.mla import AttentionWeights
 
 VRAM = 12 * 10**9  # bytes of the card this is for; also where a card has more
@@ -206,25 +198,17 @@ class Card:
 
     def matrix(self, m: Matrix) -> Any:
         """A matrix to the card. `InputError` for what no kernel there reads."""
-        match m:
-            case BF16(bits):
-                return BF16(self.array(bits))
-            case Int4(packed, scale):
-                return Int4(self.array(packed), self.array(scale))
-            case Fp8Block(bits, scale, block) if block[1] == 128:
-                return Fp8Block(self.array(bits), self.array(scale.astype(np.float32)), block)
-            case Q8(blocks):
-                return Q8(self.array(blocks))
-            case Q4(blocks):
-                return Q4(self.array(blocks))
-            case Heads(k_b, v_b, heads):
-                return Heads(self.matrix(k_b), self.matrix(v_b), heads)
-            case Tiled():
-                return Pieces(tuple(self.matrix(tile) for _, tile in m.tiles()))
-            case np.ndarray(dtype=np.float16 | np.float32):
-                return self.array(m)
-        name = getattr(m, "name", None) or getattr(m, "dtype", type(m).__name__)
-        raise InputError(f"--gpu has no kernel for {name}{READS}")
+        if isinstance(m, Heads):
+            return Heads(self.matrix(m.k_b), self.matrix(m.v_b), m.heads)
+        if isinstance(m, Tiled):
+            return Pieces(tuple(self.matrix(tile) for _, tile in m.tiles()))
+        name = format_of(m)
+        if name not in FORMS or FORMS[name].columns not in (0, getattr(m, "block", (0, 0))[1]):
+            raise InputError(f"--gpu has no kernel for {getattr(m, 'name', name)}{READS}")
+        if isinstance(m, np.ndarray):
+            return self.array(m)
+        stored: Any = m  # a NamedTuple: the same format with arrays that are on the card
+        return stored._replace(**{part: self.array(a) for part, a in m.arrays().items()})
 
     def vector(self, m: Matrix) -> Array:
         """A gain to the card, exact in float32."""
@@ -271,7 +255,7 @@ class Card:
         """None where no kernel reads it. Matrices are remembered, and so held."""
         known = self._known.get(id(m))
         if known is None or known[0] is not m:
-            known = self._known[id(m)] = m, _stored(m)
+            known = self._known[id(m)] = m, _view(m)
         return known[1]
 
     def forget(self) -> None:
@@ -284,7 +268,7 @@ class Card:
         xp = self.device.xp
         if isinstance(m, Pieces):
             return xp.concatenate([self.linear(x, p, rounded) for p in m.parts], axis=1)
-        known = None if _rounds(m, rounded) else _stored(m) if self.has_no_id(m) else self.stored(m)
+        known = None if _rounds(m, rounded) else _view(m) if self.has_no_id(m) else self.stored(m)
         if known is not None and 0 < len(x) <= FEW and known.whole:
             O, I = known.shape
             y = xp.empty((len(x), O), np.float32)
@@ -362,34 +346,22 @@ class Card:
         return y
 
 
-def _stored(m: Any) -> GpuMatrix | None:
-    scale: Array = None
-    share = 1
-    match m:
-        case BF16(w):
-            name = "bf16"
-        case Int4(w, scale):
-            name = "int4"
-        case Fp8Block(w, scale, (share, 128)):
-            name = "fp8"
-        case Q8(w):
-            name = "q8"
-        case Q4(w):
-            name = "q4"
-        case _ if getattr(m, "dtype", None) in (np.float32, np.float16) and m.ndim == 2:
-            name, w = {4: "f32", 2: "f16"}[m.dtype.itemsize], m
-        case _:
-            return None
+def _view(m: Any) -> GpuMatrix | None:
+    """Return a matrix of the card as kernels take it; None where none reads it."""
+    name = format_of(m)
+    if name not in FORMS or len(m.shape) != 2:
+        return None
+    w, *scales = m.arrays().values() if hasattr(m, "arrays") else [m]
     if not w.flags.c_contiguous:
         return None
-    s = w if scale is None else scale
+    s = scales[0] if scales else w
+    share = m.unit if hasattr(m, "unit") else 1
     return GpuMatrix(FORMS[name], w, w.strides[0], s, s.strides[0], share, tuple(m.shape))
 
 
 def _rounds(m: Any, rounded: tuple[str, ...]) -> bool:
-    return (isinstance(m, Int4) and "int4" in rounded) or (
-        isinstance(m, Fp8Block) and "fp8" in rounded
-    )
+    """Tell whether an engine rounds the product of code and scale, which no kernel here does."""
+    return bool(rounded) and format_of(m) in rounded
 
 
 def _complete(w: Any) -> bool:

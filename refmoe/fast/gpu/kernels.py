@@ -42,6 +42,7 @@ class Form(NamedTuple):
     struct: str  # in the source
     wide: int  # columns of a chunk
     aligned: int  # bytes that a row must be a multiple of
+    columns: int = 0  # that share a scale, where blocks of another width are no such form
 
 
 FORMS = {
@@ -50,7 +51,7 @@ FORMS = {
         Form("f32", "F32", 4, 16),
         Form("f16", "F16", 8, 16),
         Form("bf16", "Bf16", 8, 16),
-        Form("fp8", "Fp8", 16, 16),
+        Form("fp8", "Fp8", 16, 16, 128),
         Form("int4", "Int4", 32, 16),
         Form("q8", "Q8", 32, 2),
         Form("q4", "Q4", 32, 2),

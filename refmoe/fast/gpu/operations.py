@@ -15,12 +15,8 @@ from refmoe.fast.gpu.kernels import FEW
 from refmoe.model import mla
 from refmoe.model.cache import LatentCache
 from refmoe.model.experts import Experts, MlpWeights, swiglu
-from refmoe.model.matrix import (
-    Heads,
-    Matrix,
-    dequantize,
-    widen_bf16,
-)
+from refmoe.model.formats.heads import Heads
+from refmoe.model.matrix import Matrix, dequantize, widen_bf16
 from refmoe.model.numerics import NonFinite, Numerics
 from refmoe.model.rope import softmax_scale
 from refmoe.model.router import Routing

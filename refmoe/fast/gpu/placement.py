@@ -57,11 +57,9 @@ from refmoe.files import InputError
 from refmoe.model.cache import CacheOptions
 from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import Experts, MlpWeights, MoeWeights
-from refmoe.model.matrix import (
-    Coded,
-    Heads,
-    dequantize,
-)
+from refmoe.model.formats.coded import Coded
+from refmoe.model.formats.heads import Heads
+from refmoe.model.matrix import dequantize
 from refmoe.model.mla import AttentionWeights
 from refmoe.weights.placement import CARD_RESERVE, Parts, Share, Tier, on_card
 

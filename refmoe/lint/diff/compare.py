@@ -13,21 +13,14 @@ from refmoe.lint.diff.mistakes import CAUSES, _cause
 from refmoe.lint.diff.steps import _coarse, _fine, _is_float, _stored
 from refmoe.lint.matrices import _keys, _matrix, _named, _wide
 from refmoe.lint.router import DRAWS, _flips
-from refmoe.model.matrix import (
-    BF16,
-    Q4,
-    Q8,
-    Coded,
-    Fp8Block,
-    Heads,
-    Int4,
-    Matrix,
-    Tiled,
-    dequantize,
-    round_bf16,
-    rows,
-    tiles,
-)
+from refmoe.model.formats.bf16 import BF16
+from refmoe.model.formats.coded import Coded
+from refmoe.model.formats.fp8_block import Fp8Block
+from refmoe.model.formats.heads import Heads
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.formats.q4_0 import Q4
+from refmoe.model.formats.q8_0 import Q8
+from refmoe.model.matrix import Matrix, dequantize, round_bf16, rows, tiles
 from refmoe.weights.checkpoint import (
     Checkpoint,
     known_extra,
@@ -186,21 +179,7 @@ def _same_parts(a: Matrix, b: Matrix) -> bool:
 
 
 def _arrays(m: Matrix) -> list[np.ndarray]:
-    match m:
-        case BF16(bits):
-            return [bits]
-        case Int4(packed, scale):
-            return [packed, scale]
-        case Fp8Block(bits, scale, _):
-            return [bits, scale]
-        case Q8(blocks) | Q4(blocks) | Coded(blocks):
-            return [blocks]
-        case Heads(k_b, v_b):
-            return [*_arrays(k_b), *_arrays(v_b)]
-        case Tiled():  # of a store; what is checked is mapped
-            return [dequantize(m)]
-        case _:
-            return [m]
+    return list(m.arrays().values()) if hasattr(m, "arrays") else [m]
 
 
 def _tile_pairs(a: Matrix, b: Matrix) -> Iterator[tuple[Matrix, Matrix]]:

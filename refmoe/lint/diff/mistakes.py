@@ -11,13 +11,10 @@ from refmoe.config import Config
 from refmoe.lint.diff import verify as quant_verify
 from refmoe.lint.diff.steps import _coarse, _fine, _is_float, _stored
 from refmoe.lint.matrices import _matrix, _wide
-from refmoe.model.matrix import (
-    Q4,
-    Fp8Block,
-    Int4,
-    Matrix,
-    rows,
-)
+from refmoe.model.formats.fp8_block import Fp8Block
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.formats.q4_0 import Q4
+from refmoe.model.matrix import Matrix, rows
 from refmoe.weights.checkpoint import (
     Checkpoint,
 )

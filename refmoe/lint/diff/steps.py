@@ -6,18 +6,15 @@ import numpy as np
 
 from refmoe.lint.diff import verify as quant_verify
 from refmoe.lint.matrices import KV_HALVES, _wide
-from refmoe.model.matrix import (
-    BF16,
-    Q4,
-    Q8,
-    Coded,
-    Fp8Block,
-    Heads,
-    Int4,
-    Matrix,
-    Tiled,
-    widen_bf16,
-)
+from refmoe.model.formats.bf16 import BF16
+from refmoe.model.formats.coded import Coded
+from refmoe.model.formats.fp8_block import Fp8Block
+from refmoe.model.formats.heads import Heads
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.formats.q4_0 import Q4
+from refmoe.model.formats.q8_0 import Q8
+from refmoe.model.formats.tiled import Tiled
+from refmoe.model.matrix import Matrix, widen_bf16
 from refmoe.weights.checkpoint import (
     Checkpoint,
 )
@@ -60,7 +57,11 @@ def _fine(m: Matrix, w: np.ndarray, other: Matrix) -> np.ndarray | float:
     if isinstance(m, Int4 | Fp8Block | Q8 | Q4 | Coded | Tiled):
         unit = {Int4: 2.0**-8, Fp8Block: 2.0**-24}.get(type(m), 2.0**-11)
         return unit * np.abs(w) if _one_grid(m, other) else 0.0
-    digits, least = (8, -126) if isinstance(m, BF16) else PRECISION[m.dtype.name]
+    if isinstance(m, BF16):
+        digits, least = 8, -126
+    else:
+        assert isinstance(m, np.ndarray)
+        digits, least = PRECISION[m.dtype.name]
     exponent = np.where(w == 0, least, np.frexp(w)[1] - 1)
     return np.ldexp(1.0, np.maximum(exponent, least) - digits)
 

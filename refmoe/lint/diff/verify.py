@@ -9,18 +9,14 @@ import numpy as np
 
 from refmoe.files import InputError
 from refmoe.lint.diff.tile import TILE
-from refmoe.model.matrix import (
-    BF16,
-    Q4,
-    Q8,
-    Coded,
-    Fp8Block,
-    Heads,
-    Int4,
-    Matrix,
-    dequantize,
-    tiles,
-)
+from refmoe.model.formats.bf16 import BF16
+from refmoe.model.formats.coded import Coded
+from refmoe.model.formats.fp8_block import Fp8Block
+from refmoe.model.formats.heads import Heads
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.formats.q4_0 import Q4
+from refmoe.model.formats.q8_0 import Q8
+from refmoe.model.matrix import Matrix, dequantize, tiles
 from refmoe.weights.checkpoint import Checkpoint, expected
 from refmoe.weights.gguf import opened
 

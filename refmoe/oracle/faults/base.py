@@ -39,7 +39,10 @@ import numpy as np
 from refmoe.config import Config, Fp8Scheme, Int4Scheme
 from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import Experts, ExpertsFrom, MlpWeights, MoeWeights
-from refmoe.model.matrix import BF16, Fp8Block, Int4, Matrix, dequantize
+from refmoe.model.formats.bf16 import BF16
+from refmoe.model.formats.fp8_block import Fp8Block
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.matrix import Matrix, dequantize
 from refmoe.model.numerics import Numerics, Watch
 from refmoe.model.points import kind
 from refmoe.model.router import GateWeights, Routing, sigmoid

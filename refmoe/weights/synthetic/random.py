@@ -17,7 +17,8 @@ from safetensors import TensorSpec, serialize_file
 
 from refmoe.config import Config, Fp8Scheme
 from refmoe.files import InputError, write_atomically
-from refmoe.model.matrix import E4M3, bf16_bits
+from refmoe.model.formats.fp8_block import E4M3
+from refmoe.model.matrix import bf16_bits
 from refmoe.weights.checkpoint import INDEX, expected, tensor_class
 
 SINGLE = "model.safetensors"
