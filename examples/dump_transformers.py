@@ -1,10 +1,11 @@
-"""Dump every point that forward hooks can see of a transformers model, for `refmoe check`.
+"""Dump every tensor of a transformers model that forward hooks can see, for `refmoe check`.
 
     python examples/dump_transformers.py DIR OUT.safetensors --tokens FILE.json [--check]
 
-needs torch and transformers. DIR is a folder that transformers opens by itself (for INT4 and FP8
-checkpoints see `golden/make.py`, which makes an exact twin). The hooks are `watch` below: paste it
-beside a model of your own. The router's float32 logits stay float32.
+This needs torch and transformers. DIR is a folder that transformers opens by itself, such as a
+Moonlight; for INT4 and FP8 checkpoints see `golden/make.py`, which writes an exact copy without
+quantisation. The hooks are in the function `watch`, which you can paste beside a model of your own.
+With --check the dump is judged at once.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import torch
 
 
 def watch(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Forward hooks on every module; the dict fills when the model runs."""
+    """Put forward hooks on every module. The dict that is returned fills when the model runs."""
     seen: dict[str, torch.Tensor] = {}
 
     def keep(name: str, t: torch.Tensor) -> None:

@@ -1,10 +1,11 @@
-"""Dump every point of a running vLLM that hooks can see, for `refmoe check --engine vllm`.
+"""Dump every tensor of a running vLLM that hooks can see, for `refmoe check --engine vllm`.
 
     python examples/dump_vllm.py DIR OUT.safetensors --tokens FILE.json [--dtype bfloat16]
 
-needs vLLM, its CPU build or a GPU, and one prefill in one piece (eager, no chunks, no cache hits).
-Names are vLLM's own module paths; `refmoe check` splits what vLLM fuses (qkv_a, gate_up, norm and
-residual). `watch` is all there is to it: call it in a process of your own.
+This needs vLLM, its CPU build or a GPU. The prompt must go through in one piece: eager mode, no
+chunks and no cache hits, as `main` sets it up. Tensors have the names of vLLM's own modules;
+`refmoe check` splits what vLLM fuses (q_a with kv_a, gate with up, a norm with its residual). To
+dump from a process of your own, call the function `watch` there.
 """
 
 import argparse
@@ -23,7 +24,7 @@ def keep(name: str, t: object) -> None:
 
 
 def watch(model: torch.nn.Module) -> None:
-    """Forward hooks on every module, and on each router, which is none."""
+    """Put forward hooks on every module, and wrap the routers, which are no modules."""
 
     def hook(name: str):  # type: ignore[no-untyped-def]
         def after(_module, args, output) -> None:  # type: ignore[no-untyped-def]
