@@ -38,13 +38,13 @@ TILE = 1 << 20  # elements of a tile that NumPy dequantises: 4 MB of float32
 DECODED = 1 << 21  # elements of a tile that a kernel decodes: 8 MB, of a cache that cores share
 PIECE = 1 << 20  # bytes of weights that a thread takes at a time
 FEW = 12  # tokens; beyond, decoding once and multiplying by BLAS is quicker
-ALONE = 1 << 20  # bytes of weights that are not worth a second thread: some 30 µs
+ALONE = 1 << 20  # bytes of weights, read in some 30 µs: not worth a second thread
 KNOWN = 1 << 18  # matrices; K2 has 70,000
 ROWS = 2048  # of experts' inputs at once, which bounds the scratch
 
 
 class KernelMatrix(NamedTuple):
-    """A matrix as kernels take it: addresses and bytes from row to row. It does not hold it."""
+    """A matrix as kernels take it: addresses, and bytes from row to row. It holds no array."""
 
     how: Kernels
     w: int
@@ -72,7 +72,11 @@ class KernelMatrix(NamedTuple):
 
 
 def kernel_view(m: Matrix, fast: bool = False) -> KernelMatrix | None:
-    """None where no kernel reads it. A checkpoint's matrices are remembered, and so held."""
+    """Return a matrix as kernels take it, or None if none reads it.
+
+    The view is kept with its matrix, which is right for a mapped checkpoint. For matrices whose
+    memory is used again, call `make_kernel_view`.
+    """
     if isinstance(m, np.ndarray):
         return make_kernel_view(m, fast)
     known = _known.get((id(m), fast))
@@ -87,7 +91,7 @@ _known: dict[tuple[int, bool], tuple[Matrix, KernelMatrix | None]] = {}
 
 
 def make_kernel_view(m: Matrix, fast: bool = False) -> KernelMatrix | None:
-    """The same, for a matrix that soon is another."""
+    """Make the view of `kernel_view` without keeping it."""
     kernels_of = FORMATS.get(format_of(m))
     if kernels_of is None or len(m.shape) != 2 or not m.shape[0]:
         return None
@@ -113,22 +117,24 @@ def _unit(m: Matrix) -> int:
 
 
 def whole_rows(a: np.ndarray) -> bool:
+    """Tell whether each row lies together in memory, in the machine's byte order."""
     return a.ndim == 2 and a.strides[1] == a.itemsize and a.dtype.isnative
 
 
 def address(a: np.ndarray) -> int:
+    """Return where an array's data begins."""
     return a.__array_interface__["data"][0]
 
 
 class Inputs:
-    """Rows of x, brought into whatever order a form wants, once for each."""
+    """Rows of x [T, I], and their copies in the orders that forms want, each made once."""
 
     def __init__(self, x: np.ndarray):
         self.x = np.ascontiguousarray(x)
         self.made: dict[Any, np.ndarray] = {}
 
     def few(self, form: Form) -> np.ndarray:
-        """[T, ·] for the kernels of a few tokens."""
+        """Return x as the kernels for a few tokens take it, [T, ·]."""
         key = form.name if form.integer else form.order
         if key not in self.made:
             self.made[key] = self._halves(form) if form.integer else kernels.ordered(form, self.x)
@@ -140,7 +146,7 @@ class Inputs:
         return self.made[form.order]
 
     def sixteen(self) -> tuple[np.ndarray, np.ndarray]:
-        """Codes and units in the order of the columns."""
+        """Return x in 16 bits: codes [T, I] and units [T, I/32], in the order of the columns."""
         if "sixteen" not in self.made:
             T, I = self.x.shape
             codes, units = np.empty((T, I), np.int16), np.empty((T, I // 32), np.float32)
@@ -157,7 +163,7 @@ class Inputs:
 
 
 def multiply(products: Sequence[tuple[Inputs, KernelMatrix]]) -> list[np.ndarray]:
-    """y = x Wᵀ of each, float32 [T, O], as one parallel region."""
+    """Return y = x Wᵀ of each product, float32 [T, O], computed as one parallel region."""
     out: list[np.ndarray] = []
     pieces: list[threads.Piece] = []
     blas = False
@@ -185,7 +191,7 @@ def multiply(products: Sequence[tuple[Inputs, KernelMatrix]]) -> list[np.ndarray
 
 
 def alone(inputs: Inputs, m: KernelMatrix) -> np.ndarray:
-    """y = x Wᵀ of a few tokens, in this thread: float32 [T, O]."""
+    """Return y = x Wᵀ of a few tokens, computed in this thread: float32 [T, O]."""
     x = inputs.few(m.form)
     y = np.empty((len(x), m.shape[0]), np.float32)
     places = address(x), x.strides[0], address(y), y.strides[0]
@@ -234,7 +240,7 @@ def _sixteen(
 
 
 def _tile(x: np.ndarray, m: KernelMatrix, y: np.ndarray, begin: int, end: int) -> None:
-    """Decoded into this thread's scratch, then multiplied."""
+    """Decode rows into this thread's scratch, then multiply them by BLAS."""
     I = m.shape[1]
     if getattr(_scratch, "tile", np.empty(0)).size < (end - begin) * I:
         _scratch.tile = np.empty(max((end - begin) * I, DECODED), np.float32)
@@ -272,7 +278,7 @@ def linear(
 
 
 def _coded(x: np.ndarray, m: Coded) -> np.ndarray:
-    """Rows decoded while a tile is in cache, by plain kernels, then multiplied."""
+    """Return x Wᵀ of K-quants: plain kernels decode a tile, which is multiplied in the cache."""
     O, I = m.shape
     y = np.empty((O, len(x)), np.float32).T
     step = max(1, TILE // 4 // I)
@@ -295,7 +301,10 @@ def _rounds(m: Matrix, rounded: tuple[str, ...]) -> bool:
 def experts(
     x: np.ndarray, routing: Routing, experts: Experts, nx: Numerics, fast: bool = False
 ) -> np.ndarray:
-    """The routed sum, [T, D], where nothing inside is rounded or watched."""
+    """Return the routed sum [T, D], all chosen experts as two parallel regions.
+
+    Where something inside is rounded or watched, or no kernel reads a matrix, the definition does.
+    """
     chosen = np.unique(routing.experts).tolist()
     if x.dtype != np.float32 or nx.round is not None or _watched(chosen, nx):
         return routed_experts(x, routing, experts, nx)
@@ -329,7 +338,7 @@ def _watched(chosen: list[int], nx: Numerics) -> bool:
 
 
 def _groups(rows: dict[int, np.ndarray]) -> Iterator[list[int]]:
-    """Experts in order, with no more than `ROWS` rows together unless one alone has more."""
+    """Yield experts in order, with no more than `ROWS` rows together unless one has more."""
     group: list[int] = []
     count = 0
     for e, own in rows.items():
@@ -345,7 +354,7 @@ def _groups(rows: dict[int, np.ndarray]) -> Iterator[list[int]]:
 def _swiglu(
     whole: Inputs, group: list[tuple[np.ndarray, list[KernelMatrix]]], K: int, parts: np.ndarray
 ) -> None:
-    """parts[row] = W_down (silu(W_gate x) · W_up x) for rows of tokens and slots, T·K in all."""
+    """Set parts[row] = W_down (silu(W_gate x) · W_up x), rows being of tokens and slots, T·K."""
     first = []
     for rows, (gate, up, _) in group:
         x = whole if len(whole.x) == 1 else Inputs(whole.x[rows // K])
