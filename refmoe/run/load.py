@@ -135,7 +135,7 @@ def load(
     """
     if gpu is not None:
         from refmoe.fast.gpu.device import open_device
-        from refmoe.fast.gpu.placement import hottest, loaded, planned
+        from refmoe.fast.gpu.placement import most_used_experts, plan_gpu, upload
 
         if numerics != "float32" or reference:
             what = "reference" if reference else numerics
@@ -154,7 +154,7 @@ def load(
         checkpoint = checkpoint_q8(checkpoint, nx)
     if gpu is not None:
         parts = parts_of(checkpoint, dense)
-        found = planned(checkpoint.cfg, parts, gpu, device)
+        found = plan_gpu(checkpoint.cfg, parts, gpu, device)
     streamed = store(checkpoint, ram, reads)
     if streamed is not None:
         decoder = streamed.decoder(nx)
@@ -163,6 +163,6 @@ def load(
         decoder = dense_q8(checkpoint, decoder) if dense == "q8" and ram is None else decoder
     if gpu is None:
         return Model(checkpoint, decoder, reference, streamed)
-    own = hottest(usage(checkpoint), parts, found.share.experts)
-    decoder = loaded(decoder, found, own, conventions)
+    own = most_used_experts(usage(checkpoint), parts, found.share.experts)
+    decoder = upload(decoder, found, own, conventions)
     return Model(checkpoint, decoder, reference, streamed, found.card)
