@@ -31,6 +31,8 @@ from refmoe.model.rope import rotate
 
 
 class LayerWeights(NamedTuple):
+    """The matrices of a layer but its routed experts."""
+
     input_layernorm: Matrix  # [D]
     self_attn: AttentionWeights
     post_attention_layernorm: Matrix  # [D]

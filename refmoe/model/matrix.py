@@ -11,42 +11,11 @@ Tiled, a matrix that is read a few rows at a time. Whoever handles all formats a
 import sys
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
-
-class StoredMatrix(Protocol):
-    """A matrix [O, I], or a vector [I], as its bytes are stored."""
-
-    @property
-    def format(self) -> str:
-        """The name that kernels and `Conventions.rounded_products` know it by."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def nbytes(self) -> int: ...
-
-    @property
-    def unit(self) -> int:
-        """How many rows belong together; 0 if stored rows are no rows of the matrix."""
-        ...
-
-    def dequantize(self, dtype: Any, rounded: tuple[str, ...] = ()) -> np.ndarray:
-        """Return the values that the bytes stand for, [O, I]; see the function `dequantize`."""
-        ...
-
-    def rows(self, index: Any) -> Any:
-        """Return some of its rows as a matrix, still stored if that is possible."""
-        ...
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Return the stored arrays by name: the weights, then their scales if they are apart."""
-        ...
-
+from refmoe.model.formats.base import StoredMatrix
 
 Matrix: TypeAlias = np.ndarray | StoredMatrix
 

@@ -64,7 +64,7 @@ INDEX = "model.safetensors.index.json"
 
 
 class TensorEntry(NamedTuple):
-    """One tensor of one shard, not yet read."""
+    """One tensor of one file, not yet read."""
 
     file: Path
     name: str  # as the file has it
@@ -75,7 +75,7 @@ class TensorEntry(NamedTuple):
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
-    """The tensors of a safetensors file; `InputError` unless they tile its data exactly."""
+    """Read the tensors of a safetensors file; `InputError` unless they tile its data exactly."""
     size = file.stat().st_size
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
@@ -168,12 +168,12 @@ class Checkpoint:
 
     @property
     def has_words(self) -> bool:
-        """Whether it has a vocabulary."""
+        """Tell whether the checkpoint has a vocabulary."""
         return (self.path / "tiktoken.model").is_file()
 
     @property
     def identity(self) -> str:
-        """Changes when config or a shard does: a hash of config.json, sizes and times."""
+        """Return a hash of config.json and of the shards' sizes and times."""
         facts = [self.path.resolve().as_posix(), (self.path / "config.json").read_text("utf-8")]
         for file in sorted({t.file for t in self.tensors.values()}):
             stat = file.stat()
@@ -207,7 +207,7 @@ class Checkpoint:
 
     @property
     def warnings(self) -> list[str]:
-        """What a user should know, a line each."""
+        """Return what a user should know, a line each."""
         return [
             f"{len(names)} tensors {what}: {', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
             for names, what in (
@@ -218,24 +218,24 @@ class Checkpoint:
         ]
 
     def array(self, name: str) -> np.ndarray:
-        """The tensor as a read-only view of its bytes; bf16 as its bits."""
+        """Return a tensor as a read-only view of its bytes; bf16 as its bits."""
         stored = self.tensors[name]
         return self.source(stored).view(DTYPES[stored.dtype]).reshape(stored.shape)
 
     def mapped(self, stored: TensorEntry) -> np.ndarray:
-        """Its bytes in the mapped file."""
+        """Return a tensor's bytes in the mapped file."""
         file = self._maps.get(stored.file)
         if file is None:
             file = self._maps[stored.file] = np.memmap(stored.file, np.uint8, "r")
         return np.asarray(file[stored.start : stored.start + stored.nbytes])
 
     def let_go(self) -> None:
-        """What was read of mapped files need not stay in memory."""
+        """Tell the system that what was read of mapped files need not stay in memory."""
         for file in self._maps.values():
             advise(file, "MADV_DONTNEED")
 
     def reading(self, source: Callable[[TensorEntry], np.ndarray]) -> Self:
-        """The same checkpoint with bytes from elsewhere: TensorEntry → uint8 [nbytes]."""
+        """Return this checkpoint with bytes from elsewhere: TensorEntry → uint8 [nbytes]."""
         other = copy(self)
         other.source, other._experts = source, {}
         return other
@@ -259,16 +259,18 @@ class Checkpoint:
         return plain_matrix(self.array(name), stored.dtype)
 
     def mlp(self, prefix: str) -> MlpWeights:
+        """Return the three matrices of an MLP."""
         return MlpWeights(*(self.matrix(f"{prefix}{part}_proj") for part in ("gate", "up", "down")))
 
     def expert(self, layer: int, e: int) -> MlpWeights:
-        """The matrices of one routed expert; views, remembered."""
+        """Return the matrices of one routed expert: views, made once."""
         key = (layer, e)
         if key not in self._experts:
             self._experts[key] = self.mlp(f"model.layers.{layer}.mlp.experts.{e}.")
         return self._experts[key]
 
     def layer(self, i: int) -> LayerWeights:
+        """Return all matrices of a layer but the routed experts, as views."""
         at = f"model.layers.{i}."
         a = at + "self_attn."
         low_rank = self.cfg.q_lora_rank is not None
@@ -298,7 +300,7 @@ class Checkpoint:
         )
 
     def decoder(self, nx: Numerics) -> Decoder:
-        """The whole network as views; `InputError` if a tensor is missing."""
+        """Return the whole network as views; `InputError` if a tensor is missing."""
         if self.missing:
             raise InputError(
                 f"{self.path}: {len(self.missing)} tensors are missing, first "
@@ -328,7 +330,7 @@ def advise(file: Any, how: str) -> None:
 
 
 def canonical(name: str) -> str:
-    """The one name of a tensor, whichever wrapper wrote it."""
+    """Return the one name of a tensor here, whichever wrapper wrote it."""
     for prefix, plain in (
         ("language_model.model.", "model."),
         ("language_model.lm_head.", "lm_head."),
@@ -341,7 +343,7 @@ def canonical(name: str) -> str:
 
 
 def _shards(path: Path) -> tuple[dict[str, TensorEntry], list[str]]:
-    """All tensors of the folder by canonical name, and those not where the index says."""
+    """Return tensors by canonical name, and the names that are not where the index says."""
     tensors: dict[str, TensorEntry] = {}
 
     def take(stored: TensorEntry) -> None:
@@ -399,7 +401,7 @@ Expected = tuple[str, tuple[int, ...], tuple[str, ...]]  # name, shape, dtypes
 
 
 def expected(cfg: Config) -> Iterator[Expected]:
-    """Every tensor the config calls for: name, shape, and the dtypes that can be read."""
+    """Yield every tensor the config calls for: name, shape, and the dtypes that can be read."""
     D, H, C, R = cfg.hidden_size, cfg.num_attention_heads, cfg.kv_lora_rank, cfg.qk_rope_head_dim
     A, F, E = cfg.q_lora_rank, cfg.moe_intermediate_size, cfg.n_routed_experts
     linear = partial(_linear, cfg.quantization)
@@ -472,7 +474,7 @@ def is_int4(module: str, scheme: Int4Scheme) -> bool:
 
 
 def known_extra(name: str, cfg: Config) -> bool:
-    """Tensors that published checkpoints carry and the text graph does not use.
+    """Tell whether it is a tensor that published checkpoints carry and the text graph leaves aside.
 
     A left-over `rotary_emb.inv_freq` (K2-Instruct's has the wrong length), the multi-token
     prediction layer behind the last one (DeepSeek-V3), vision tower and projector (K2.5 and later).
@@ -487,7 +489,7 @@ _VISION = re.compile(r"(model\.)?(vision_tower|mm_projector|multi_modal_projecto
 
 
 def tensor_class(name: str, cfg: Config) -> str:
-    """The class of a tensor in summaries: by what it does, not by its format."""
+    """Return the class of a tensor in summaries: by what it does, not by its format."""
     if known_extra(name, cfg):
         return "other"
     for mark, kind in (
@@ -507,7 +509,7 @@ def tensor_class(name: str, cfg: Config) -> str:
 
 
 def summary(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Bytes by class, and parameters in total and those one token uses."""
+    """Count bytes by class, and parameters in total and those that one token uses."""
     cfg = checkpoint.cfg
     bytes_by_class: dict[str, int] = {}
     count = {"once": 0, "routed": 0, "embedding": 0}

@@ -321,7 +321,7 @@ class Card:
         which: tuple[int, int, int],
         heads: int,
     ) -> None:
-        """Launch `rows`. Strides: numbers from token to token, head to head; which: rows of a head."""
+        """Launch `rows`. Strides: numbers by token and by head; which: rows of a head."""
         T, count = len(x), which[1]
         at_once = next(t for t in TOKENS if t >= T)
         R = 2 if count * heads >= 48 * self.device.processors else 1

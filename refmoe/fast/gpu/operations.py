@@ -212,7 +212,7 @@ class GpuOperations:
         cfg: Config,
         nx: Numerics,
     ) -> Array:
-        """Attend for queries of which the last sees `seen` positions; m: as stored, or [H, N+V, C]."""
+        """Attend for queries, the last of which sees `seen` positions; m stored or [H, N+V, C]."""
         card = self.card
         N, V, H = cfg.qk_nope_head_dim, cfg.v_head_dim, cfg.num_attention_heads
         scale = nx.dtype(softmax_scale(cfg))

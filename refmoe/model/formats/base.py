@@ -1,10 +1,42 @@
-"""What a format file says about its format, for whoever handles all of them."""
+"""What a stored matrix is, and what a format file says about its format."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 TensorSpec = tuple[tuple[int, ...], tuple[str, ...]]  # shape, and the dtypes it may have
+
+
+class StoredMatrix(Protocol):
+    """A matrix [O, I], or a vector [I], as its bytes are stored."""
+
+    @property
+    def format(self) -> str:
+        """The name that kernels and `Conventions.rounded_products` know it by."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def unit(self) -> int:
+        """How many rows belong together; 0 if stored rows are no rows of the matrix."""
+        ...
+
+    def dequantize(self, dtype: Any, rounded: tuple[str, ...] = ()) -> np.ndarray:
+        """Return the values that the bytes stand for, [O, I]; see the function `dequantize`."""
+        ...
+
+    def rows(self, index: Any) -> Any:
+        """Return some of its rows as a matrix, still stored if that is possible."""
+        ...
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the stored arrays by name: the weights, then their scales if they are apart."""
+        ...
 
 
 class GgufType(NamedTuple):
