@@ -21,7 +21,6 @@ import importlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from math import lcm
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ import numpy as np
 from refmoe.files import InputError
 from refmoe.lint.diff.tile import TILE
 from refmoe.model.decoder import Decoder
-from refmoe.model.experts import ExpertsFrom, MlpWeights, routed_experts
+from refmoe.model.experts import MlpWeights, routed_experts
 from refmoe.model.formats.fp8_block import Fp8Block
 from refmoe.model.formats.heads import Heads
 from refmoe.model.formats.int4 import Int4
@@ -103,10 +102,7 @@ def expect(
     # all chosen experts at once, as the fused twin takes them, are too many in float32
     nx = replace(model.nx, experts=routed_experts)
     nx = nx if experts_only else cost.numerics(nx, model.decoder)
-    experts = [
-        ExpertsFrom(partial(expert, i), own.streamed) for i, own in enumerate(model.decoder.experts)
-    ]
-    quantised = replace(model.decoder, experts=experts, nx=nx)
+    quantised = model.decoder.with_experts(expert).using(nx)
     p, q = (d.logits(tokens) for d in (model.decoder, quantised))
     kl, agree = [], []
     for row, other in zip(p, q, strict=True):

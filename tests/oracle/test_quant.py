@@ -33,7 +33,7 @@ def spoiled(path: Path, name: str, part: str, change) -> Path:
         w = model.checkpoint.expert(i, e)
         return w._replace(**{part: change(w)}) if (i, e) == (2, 5) else w
 
-    wrong = replace(model, decoder=replace(model.decoder, experts=expert))
+    wrong = replace(model, decoder=model.decoder.with_experts(expert))
     to_gguf(wrong, path / f"{name}.gguf", dense="bf16")
     return path / f"{name}.gguf"
 
@@ -182,7 +182,7 @@ def at_once(model, kind: str, tokens: list[int]) -> quant_quant.Cost:
         at = f"model.layers.{i}.mlp.experts.{e}."
         return MlpWeights(*(changed(at + n, m) for n, m in w.items()))
 
-    other = replace(replaced(model.decoder, changed), experts=expert)
+    other = replaced(model.decoder, changed).with_experts(expert)
     wide = [d.logits(tokens).astype(float) for d in (model.decoder, other)]
     wide = [z - z.max(axis=-1, keepdims=True) for z in wide]
     p, q = (z - np.log(np.exp(z).sum(axis=-1, keepdims=True)) for z in wide)

@@ -485,7 +485,7 @@ def test_a_shard_that_vanishes_loses_nothing(random_int4, tmp_path):
 GROWTH = """
 import sys
 import refmoe
-from refmoe.run.sweep import sweep
+from refmoe.run.sweep.sweep import sweep
 from refmoe.weights.streaming.reader import high_water
 folder, count, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 prompts = [[(n + 7 * i) % 500 for i in range(128)] for n in range(count)]

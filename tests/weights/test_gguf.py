@@ -18,7 +18,6 @@ from refmoe.fast.engine import engine
 from refmoe.fast.kquants import DECODERS, HALVES
 from refmoe.fast.linear import linear
 from refmoe.files import InputError
-from refmoe.model.experts import ExpertsFrom
 from refmoe.model.formats.coded import Coded
 from refmoe.model.formats.heads import Heads
 from refmoe.model.formats.int4 import Int4
@@ -111,12 +110,8 @@ def test_a_scale_that_is_no_float16_sends_its_stack_elsewhere(tmp_path):
     assert isinstance(m, Int4)
     tiny = m._replace(scale=np.full_like(m.scale, 0x0080))  # 2⁻¹²⁶ is no float16
     one = {(1, 3): model.decoder.experts[1](3)._replace(gate_proj=tiny)}
-    decoder = dataclasses.replace(
-        model.decoder,
-        experts=[
-            ExpertsFrom(lambda e, i=i: one.get((i, e)) or model.checkpoint.expert(i, e))
-            for i in range(model.cfg.num_hidden_layers)
-        ],
+    decoder = model.decoder.with_experts(
+        lambda i, e: one.get((i, e)) or model.checkpoint.expert(i, e)
     )
     made = to_gguf(dataclasses.replace(model, decoder=decoder), tmp_path / "x.gguf", "bf16")
     assert made.not_exact == []

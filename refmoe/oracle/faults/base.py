@@ -31,14 +31,13 @@ because no tensor of such a run shows them: whatever depends on batch, chunk or 
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from refmoe.config import Config, Fp8Scheme, Int4Scheme
 from refmoe.model.decoder import Decoder, LayerWeights
-from refmoe.model.experts import Experts, ExpertsFrom, MlpWeights, MoeWeights
+from refmoe.model.experts import Experts, MlpWeights, MoeWeights
 from refmoe.model.formats.bf16 import BF16
 from refmoe.model.formats.fp8_block import Fp8Block
 from refmoe.model.formats.int4 import Int4
@@ -119,7 +118,7 @@ def _within(
             return wrong
         return decoder.experts[i](e)._replace(**{part: getattr(wrong, part)})
 
-    return _with_experts(decoder, one)
+    return decoder.with_experts(one)
 
 
 def strength_of(theirs: np.ndarray, healthy: np.ndarray, faulty: np.ndarray) -> float:
@@ -294,15 +293,9 @@ def experts(change: Callable[[Decoder, int, int], MlpWeights]) -> Alter:
         def expert(i: int, e: int) -> MlpWeights:
             return change(decoder, i, e) if layer in (None, i) else decoder.experts[i](e)
 
-        return _with_experts(decoder, expert)
+        return decoder.with_experts(expert)
 
     return alter
-
-
-def _with_experts(decoder: Decoder, expert: Callable[[int, int], MlpWeights]) -> Decoder:
-    """Return the decoder with `expert(layer, e)` for its routed experts."""
-    own = [ExpertsFrom(partial(expert, i), old.streamed) for i, old in enumerate(decoder.experts)]
-    return replace(decoder, experts=own)
 
 
 def stored(form: type, change: Callable[[Any], Matrix]) -> Alter:
