@@ -20,7 +20,8 @@ import torch
 import transformers
 
 import refmoe
-from refmoe.oracle.readers.dump import Dump, read_dump
+from refmoe.oracle.readers.base import Dump
+from refmoe.oracle.readers.dump import read_dump
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]

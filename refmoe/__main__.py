@@ -1,3 +1,5 @@
+"""Run the command line: `python -m refmoe VERB …`."""
+
 import sys
 
 from refmoe.cli import main

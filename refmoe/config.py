@@ -1,8 +1,8 @@
-"""config.json → a frozen `Config`.
+"""Read config.json into a frozen `Config`.
 
-Every number of the model comes from config.json; what the graph cannot do is refused here, by
-field name. Nested `text_config` (K2.5 and later) and both spellings of the rope settings
-(`rope_scaling`, `rope_parameters`) are read.
+Every number of the model comes from config.json. A value that the graph of this family cannot
+compute with is refused here, by the name of its field. The settings may be nested in `text_config`
+(K2.5 and later), and those of RoPE may be called `rope_scaling` or `rope_parameters`.
 
 Axis letters, everywhere in this project:
 
@@ -25,7 +25,7 @@ from refmoe.files import InputError, read_object
 
 @dataclass(frozen=True)
 class Yarn:
-    """`rope_scaling` of type yarn (arXiv:2309.00071), names as in config.json."""
+    """The settings of YaRN (arXiv:2309.00071), under the names of `rope_scaling` in config.json."""
 
     factor: float
     original_max_position_embeddings: int
@@ -37,10 +37,10 @@ class Yarn:
 
 @dataclass(frozen=True)
 class Int4Scheme:
-    """`quantization_config` of compressed-tensors' pack-quantized INT4, group 32.
+    """The INT4 of compressed-tensors (`pack-quantized`), and which modules are stored in it.
 
-    `targets` and `ignore` are matched against module names: a plain entry is a whole name or the
-    class `Linear`, an entry that begins with `re:` is a regular expression matched at the start.
+    `targets` and `ignore` are matched against module names. A plain entry is a whole name or the
+    class `Linear`; an entry that begins with `re:` is a regular expression matched at the start.
     """
 
     targets: tuple[str, ...]
@@ -50,9 +50,10 @@ class Int4Scheme:
 
 @dataclass(frozen=True)
 class Fp8Scheme:
-    """`quantization_config` of DeepSeek's FP8: e4m3 weights, one float32 scale a block.
+    """The FP8 of DeepSeek: codes in e4m3 and one float32 scale a block.
 
-    Every linear module is FP8 but those named here: `lm_head` and `modules_to_not_convert`.
+    Every linear module is stored in it but those in `ignore`: `lm_head`, and the
+    `modules_to_not_convert` of the config.
     """
 
     block: tuple[int, int]  # rows, columns; last blocks may be partial
@@ -61,14 +62,14 @@ class Fp8Scheme:
 
 @dataclass(frozen=True)
 class OtherScheme:
-    """A quantisation whose config can be read and whose weights cannot."""
+    """A quantisation whose settings can be read, but not its weights."""
 
     quant_method: str
 
 
 @dataclass(frozen=True)
 class Config:
-    """The K2 family's settings under config.json's own names. Sizes are counts."""
+    """The settings of a member of the K2 family, as config.json names them; sizes are counts."""
 
     model_type: str
     vocab_size: int
@@ -100,14 +101,19 @@ class Config:
 
     @property
     def qk_head_dim(self) -> int:
+        """Width of a query or key head: N channels without position and R rotated ones."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     def is_moe(self, layer: int) -> bool:
+        """Return whether a layer has routed experts; the others have one dense MLP."""
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
     @classmethod
     def load(cls, path: str | Path) -> "Config":
-        """Read config.json, or the one in a folder."""
+        """Read a config.json, given itself or by its folder.
+
+        Raises `InputError`, with the path, as `from_dict` does or if there is no such file.
+        """
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
         raw = read_object(path)
@@ -118,7 +124,10 @@ class Config:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "Config":
-        """Parse a decoded config.json; `InputError` names the field that cannot be served."""
+        """Parse a decoded config.json.
+
+        Raises `InputError` naming the field that is missing, malformed, or asks for another graph.
+        """
         text = _object(raw, "text_config") or raw
         model_type = text.get("model_type")
         if model_type not in MODEL_TYPES:
@@ -171,21 +180,25 @@ class Config:
             eos_token_id=as_ids(text.get("eos_token_id")),
             quantization=_scheme(scheme),
         )
-        _consistent(cfg)
+        _check_consistency(cfg)
         return cfg
 
 
-# K2's text graph under the names it was published with; the vision wrappers carry it inside.
+# names under which this graph was published; the vision wrappers of K2.5 and later carry it inside
 MODEL_TYPES = ("kimi_k2", "deepseek_v3")
 
 
 def as_ids(value: Any) -> tuple[int, ...]:
-    """`eos_token_id` is written as nothing, one id or several."""
+    """Return the ids of an `eos_token_id`, which may be absent, one id, or a list.
+
+    Raises `InputError` if it is none of these.
+    """
     ids = [] if value is None else value if isinstance(value, list) else [value]
     return tuple(_count("eos_token_id", i, 0) for i in ids)
 
 
 def _object(raw: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return a field that holds an object, or an empty one if it is absent."""
     value = raw.get(key)
     if value is None:
         return {}
@@ -195,6 +208,7 @@ def _object(raw: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _names(raw: dict[str, Any], key: str) -> tuple[str, ...]:
+    """Return a field that holds a list of names; none if it is absent."""
     value = raw.get(key) or []
     if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
         raise InputError(f"{key} = {value!r}, expected a list of names")
@@ -202,6 +216,7 @@ def _names(raw: dict[str, Any], key: str) -> tuple[str, ...]:
 
 
 def _count(key: str, value: Any, least: int = 1) -> int:
+    """Return a value that must be a whole number from `least` to 2^31."""
     if value is None:
         raise InputError(f"{key} is missing")
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
@@ -210,6 +225,7 @@ def _count(key: str, value: Any, least: int = 1) -> int:
 
 
 def _positive(raw: dict[str, Any], key: str) -> float:
+    """Return a field that must be a number above 0."""
     value = raw.get(key)
     if value is None:
         raise InputError(f"{key} is missing")
@@ -219,12 +235,14 @@ def _positive(raw: dict[str, Any], key: str) -> float:
 
 
 def _refuse(text: dict[str, Any], key: str, supported: object) -> None:
+    """Raise `InputError` if a field is there with another value than the one supported."""
     value = text.get(key, supported)
     if value != supported:
         raise InputError(f"{key} = {value!r} is not supported; supported: {supported!r}")
 
 
 def _yarn(rope: dict[str, Any]) -> Yarn | None:
+    """Return the settings of YaRN, or None for plain RoPE."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
@@ -243,6 +261,7 @@ def _yarn(rope: dict[str, Any]) -> Yarn | None:
 
 
 def _scheme(raw: dict[str, Any]) -> Int4Scheme | Fp8Scheme | OtherScheme | None:
+    """Return how a `quantization_config` stores weights; None if there is none."""
     if not raw:
         return None
     match raw.get("quant_method"), raw.get("format"):
@@ -255,6 +274,7 @@ def _scheme(raw: dict[str, Any]) -> Int4Scheme | Fp8Scheme | OtherScheme | None:
 
 
 def _fp8_scheme(raw: dict[str, Any]) -> Fp8Scheme:
+    """Parse the settings of FP8 in blocks."""
     if raw.get("fmt", "e4m3") != "e4m3":
         raise InputError(f"quantization_config.fmt = {raw['fmt']!r}; supported: 'e4m3'")
     block = raw.get("weight_block_size")
@@ -267,6 +287,7 @@ def _fp8_scheme(raw: dict[str, Any]) -> Fp8Scheme:
 
 
 def _int4_scheme(raw: dict[str, Any]) -> Int4Scheme:
+    """Parse the settings of compressed-tensors, which must be INT4 in groups of 32, symmetric."""
     targets: list[str] = []
     sizes: set[int] = set()
     groups = _object(raw, "config_groups")
@@ -304,7 +325,8 @@ def _int4_scheme(raw: dict[str, Any]) -> Int4Scheme:
     return Int4Scheme(tuple(targets), ignore, sizes.pop())
 
 
-def _consistent(cfg: Config) -> None:
+def _check_consistency(cfg: Config) -> None:
+    """Raise `InputError` for fields that are well formed and cannot hold together."""
     if cfg.qk_rope_head_dim % 2:
         raise InputError(f"qk_rope_head_dim = {cfg.qk_rope_head_dim}: rotation needs pairs")
     if cfg.rope_theta <= 1:

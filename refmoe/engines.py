@@ -1,14 +1,31 @@
-"""Where correct engines differ, and which side each takes: one entry an engine."""
+"""The engines that run Kimi K2, one entry each: where they differ although all are right.
 
-from dataclasses import dataclass
-from typing import Literal
+An entry (`Engine`) says which conventions the engine follows where correct engines compute
+different numbers, in which precision it is usually run, how it reads YaRN's settings, and from
+which repository and file each of these is known. Everything else is derived from the entries:
+
+    CONVENTIONS          by name; `--conventions` and `check --engine` take one
+    PROFILES             precisions by name, each engine's among them; `check --profile` takes one
+    YARN_READINGS        how each engine reads a config's YaRN; lint lists them
+    docs/conventions.md  is `page()`, which `python -m refmoe.engines` writes; a test compares them
+
+To add an engine, add an entry to `ENGINES`.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from refmoe.files import InputError
 
 
 @dataclass(frozen=True)
 class Conventions:
-    """Where correct engines differ; each preset is true to one engine.
+    """One choice for each matter in which correct engines compute different numbers.
 
-    Sources: the tables of differences in docs/conventions.md, with repository and file.
+    docs/conventions.md explains every matter, with sources.
     """
 
     name: str
@@ -22,15 +39,86 @@ class Conventions:
     yarn_betas: tuple[float, float] | None = None  # (fast, slow); None: the config's
 
 
-CONVENTIONS = {
-    c.name: c
-    for c in (
+@dataclass(frozen=True)
+class Profile:
+    """The precision of an engine: the floating-point type of each thing it computes or stores.
+
+    Types are the keys of `refmoe.oracle.noise.UNIT`, which has their unit roundoffs.
+    """
+
+    name: str
+    storage: str  # of every point
+    sums: str = "float32"  # accumulation in matrix products
+    logits: str = "float32"  # of the router
+    weights: str = "float32"  # of the router
+    angles: str = "float32"  # position · frequency
+    cache: str | None = None  # latent and rotated key, where narrower than storage
+    activations: str | None = None  # "int8/32", every product; "fp8/128", products of FP8 matrices
+
+
+@dataclass(frozen=True)
+class YarnReading:
+    """How an engine takes YaRN's settings from config.json."""
+
+    name: str  # of the engine, as lint prints it
+    source: str
+    one_mscale: bool = False  # takes mscale to be mscale_all_dim
+    short: bool = False  # the softmax scale has mscale² only where the allocated length is longer
+    betas: tuple[float, float] | None = None  # used whatever the config says: a convention
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What is known of one engine."""
+
+    name: str
+    conventions: Conventions | None = None  # None: known for its reading of YaRN alone
+    profile: Profile | None = None  # as it is usually run
+    yarn: YarnReading | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)  # by the key of a `Matter`
+
+
+ENGINES = (
+    Engine(
+        "refmoe",
         Conventions("refmoe"),
+        yarn=YarnReading(
+            "refmoe, transformers",
+            "huggingface/transformers models/deepseek_v3/modeling_deepseek_v3.py",
+        ),
+    ),
+    Engine(
+        "moonshot",
         Conventions(
             "moonshot", rounded_products=("int4",), masked_groups=0.0, rope_layout="halves"
         ),
+        Profile("moonshot", "bfloat16"),
+        YarnReading(
+            "Moonshot", "modeling_deepseek.py of K2-Instruct, as in mfarisadip/Kimi-K2-Mini"
+        ),
+        {"latent_norm_eps": "moonshotai/Kimi-K2-Instruct `modeling_deepseek.py`"},
+    ),
+    Engine(
+        "transformers",
         Conventions("transformers", rounded_products=("int4",), rope_layout="halves"),
-        # Marlin multiplies a dequantised nibble by its scale in the activations' dtype
+        Profile("transformers", "bfloat16"),
+        sources={
+            "latent_norm_eps": "huggingface/transformers `modeling_deepseek_v3.py`",
+            "int4": "vllm-project/compressed-tensors `quantization/lifecycle/forward.py`",
+            "masked_groups": "huggingface/transformers#45441",
+            "rope_layout": "huggingface/transformers `apply_rotary_pos_emb_interleave`",
+        },
+    ),
+    Engine(
+        "deepseek",
+        yarn=YarnReading("DeepSeek", "deepseek-ai/DeepSeek-V3 inference/model.py", short=True),
+        sources={
+            "router_logits": "deepseek-ai/DeepSeek-V3 `inference/model.py`",
+            "masked_groups": "deepseek-ai/DeepSeek-V3 1398800",
+        },
+    ),
+    Engine(
+        "vllm",
         Conventions(
             "vllm",
             latent_norm_eps=None,
@@ -39,6 +127,22 @@ CONVENTIONS = {
             normaliser="sum",
             routed_scale="sum",
         ),
+        Profile("vllm", "bfloat16", logits="bfloat16"),
+        YarnReading(
+            "vLLM",
+            "vllm-project/vllm layers/rotary_embedding/deepseek_scaling_rope.py, "
+            "models/deepseek_v2.py",
+        ),
+        {
+            "latent_norm_eps": "vllm-project/vllm `deepseek_v2.py`",
+            "int4": "vLLM's Marlin kernels multiply the dequantised code by the scale in the "
+            "activations' dtype",
+            "router_logits": "vllm-project/vllm `gate_linear.py`",
+            "routed_scale": "vllm-project/vllm `deepseek_v2.py` (`apply_routed_scale_to_output`)",
+        },
+    ),
+    Engine(
+        "sglang",
         Conventions(
             "sglang",
             latent_norm_eps=None,
@@ -46,13 +150,42 @@ CONVENTIONS = {
             router_logits="activations",
             masked_groups=0.0,
         ),
-        # its converter writes the betas, its deepseek2 loader never reads them
+        Profile("sglang", "bfloat16", logits="bfloat16"),
+        YarnReading("SGLang", "sgl-project/sglang srt/models/deepseek_v2.py"),
+        {
+            "normaliser": "sgl-project/sglang#31017",
+            "routed_scale": "sgl-project/sglang `layers/moe/topk.py`",
+        },
+    ),
+    Engine(
+        "llama.cpp",
         Conventions(
             "llama.cpp",
             latent_norm_eps=None,
             normaliser="max(sum, 2^-14)",
-            yarn_betas=(32.0, 1.0),
+            yarn_betas=(32.0, 1.0),  # its converter writes the betas, its loader never reads them
         ),
+        Profile("llama.cpp", "float32", cache="float16", activations="int8/32"),
+        YarnReading(
+            "llama.cpp",
+            "ggml-org/llama.cpp src/llama-context.cpp, src/models/deepseek2.cpp, #18013",
+            one_mscale=True,
+        ),
+        {
+            "latent_norm_eps": "ggml-org/llama.cpp `src/models/deepseek2.cpp`",
+            "normaliser": "ggml-org/llama.cpp `src/llama-graph.cpp`",
+            "yarn_betas": "ggml-org/llama.cpp#18013 and its deepseek2 loader",
+        },
+    ),
+    Engine(
+        "ktransformers",
+        yarn=YarnReading(
+            "KTransformers",
+            "kvcache-ai/ktransformers operators/RoPE.py, models/modeling_deepseek_v3.py",
+        ),
+    ),
+    Engine(
+        "mlx",
         Conventions(
             "mlx",
             rounded_products=("fp8",),
@@ -60,5 +193,212 @@ CONVENTIONS = {
             normaliser="sum",
             masked_groups=0.0,
         ),
+        Profile("mlx", "bfloat16", logits="bfloat16"),
+        YarnReading("mlx-lm", "ml-explore/mlx-lm mlx_lm/models/deepseek_v3.py"),
+        {
+            "latent_norm_eps": "ml-explore/mlx-lm `deepseek_v3.py`",
+            "fp8": "ml-explore/mlx-lm `deepseek_v3.py`",
+        },
+    ),
+)
+
+CONVENTIONS = {e.name: e.conventions for e in ENGINES if e.conventions is not None}
+
+GENERAL_PROFILES = (
+    Profile("float64", *["float64"] * 5),
+    Profile("float32", "float32"),
+    Profile("bfloat16", "bfloat16"),
+    Profile("bfloat16-router", "bfloat16", logits="bfloat16", weights="bfloat16"),
+    Profile("float16", "float16"),
+    # DeepSeek's FP8: activations in e4m3, a scale for 128 (deepseek-ai/DeepSeek-V3 kernel.py)
+    Profile("fp8-block", "bfloat16", logits="bfloat16", activations="fp8/128"),
+    # Q8_0 activations before every product, f16 cache (ggml-org/llama.cpp ggml-cpu, defaults)
+    Profile("llama.cpp-q8", "float32", cache="float16", activations="int8/32"),
+)
+PROFILES = {p.name: p for p in GENERAL_PROFILES}
+PROFILES |= {e.name: e.profile for e in ENGINES if e.profile is not None}
+YARN_READINGS = tuple(
+    replace(e.yarn, betas=e.conventions.yarn_betas if e.conventions else None)
+    for e in ENGINES
+    if e.yarn is not None
+)
+
+
+def find_conventions(name: str) -> Conventions:
+    """Return the conventions of the engine of this name; raise `InputError` for an unknown one."""
+    if name not in CONVENTIONS:
+        raise InputError(f"engine {name!r}; known: {', '.join(CONVENTIONS)}")
+    return CONVENTIONS[name]
+
+
+def find_profile(name: str) -> Profile:
+    """Return the precision profile of this name; raise `InputError` for an unknown one."""
+    if name not in PROFILES:
+        raise InputError(f"profile {name!r}; known: {', '.join(PROFILES)}")
+    return PROFILES[name]
+
+
+def profile_of(rounded: str, engine: str) -> Profile:
+    """Return the profile of an engine whose dumped values are of the type `rounded`.
+
+    An engine that rounds activations before products does so whatever type it dumps: its own
+    profile applies. For the others the type of the values is that of storage, and of the router's
+    logits too where the engine's conventions say so.
+    """
+    own = next((e.profile for e in ENGINES if e.name == engine), None)
+    if own is not None and own.activations is not None:
+        return own
+    if find_conventions(engine).router_logits == "activations":
+        return replace(PROFILES[rounded], logits=rounded)
+    return PROFILES[rounded]
+
+
+# --- docs/conventions.md
+
+
+@dataclass(frozen=True)
+class Matter:
+    """One row of docs/conventions.md: something on which correct engines differ."""
+
+    key: str  # of `Engine.sources`
+    title: str
+    shown: Callable[[Conventions], str]
+    why: str  # it matters
+
+
+def _product(stored_format: str) -> Callable[[Conventions], str]:
+    """Return how a stored code times its scale is shown: exact, or rounded to bf16."""
+    return lambda c: "rounded to bf16" if stored_format in c.rounded_products else "exact"
+
+
+def _or_config(value: Any, text: str) -> str:
+    """Return `text`, or "config" where the convention is to take config.json's value."""
+    return "config" if value is None else text
+
+
+MATTERS = (
+    Matter(
+        "latent_norm_eps",
+        "ε of `q_a_layernorm` and `kv_a_layernorm`",
+        lambda c: _or_config(c.latent_norm_eps, "1e-6"),
+        "K2-Thinking and later models have `rms_norm_eps` 1e-5, and the two inner norms of "
+        "Moonshot's file never receive it. It shows in latents of small norm.",
+    ),
+    Matter(
+        "int4",
+        "INT4 code times scale",
+        _product("int4"),
+        "Rounding changes a weight by up to 2⁻⁹, and the logits by 1e-3. The kernels of llama.cpp "
+        "and MLX are exact.",
+    ),
+    Matter(
+        "fp8",
+        "FP8 code times scale",
+        _product("fp8"),
+        "As for INT4. mlx-lm stores the weight as bf16 once it is scaled.",
+    ),
+    Matter(
+        "router_logits",
+        "type of the router's logits",
+        lambda c: {"wide": "float32 or wider", "activations": "as the activations"}[
+            c.router_logits
+        ],
+        "A near tie in score + bias picks another expert, and that is another network.",
+    ),
+    Matter(
+        "normaliser",
+        "divisor of the chosen experts' weights",
+        lambda c: c.normaliser.replace("2^-14", "2⁻¹⁴"),
+        "It makes no difference to a healthy token. Where all chosen sigmoids underflow, it "
+        "decides whether the result is 0/0.",
+    ),
+    Matter(
+        "routed_scale",
+        "what `routed_scaling_factor` multiplies",
+        lambda c: {"weights": "each weight", "sum": "the routed sum"}[c.routed_scale],
+        "A sum is linear, so only the dumped weights differ, by 2.827 in K2. SGLang does either, "
+        "depending on its backend.",
+    ),
+    Matter(
+        "masked_groups",
+        "score of experts in refused groups",
+        lambda c: "−∞" if c.masked_groups == float("-inf") else f"{c.masked_groups:g}",
+        "It matters with more than one group only (DeepSeek-V3): with 0, an expert of a refused "
+        "group wins where the others' biased scores are negative.",
+    ),
+    Matter(
+        "rope_layout",
+        "rotated channels in memory",
+        lambda c: c.rope_layout,
+        "The products q·k are the same. Dumps and caches cannot be compared element by element.",
+    ),
+    Matter(
+        "yarn_betas",
+        "YaRN's betas",
+        lambda c: _or_config(c.yarn_betas, " / ".join(f"{b:g}" for b in c.yarn_betas or ())),
+        "K2-Instruct, 0905 and Thinking say 1/1: with 32/1, 11 of 32 frequencies are wrong.",
+    ),
+)
+
+PAGE = """# Where correct engines differ
+
+Each row is a matter on which engines that are right in themselves compute different numbers. The
+first column of values is the definition here; `--conventions NAME` follows another engine in all
+of them. `moonshot` is the modelling file that Moonshot publishes with the weights. This page is
+[refmoe/engines.py](../refmoe/engines.py), written by `python -m refmoe.engines
+docs/conventions.md`.
+
+{table}
+
+{reasons}
+
+The softmax scale is (nope + rope)^-½ · mscale_all_dim² from the config alone in all of them;
+DeepSeek's own `inference/model.py` applies the mscale term only where the allocated length exceeds
+the original one. Equal router scores go to the lower index here; elsewhere the order is
+unspecified.
+
+## Precision
+
+`check --profile NAME` allows for the rounding of the engine as it is usually run:
+
+{profiles}
+"""
+
+
+def page() -> str:
+    """Return docs/conventions.md."""
+    engines = [(e, e.conventions) for e in ENGINES if e.conventions is not None]
+    table = [
+        ["matter", *(e.name for e, _ in engines)],
+        *([m.title, *(m.shown(c) for _, c in engines)] for m in MATTERS),
+    ]
+    reasons = [["matter", "why it matters", "sources"]]
+    for m in MATTERS:
+        sources = "; ".join(e.sources[m.key] for e in ENGINES if m.key in e.sources)
+        reasons.append([m.title, m.why, sources])
+    columns = ["storage", "sums", "logits", "weights", "angles", "cache", "activations"]
+    profiles = [["engine", "points", "sums", "router logits", "router weights", "angles"]]
+    profiles[0] += ["cache", "activations before a product"]
+    for e in ENGINES:
+        if e.profile is not None:
+            values = [getattr(e.profile, c) or "as stored" for c in columns]
+            profiles.append([e.name, *values])
+    return PAGE.format(
+        table=_markdown(table), reasons=_markdown(reasons), profiles=_markdown(profiles)
     )
-}
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    """Return rows as a Markdown table; the first is its head."""
+
+    def lines() -> Iterator[str]:
+        for i, row in enumerate(rows):
+            yield f"| {' | '.join(row)} |"
+            if i == 0:
+                yield "|---" * len(row) + "|"
+
+    return "\n".join(lines())
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(page(), encoding="utf-8")

@@ -27,7 +27,7 @@ from typing import Any
 from refmoe.files import InputError
 from refmoe.model.decoder import policy
 from refmoe.run.load import golden_folder
-from refmoe.text.chat import ChatTemplate
+from refmoe.text.template import ChatTemplate
 from refmoe.text.tokenizer import Tokenizer
 from refmoe.weights.checkpoint import Checkpoint
 from refmoe.weights.synthetic.random import write_random

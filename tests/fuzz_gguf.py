@@ -20,8 +20,9 @@ from refmoe.model.decoder import policy
 from refmoe.model.numerics import NonFinite
 from refmoe.run.export import to_gguf
 from refmoe.run.load import Model, golden_folder, load
-from refmoe.text.chat import ChatTemplate
-from refmoe.weights.gguf import Gguf, opened
+from refmoe.text.template import ChatTemplate
+from refmoe.weights.gguf import Gguf
+from refmoe.weights.open import open_checkpoint
 from refmoe.weights.synthetic.random import FIXED, write_random
 
 LAYERS = 2
@@ -250,7 +251,7 @@ def open_gguf(path: Path, rng: random.Random, messages: Any, tools: Any) -> None
     what = rng.random()
     if what < 0.15:
         lint(path)
-    checkpoint = opened(path)
+    checkpoint = open_checkpoint(path)
     assert isinstance(checkpoint, Gguf)
     checkpoint.raw_config()
     decoder = checkpoint.decoder(policy("float32"))

@@ -16,7 +16,9 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "refmoe"
 ROOMS = [  # ground floor first
     "version",
+    "ctrl_c",
     "files",
+    "progress",
     "engines",
     "config",
     "model",

@@ -40,6 +40,8 @@ from numba import types
 from numba.core import cgutils, event
 from numba.extending import intrinsic
 
+from refmoe.fast.compiling import compilation_begins
+
 LANES = 16
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
@@ -603,24 +605,17 @@ def kernel(function: Callable[..., Any]) -> Any:
         return numba.njit(function, nogil=True, fastmath={"contract"})
 
 
-class _Once(event.Listener):
-    """A listener that says once that something is compiled."""
-
-    def __init__(self, say: Callable[[str], None]):
-        self.say: Callable[[str], None] | None = say
+class _Compilation(event.Listener):
+    """Pass on that Numba begins to compile."""
 
     def on_start(self, _: event.Event) -> None:
-        if self.say is not None:
-            self.say("compiling kernels for this processor, a few seconds; they are kept")
-            self.say = None
+        compilation_begins()
 
     def on_end(self, _: event.Event) -> None:
         pass
 
 
-def announce(say: Callable[[str], None]) -> None:
-    """Tell the user of a first compilation; one that is read back from disk is quick."""
-    event.register("numba:compile", _Once(say))  # type: ignore[no-untyped-call]
+event.register("numba:compile", _Compilation())  # type: ignore[no-untyped-call]
 
 
 _dots_f32 = dots(F32)

@@ -1,4 +1,4 @@
-"""Find a checkpoint's matrices and their names."""
+"""Find the matrices of a checkpoint under one name each, whatever they are stored in."""
 
 import re
 
@@ -9,41 +9,25 @@ from refmoe.model.formats.bf16 import BF16
 from refmoe.model.formats.fp8_block import Fp8Block
 from refmoe.model.formats.int4 import Int4
 from refmoe.model.matrix import Matrix, dequantize
-from refmoe.weights.checkpoint import (
-    Checkpoint,
-)
+from refmoe.weights.checkpoint import Checkpoint
 from refmoe.weights.gguf import Gguf
 
-# --- values
+KV_HALVES = (".k_b_proj.weight", ".v_b_proj.weight")  # kv_b_proj, as a GGUF has it
 
 
-def _label(checkpoint: Checkpoint, name: str) -> str:
-    """A tensor as the file has it; of a GGUF, whose experts lie in one, as a checkpoint has it."""
+def label_of(checkpoint: Checkpoint, name: str) -> str:
+    """Return the name that the file has for a tensor.
+
+    The experts of a GGUF lie in one tensor, so its tensors keep the names of a checkpoint.
+    """
     return name if isinstance(checkpoint, Gguf) else checkpoint.tensors[name].name
 
 
-# --- two checkpoints
+def keys_of(checkpoint: Checkpoint) -> list[str]:
+    """Return one key for each weight: `module.weight` for matrices, else the tensor's name.
 
-
-def _matrix_of(x: np.ndarray, dtype: str) -> Matrix:
-    x = x.reshape(len(x), -1) if x.ndim > 2 else x
-    return BF16(x) if dtype == "BF16" else x
-
-
-def _named(checkpoint: Checkpoint, name: str) -> np.ndarray:
-    """The values of a plain tensor in float64; of a GGUF, of any."""
-    return _wide(_matrix(checkpoint, name))
-
-
-def _wide(m: Matrix) -> np.ndarray:
-    return dequantize(m, np.float64)
-
-
-KV_HALVES = (".k_b_proj.weight", ".v_b_proj.weight")
-
-
-def _keys(checkpoint: Checkpoint) -> list[str]:
-    """What a checkpoint holds whatever it is stored in: `module.weight`, or a tensor's name."""
+    Parts of one matrix (codes, scales, shape; the halves of kv_b_proj) have one key.
+    """
     tensors, out = checkpoint.tensors, dict[str, None]()
     for name in tensors:
         if isinstance(checkpoint, Gguf) and name.endswith(KV_HALVES):
@@ -56,15 +40,24 @@ def _keys(checkpoint: Checkpoint) -> list[str]:
     return list(out)
 
 
-def _matrix(checkpoint: Checkpoint, key: str) -> Matrix:
-    """The tensor of a key as stored; of integers and of FP8 without a scale only the bits."""
+def parts_of(checkpoint: Checkpoint, key: str) -> list[str]:
+    """Return the names of the tensors that hold the weight of a key; none if it is not there."""
+    names = [key + part for part in ("", "_packed", "_scale", "_scale_inv")]
+    if isinstance(checkpoint, Gguf) and key.endswith(".kv_b_proj.weight"):
+        names += [key.replace(".kv_b_proj.weight", half) for half in KV_HALVES]
+    return [name for name in names if name in checkpoint.tensors]
+
+
+def matrix_of(checkpoint: Checkpoint, key: str) -> Matrix:
+    """Return the weight of a key as stored; integers, and FP8 without a scale, as their bits.
+
+    Raises KeyError if a part is missing.
+    """
     tensors, array = checkpoint.tensors, checkpoint.array
     if isinstance(checkpoint, Gguf):
         module = key.removesuffix(".weight")
         return (
-            checkpoint.matrix(module)
-            if module != key
-            else _matrix_of(array(key), tensors[key].dtype)
+            checkpoint.matrix(module) if module != key else _plain(array(key), tensors[key].dtype)
         )
     if key + "_packed" in tensors:
         return Int4(array(key + "_packed"), array(key + "_scale"))
@@ -72,4 +65,19 @@ def _matrix(checkpoint: Checkpoint, key: str) -> Matrix:
         scheme = checkpoint.cfg.quantization
         block = scheme.block if isinstance(scheme, Fp8Scheme) else (128, 128)
         return Fp8Block(array(key), array(key + "_scale_inv"), block)
-    return _matrix_of(array(key), tensors[key].dtype)
+    return _plain(array(key), tensors[key].dtype)
+
+
+def _plain(x: np.ndarray, dtype: str) -> Matrix:
+    x = x.reshape(len(x), -1) if x.ndim > 2 else x
+    return BF16(x) if dtype == "BF16" else x
+
+
+def widen(m: Matrix) -> np.ndarray:
+    """Return the values of a matrix in float64, where every stored format is exact."""
+    return dequantize(m, np.float64)
+
+
+def values_of(checkpoint: Checkpoint, key: str) -> np.ndarray:
+    """Return the values of a weight in float64."""
+    return widen(matrix_of(checkpoint, key))

@@ -1,4 +1,4 @@
-"""llama-perplexity's file of base logits: written, so that its KL tool runs against float64; read.
+"""llama-perplexity's file of base logits, written and read: its KL tool runs against float64.
 
     "_logits_"   n_ctx, n_vocab, n_chunk  int32      tokens [n_chunk·n_ctx] int32
     then of each chunk the second half's positions but the last, n_ctx - 1 - n_ctx/2 rows of
@@ -10,34 +10,32 @@
 reads it. A vocabulary may want its BOS in front (`Model.bos`): a chunk is then computed with that
 in the place of its first token, and the file has the token. Source of the format:
 ggml-org/llama.cpp tools/perplexity/perplexity.cpp (`log_softmax`, `process_logits`,
-`kl_divergence`). Held against that program: golden/make_perplexity.py.
+`kl_divergence`). golden/make_perplexity.py compares both with that program.
 """
 
-import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from refmoe.files import InputError
+from refmoe.files import InputError, write_atomically
+from refmoe.progress import Progress
 from refmoe.run.load import Model
 
 MAGIC = b"_logits_"
-WIDEST = 16  # below the largest logit nothing is told apart
+WIDEST = 16  # nats below the largest logit; further down the format tells nothing apart
 
 
 class Base(NamedTuple):
-    """The file, mapped: of K2 each chunk of 512 tokens is 84 MB."""
+    """A mapped file of base logits; one chunk of 512 tokens of K2 takes 84 MB."""
 
     tokens: np.ndarray  # [chunks, n_ctx]
     stored: np.ndarray  # [chunks, n_ctx - 1 - n_ctx/2, bytes of a row] uint8
     vocab: int
 
     def rows(self, chunk: int) -> np.ndarray:
-        """ln p of the positions of a chunk, [n_ctx - 1 - n_ctx/2, Z] float32."""
+        """Return ln p of the positions of a chunk, [n_ctx - 1 - n_ctx/2, Z] float32."""
         stored = self.stored[chunk]
         numbers = np.ascontiguousarray(stored[:, :8]).view("<f4")
         codes = np.ascontiguousarray(stored[:, 8:]).view("<u2")[:, : self.vocab]
@@ -46,36 +44,38 @@ class Base(NamedTuple):
 
 
 def write_base(model: Model, tokens: Sequence[int], n_ctx: int, out: Path) -> int:
-    """The chunks of a text in the model's own numerics → how many. Never half a file."""
+    """Write the logits of a text's chunks of n_ctx tokens, in the model's own numerics.
+
+    Returns how many chunks there are; tokens beyond the last whole one are left out. Raises
+    `InputError` where there is no whole chunk.
+    """
     chunks = len(tokens) // n_ctx
     if n_ctx < 4 or not chunks:
         raise InputError(f"{len(tokens)} tokens are no whole chunk of {n_ctx}, of at least 4")
     ids = np.asarray(tokens[: chunks * n_ctx], np.int32).reshape(chunks, n_ctx)
-    part = out.with_name(f"{out.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(MAGIC)
-            np.array([n_ctx, model.cfg.vocab_size, chunks], "<i4").tofile(file)
-            ids.astype("<i4").tofile(file)
-            for logits in _logits(model, ids):
-                for row in _encoded(logits):
-                    file.write(row)
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
+    with write_atomically(out) as part, part.open("wb") as file:
+        file.write(MAGIC)
+        np.array([n_ctx, model.cfg.vocab_size, chunks], "<i4").tofile(file)
+        ids.astype("<i4").tofile(file)
+        for logits in _logits(model, ids):
+            for row in _encode(logits):
+                file.write(row)
     return chunks
 
 
 def _logits(model: Model, ids: np.ndarray) -> Iterator[np.ndarray]:
-    """Of each chunk, the rows that the file has."""
-    decoder, n_ctx, quiet = model.decoder, ids.shape[1], not sys.stderr.isatty()
-    for chunk in tqdm(ids.tolist(), unit="chunk", disable=quiet, leave=False):
-        prompt = chunk if model.bos is None else [model.bos, *chunk[1:]]
-        x = decoder.hidden([prompt], [decoder.caches()])
-        yield decoder.head(x[n_ctx // 2 : n_ctx - 1])
+    """Yield the logits of each chunk's second half but the last position."""
+    decoder, n_ctx = model.decoder, ids.shape[1]
+    with Progress(len(ids), "chunk") as bar:
+        for chunk in ids.tolist():
+            prompt = chunk if model.bos is None else [model.bos, *chunk[1:]]
+            x = decoder.hidden([prompt], [decoder.caches()])
+            yield decoder.head(x[n_ctx // 2 : n_ctx - 1])
+            bar.advance(1)
 
 
-def _encoded(logits: np.ndarray) -> Iterable[bytes]:
+def _encode(logits: np.ndarray) -> Iterable[bytes]:
+    """Yield each row of logits as the file has it."""
     for row in logits.astype(np.float64, copy=False):
         top = row.max()
         low = max(row.min(), top - WIDEST)
@@ -88,7 +88,7 @@ def _encoded(logits: np.ndarray) -> Iterable[bytes]:
 
 
 def read_base(file: Path) -> Base:
-    """`InputError` unless the file is whole."""
+    """Map a file of base logits; raise `InputError` unless it is whole."""
     try:
         raw = np.memmap(file, np.uint8, "r")
     except (OSError, ValueError) as e:
@@ -108,9 +108,9 @@ def read_base(file: Path) -> Base:
 
 
 def divergence(model: Model, base: Base) -> tuple[np.ndarray, float]:
-    """KL(base ‖ model) of each position in nats, and the share whose likeliest token is the same.
+    """Return KL(base ‖ model) of each position in nats, and the share of equal likeliest tokens.
 
-    As llama-perplexity sums it: without tokens of a base probability below e⁻¹⁶.
+    Tokens of a base probability below e⁻¹⁶ are left out of the sum, as llama-perplexity does.
     """
     if base.vocab != model.cfg.vocab_size:
         raise InputError(f"{base.vocab} words in the file, {model.cfg.vocab_size} here")

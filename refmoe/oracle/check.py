@@ -1,18 +1,16 @@
 """Where does another engine first go wrong, beyond what its rounding explains?
 
 Every operation is computed in float64 on the engine's *own* inputs: the watcher hands each of its
-tensors back, so errors do not accumulate and the first wrong operation is the only wrong one. Where
-the dump lacks a tensor, the operations around it are judged as one, and the report says which.
+tensors back (replay.py), so that errors do not accumulate and the first wrong operation is the only
+wrong one. Where the dump lacks a tensor, the operations around it are judged as one, and the report
+says which.
 
-    e     = |theirs - ours| / |ours|                    RMS of each row
-    noise = the same of emulated runs (noise.py), same inputs, a dozen times
-    R, M  = RMS and maximum over rows of e / noise
-
-log R and log M of a healthy engine are spread as those of one emulated run against the others;
-the spread is pooled over the layers. SLACK allows for what the profile does not know of the engine.
-All points of a report are one family of tests: Holm's correction keeps the chance of any false
-alarm below `alpha`. Routing is compared as sets; a flip is explained if the scores that changed
-places were nearer than the noise of a score; what follows uses the engine's choice.
+The error of each point is compared with that of emulated runs of the same precision on the same
+inputs (envelope.py). statistics.py decides whether it is larger than these explain; all points of a
+report are one family of tests, whose chance of any false alarm is below `alpha`. Choices of experts
+are compared as sets: one that differs is explained if the scores that changed places were nearer
+than the noise of a score, and what follows uses the engine's choice (judge.py). For the first wrong
+point every known fault is tried (cause.py).
 """
 
 from collections.abc import Sequence
@@ -22,14 +20,15 @@ from typing import Any
 
 import numpy as np
 
+from refmoe.engines import Profile, find_profile, profile_of
 from refmoe.files import InputError
-from refmoe.model.decoder import Decoder, policy
-from refmoe.oracle import cause as causes
-from refmoe.oracle.judge import Report, _judge
-from refmoe.oracle.noise import PROFILES, Profile, envelope, profile_of
+from refmoe.model.decoder import policy
+from refmoe.oracle.cause import describe_error, find_cause
+from refmoe.oracle.envelope import sample_envelope
+from refmoe.oracle.judge import Judgement, Report, judge
 from refmoe.oracle.readers.adapt import adapt
-from refmoe.oracle.readers.dump import Dump
-from refmoe.oracle.replay import Replay
+from refmoe.oracle.readers.base import Dump
+from refmoe.oracle.replay import replay
 from refmoe.oracle.statistics import ALPHA, RUNS
 from refmoe.run.load import Model
 
@@ -47,93 +46,80 @@ def check(
 ) -> Report:
     """Judge a dump of the same tokens and weights.
 
+    tokens   of the dump; without them, those that its file has
     engine   whose conventions it is to be held to
     profile  its precision; without one, that of the values in the dump
+    alpha    chance of a false alarm in the whole report
+    runs     emulated runs that an envelope is sampled from
     keep     False: sample the envelope anew, and leave nothing on disk
     Raises `InputError` where tokens are missing, or a name is unknown.
     """
-    return Case(model, dump, tokens, engine, profile, alpha, runs, keep).report
+    return judge_dump(model, dump, tokens, engine, profile, alpha, runs, keep).report
 
 
-class Case:
-    """A dump before its judge: both replays, and what can be asked of them afterwards."""
+def judge_dump(
+    model: Model,
+    dump: Dump,
+    tokens: Sequence[int] | None = None,
+    engine: str = "refmoe",
+    profile: Profile | str | None = None,
+    alpha: float = ALPHA,
+    runs: int = RUNS,
+    keep: bool = True,
+    explain: bool = True,
+) -> Judgement:
+    """Judge a dump as `check` does, and return all that the report rests on.
 
-    def __init__(
-        self,
-        model: Model,
-        dump: Dump,
-        tokens: Sequence[int] | None = None,
-        engine: str = "refmoe",
-        profile: Profile | str | None = None,
-        alpha: float = ALPHA,
-        runs: int = RUNS,
-        keep: bool = True,
-        explain: bool = True,
-    ):
-        if isinstance(profile, str):
-            if profile not in PROFILES:
-                raise InputError(f"profile {profile!r}; known: {', '.join(PROFILES)}")
-            profile = PROFILES[profile]
-        tokens = dump.tokens if tokens is None else tokens
-        if tokens is None:
-            raise InputError(f"{dump.path}: it does not say its tokens; give them (--tokens FILE)")
-        self.tokens, self.engine = tokens, engine
-        self.decoder = model.decoder.using(policy("float64", engine))  # refuses unknown engines
-        self.profile = profile or profile_of(dump.rounded, engine)
-        self.dump = replace(dump, arrays=adapt(dump.arrays, model.cfg))
-        self.exact = self.replay(self.decoder)
-        self.envelope = envelope(
-            self.decoder,
-            self.profile,
-            tokens,
-            self.exact.lenses,
-            runs,
-            model.checkpoint.identity if keep else None,
-        )
-        self.report, self.rows = _judge(
-            self.decoder, self.dump, self.exact, self.envelope, engine, self.profile, alpha
-        )
-        if explain and self.report.verdict == "fault":
-            found = causes.find(self)
-            shape = None if found else causes.describe(self)
-            self.report = replace(self.report, cause=found, shape=shape)
-
-    def replay(self, decoder: Decoder) -> Replay:
-        """This decoder, or an altered one, on the engine's own inputs."""
-        seen = Replay(self.dump, decoder)
-        watched = decoder.nx.watching(seen)
-        decoder.using(replace(watched, stop_at_nonfinite=False)).logits(self.tokens)
-        return seen
+    explain  False: do not look for the cause of a fault
+    """
+    if isinstance(profile, str):
+        profile = find_profile(profile)
+    tokens = dump.tokens if tokens is None else tokens
+    if tokens is None:
+        raise InputError(f"{dump.path}: it does not say its tokens; give them (--tokens FILE)")
+    decoder = model.decoder.using(policy("float64", engine))  # refuses unknown engines
+    profile = profile or profile_of(dump.rounded, engine)
+    dump = replace(dump, arrays=adapt(dump.arrays, model.cfg))
+    exact = replay(dump, decoder, tokens)
+    identity = model.checkpoint.identity if keep else None
+    envelope = sample_envelope(decoder, profile, tokens, exact.lenses, runs, identity)
+    found = judge(decoder, dump, tokens, exact, envelope, engine, profile, alpha)
+    if not explain or found.report.verdict != "fault":
+        return found
+    cause = find_cause(found)
+    shape = None if cause else describe_error(found)
+    return replace(found, report=replace(found.report, cause=cause, shape=shape))
 
 
 @dataclass(frozen=True)
 class Arbitration:
-    """Two engines against float64: which is further, and whether either is at fault by itself.
+    """Two engines against float64: which is further from it, and whether either is at fault.
 
-    Also one engine against itself: prefill and decoding, two chunk sizes, two batch neighbours.
-    Both then pass, and `first_difference` is where their bits part, None if they never do.
+    The two may be one engine: prefill and decoding, two chunk sizes, two batch neighbours. Both
+    then pass, and `first_difference` is where their bits part, None if they never do.
     """
 
     a: Report
     b: Report
     shared: int  # points of both
-    equal: int  # of these, the same bit for bit
+    equal: int  # of these, bit for bit
     first_difference: str | None
     ratio: float | None  # geometric mean of a's error over b's, at the points where both err
 
     @property
     def further(self) -> str:
-        """The engine with the larger errors; neither, where they are within a factor of 1.5."""
+        """The engine with the larger errors, "a" or "b"; "neither" within a factor of 1.5."""
         if self.ratio is None or 1 / 1.5 < self.ratio < 1.5:
             return "neither"
         return "a" if self.ratio > 1 else "b"
 
     def as_json(self) -> dict[str, Any]:
+        """Return the arbitration as plain data."""
         return {**asdict(self), "further": self.further}
 
 
-def arbitrate(a: Case, b: Case) -> Arbitration:
-    """Both judged on their own inputs, so that one engine's error is not the other's."""
+def arbitrate(a: Judgement, b: Judgement) -> Arbitration:
+    """Compare two judgements; each is on its own inputs, so no error is counted for the other."""
     errors = {p.name: p.rel_error for p in b.report.points}
     pairs = [(p.rel_error, errors[p.name]) for p in a.report.points if p.name in errors]
     logs = [log(x / y) for x, y in pairs if x > 0 and y > 0]

@@ -1,71 +1,108 @@
-"""Judge each point of a dump against its envelope."""
+"""Judge a replayed dump: each point against its envelope, each choice of experts against ties."""
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 
-from refmoe.engines import CONVENTIONS
+from refmoe.config import Config
+from refmoe.engines import CONVENTIONS, Profile
 from refmoe.model.decoder import Decoder
 from refmoe.model.experts import MoeWeights
 from refmoe.model.matrix import dequantize
+from refmoe.model.points import parents
 from refmoe.model.router import limit_groups, sigmoid
-from refmoe.oracle import cause as causes
-from refmoe.oracle.graph import through
-from refmoe.oracle.noise import Envelope, Profile
-from refmoe.oracle.readers.dump import Dump, nearest
+from refmoe.oracle.envelope import Envelope
+from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.replay import TOP, Replay
-from refmoe.oracle.statistics import WIDE, Point, Rows, _holm, _rows, _spread
+from refmoe.oracle.statistics import WIDE, PointResult, RowErrors, judge_points, row_errors
+
+
+@dataclass(frozen=True)
+class Cause:
+    """The fault of the dictionary that explains the first wrong point."""
+
+    id: str
+    text: str  # a sentence, with the layer's expert where it is one expert's
+    references: tuple[str, ...]
+    fitted: str | None  # what the numbers say of its constant
+    runner_up: str | None  # id of the next best that is not equivalent to it
+    times_worse: float | None  # its residual over the best one's
+    equivalent: tuple[str, ...]  # ids that these numbers cannot tell from it
 
 
 @dataclass(frozen=True)
 class Report:
+    """What `check` found; `as_json` is the document that `check --json` prints."""
+
     verdict: str  # pass, fault, undecidable
     point: str | None  # the first outside
     reason: str
     engine: str
     profile: str
-    conventions: dict[str, str]  # where the engine's sides are not ours
+    conventions: dict[str, str]  # in which the engine differs from refmoe, and how
     compared: int
     missing: tuple[str, ...]  # points of ours that the dump lacks
     unmatched: dict[str, str]  # what of the dump is no point of this model, and why
-    points: tuple[Point, ...]
+    points: tuple[PointResult, ...]
     router: dict[str, int]
     alpha: float
-    cause: causes.Cause | None = None
+    cause: Cause | None = None
     shape: str | None = None  # of a residual that no known fault explains
 
     def judged_with(self, point: str | None) -> tuple[str, ...]:
-        """The points that the dump lacks on the way to this one."""
+        """Return the points that the dump lacks and that are judged with this one."""
         return next((p.through for p in self.points if p.name == point), ())
 
     def as_json(self) -> dict[str, Any]:
+        """Return the report as plain data."""
         return asdict(self)
 
 
-def _judge(
+@dataclass(frozen=True)
+class Judgement:
+    """A report with all that it rests on, for whoever asks further: cause, HTML page, repro."""
+
+    decoder: Decoder  # in float64, under the engine's conventions
+    tokens: Sequence[int]
+    engine: str
+    profile: Profile
+    dump: Dump
+    exact: Replay
+    envelope: Envelope
+    rows: dict[str, RowErrors]
+    report: Report
+
+
+def judge(
     decoder: Decoder,
     dump: Dump,
+    tokens: Sequence[int],
     exact: Replay,
-    noise: Envelope,
+    envelope: Envelope,
     engine: str,
     profile: Profile,
     alpha: float,
-) -> tuple[Report, dict[str, "Rows"]]:
+) -> Judgement:
+    """Judge the replay of a dump by an envelope that was sampled for it.
+
+    The verdict is a fault if a point is outside its envelope, not finite, or a choice of experts
+    that noise does not explain; undecidable if nothing can be compared or if noise could explain
+    anything; a pass otherwise. The point of the report is the first wrong one in the order of
+    computation.
+    """
     numbers = [p for p in exact.theirs if not p.endswith("#experts")]
     finite = {p for p in numbers if np.isfinite(exact.theirs[p]).all()}
     # what comes of an engine's NaN is not finite either, and is judged no more
     judged = [p for p in numbers if p in finite and np.isfinite(exact.ours[p]).all()]
-    rows = _rows(exact, noise, judged)
+    rows = row_errors(exact, envelope, judged)
     fed = {p for p, lens in exact.lenses.items() if lens.goes_on}
     order = dict.fromkeys(exact.order)
-    lacking = {p: tuple(through(p, fed, order, decoder.cfg)) for p in rows}
-    outside, points = _holm(rows, _spread(rows), lacking, alpha)
-    flipped = list(flips(decoder, exact, noise))
-    explained = sum(f.explained for f in flipped)
-    router = {"flips": len(flipped), "explained": explained}
-    router["unexplained"] = len(flipped) - explained
+    through = {p: tuple(points_between(p, fed, order, decoder.cfg)) for p in rows}
+    outside, points = judge_points(rows, through, alpha)
+    flipped = list(flips(decoder, exact, envelope))
     suspects = {p: exact.misfits[p] for p in exact.broken}
     suspects |= {p: "not finite" for p in numbers if p not in finite}
     suspects |= {p: f"{points[p].multiple:.3g} times what rounding explains" for p in outside}
@@ -73,44 +110,87 @@ def _judge(
         if not f.explained:
             suspects.setdefault(f.path, str(f))
     first = next((p for p in exact.order if p in suspects), None)
+    verdict, reason = _verdict(exact, points, None if first is None else suspects[first])
+    explained = sum(f.explained for f in flipped)
     known = [p for p in order if not p.endswith("#rows")]
-    unmatched = {}
-    for name in dump.arrays:
-        if name.removesuffix("#sketch") not in exact.theirs and not name.endswith("#rows"):
-            near = nearest(name, known)
-            unmatched[name] = exact.misfits.get(name) or (
-                f"no such point{f'; the nearest is {near}' if near else ''}"
-            )
-    if TOP in exact.misfits:
-        unmatched[TOP] = exact.misfits[TOP]
-    wide = [p for p in points if points[p].envelope > WIDE]
-    if first is not None:
-        verdict, reason = "fault", suspects[first]
-    elif not exact.theirs:
-        verdict, reason = "undecidable", "no tensor of the dump is a point of this model"
-    elif len(wide) == len(points):
-        verdict, reason = "undecidable", "rounding alone could explain anything here"
-    else:
-        verdict, reason = "pass", f"{len(points)} points within their rounding"
     report = Report(
         verdict,
         first,
         reason,
         engine,
         profile.name,
-        _sides(decoder),
+        conventions_shown(decoder),
         len(exact.theirs),
         tuple(p for p in known if p not in exact.theirs and ".experts." not in p),
-        unmatched,
+        _unmatched(dump, exact, known),
         tuple(points.values()),
-        router,
+        {
+            "flips": len(flipped),
+            "explained": explained,
+            "unexplained": len(flipped) - explained,
+        },
         alpha,
     )
-    return report, rows
+    return Judgement(decoder, tokens, engine, profile, dump, exact, envelope, rows, report)
 
 
-def _sides(decoder: Decoder) -> dict[str, str]:
-    """Where the engine's conventions are not ours, as far as this model can show it."""
+def points_between(
+    path: str, known: Collection[str], order: Collection[str], cfg: Config
+) -> list[str]:
+    """Return the points between the `known` ones and this one, in the `order` of computation.
+
+    A point is judged from the engine's tensors that it is computed from (model/points.py). Where
+    the dump lacks one of them, it is computed here too, from its own parents.
+    """
+    found: set[str] = set()
+    todo = list(parents(path, cfg))
+    while todo:
+        point = todo.pop()
+        if point not in known and point in order and point not in found:
+            found.add(point)
+            todo += parents(point, cfg)
+    return [p for p in order if p in found]
+
+
+def _verdict(
+    exact: Replay, points: Mapping[str, PointResult], suspect: str | None
+) -> tuple[str, str]:
+    """Return verdict and reason; `suspect` says what is wrong with the first wrong point."""
+    wide = [p for p in points if points[p].envelope > WIDE]
+    if suspect is not None:
+        return "fault", suspect
+    if not exact.theirs:
+        return "undecidable", "no tensor of the dump is a point of this model"
+    if len(wide) == len(points):
+        return "undecidable", "rounding alone could explain anything here"
+    return "pass", f"{len(points)} points within their rounding"
+
+
+def _unmatched(dump: Dump, exact: Replay, known: list[str]) -> dict[str, str]:
+    """Return the names of the dump that are no point of this model, and why."""
+    out = {}
+    for name in dump.arrays:
+        if name.removesuffix("#sketch") not in exact.theirs and not name.endswith("#rows"):
+            near = _nearest(name, known)
+            out[name] = exact.misfits.get(name) or (
+                f"no such point{f'; the nearest is {near}' if near else ''}"
+            )
+    if TOP in exact.misfits:
+        out[TOP] = exact.misfits[TOP]
+    return out
+
+
+def _nearest(name: str, names: Iterable[str]) -> str | None:
+    """Return the most similar name, for a message about one that matches nothing."""
+    found = difflib.get_close_matches(name, list(names), 1, 0.6)
+    return found[0] if found else None
+
+
+def conventions_shown(decoder: Decoder) -> dict[str, str]:
+    """Return the conventions that are not refmoe's, as far as this model can show them.
+
+    A value is "theirs (here ours)"; `words.split_convention` takes it apart.
+    """
     cfg, ours, theirs = decoder.cfg, CONVENTIONS["refmoe"], decoder.nx.conventions
     idle = {"name"}
     if cfg.quantization is None:
@@ -120,16 +200,20 @@ def _sides(decoder: Decoder) -> dict[str, str]:
     if cfg.rope_scaling is None:
         idle.add("yarn_betas")
     return {
-        f.name: f"{_said(getattr(theirs, f.name))} (here {_said(getattr(ours, f.name))})"
+        f.name: f"{_shown(getattr(theirs, f.name))} (here {_shown(getattr(ours, f.name))})"
         for f in fields(theirs)
         if f.name not in idle and getattr(theirs, f.name) != getattr(ours, f.name)
     }
 
 
-def _said(value: Any) -> str:
+def _shown(value: Any) -> str:
+    """Return the value of a convention in words."""
     if value is None:
         return "the config's"
     return (", ".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
+
+
+# --- choices of experts
 
 
 @dataclass(frozen=True)
@@ -156,8 +240,15 @@ class Flip:
         )
 
 
-def flips(decoder: Decoder, exact: Replay, sampled: Envelope) -> Iterator[Flip]:
-    """Choices as sets: which flipped, and whether they are nearer to a tie than the noise."""
+DEVIATIONS = 7  # of a difference of two scores: a larger gap is no tie
+
+
+def flips(decoder: Decoder, exact: Replay, envelope: Envelope) -> Iterator[Flip]:
+    """Yield the tokens whose set of experts is not ours, and whether noise explains it.
+
+    Noise explains a flip if the scores that changed places are nearer than seven deviations of a
+    difference of two scores, sigmoid' being at most 1/4.
+    """
     for path in (p for p in exact.theirs if p.endswith("gate#experts")):
         gate = path.removesuffix("#experts")
         weights = decoder.layers[int(path.split(".")[2])].mlp
@@ -167,8 +258,7 @@ def flips(decoder: Decoder, exact: Replay, sampled: Envelope) -> Iterator[Flip]:
         score = sigmoid(exact.theirs[gate] if whole else ours)
         score = score + dequantize(weights.gate.e_score_correction_bias, np.float64)
         score, margin = limit_groups(score, decoder.cfg, decoder.nx)
-        # seven deviations of a difference of two scores, sigmoid' being at most 1/4
-        tie = float(7 * np.sqrt(2) * 0.25 * sampled.gates[gate] + 4 * 2.0**-24)
+        tie = float(DEVIATIONS * np.sqrt(2) * 0.25 * envelope.gates[gate] + 4 * 2.0**-24)
         pairs = zip(exact.ours[path].astype(int), exact.theirs[path].astype(int), strict=True)
         for row, (mine, theirs) in enumerate(pairs):
             lost = sorted(set(mine.tolist()) - set(theirs.tolist()))

@@ -1,20 +1,11 @@
-"""`refmoe quant`: is this file that model, and what should its format cost?
+"""Measure what storing a model in a format costs: `refmoe quant expect`.
 
-    verify A B    two files of one model, tensor by tensor, in float64
-    expect        a format's error on each tensor of a model, and end to end
+    per tensor    √(Σ(q(w) - w)² / Σw²), the relative RMS error of rounding a matrix w to q(w)
+    end to end    KL(P‖Q) = Σ p·(ln p - ln q) nats a position: how far the next-token probabilities
+                  Q of the rounded model are from those of the model as it is, P, in its own
+                  numerics (float64 from the command line); and how often the likeliest token stays
 
-Verdicts on a tensor of B, A being right:
-
-    bit-equal    every value is A's: an exact repack
-    rounded      within half a step of both types, scales' rounding included; of a format that
-                 another library decodes, as far off as such a format can be (`LOOSE`)
-    wrong        else; `likely` names the mistake that turns A into B, if one of these does:
-                 nibbles swapped within bytes, groups' halves interleaved, offset 7 or 0 for 8,
-                 k_b not transposed, gate and up swapped, rows of pairs or halves permuted, scaled
-
-End to end, the divergence of next-token probabilities from those of the model as it is, in its own
-numerics (float64 from the command line), KL(P‖Q) = Σ p·(ln p - ln q) nats a position, and how often
-the likeliest token stays.
+Whether two files hold the same weights is decided in lint/diff/.
 """
 
 import importlib
@@ -27,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refmoe.files import InputError
-from refmoe.lint.diff.tile import TILE
 from refmoe.model.decoder import Decoder
 from refmoe.model.experts import MlpWeights, routed_experts
 from refmoe.model.formats.fp8_block import Fp8Block
@@ -41,14 +31,19 @@ from refmoe.weights.dense import replaced
 from refmoe.weights.gguf import library
 from refmoe.weights.synthetic.random import pack_fp8, pack_int4
 
+TILE = 1 << 20  # elements of a matrix that are rounded at a time
 FORMATS = ("bf16", "f16", "q8_0", "int4", "int4-7.5", "fp8", "q4_0", "q4_1", "q5_0", "q5_1")
 
-
-# --- expect
+GROUP = 32  # columns that share a scale in INT4 and in a GGUF's blocks
+FP8_BLOCK = (128, 128)
 
 
 def rounder(kind: str) -> Callable[[np.ndarray], np.ndarray]:
-    """float32 [O, I] → the values that this format would keep of it."""
+    """Return the function that rounds float32 [O, I] to the values that a format can hold.
+
+    Raises `InputError` for a format that is not in `FORMATS`, and for one that takes the gguf
+    package where that is not installed.
+    """
     if kind not in FORMATS:
         raise InputError(f"format {kind!r}; supported: {', '.join(FORMATS)}")
     simple: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -57,7 +52,7 @@ def rounder(kind: str) -> Callable[[np.ndarray], np.ndarray]:
         "q8_0": lambda w: dequantize(Q8.quantize(w)),
         "int4": lambda w: dequantize(Int4(*pack_int4(w))),
         "int4-7.5": lambda w: dequantize(Int4(*pack_int4(w, 7.5))),
-        "fp8": lambda w: dequantize(Fp8Block(*pack_fp8(w, (128, 128)), (128, 128))),
+        "fp8": lambda w: dequantize(Fp8Block(*pack_fp8(w, FP8_BLOCK), FP8_BLOCK)),
     }
     if kind in simple:
         return simple[kind]
@@ -67,12 +62,15 @@ def rounder(kind: str) -> Callable[[np.ndarray], np.ndarray]:
 
 
 class Cost(NamedTuple):
-    tensors: list[dict[str, Any]]  # name, rel_rms
-    kl_mean: float
-    kl_p99: float
-    top1_agree: float
+    """What a format costs, tensor by tensor and end to end."""
+
+    tensors: list[dict[str, Any]]  # name, and rel_rms: the relative RMS error
+    kl_mean: float  # nats a position
+    kl_p99: float  # 99 % of positions are below
+    top1_agree: float  # share of positions where the likeliest token stays
 
     def as_json(self) -> dict[str, Any]:
+        """Return the document of `quant expect --json`."""
         return self._asdict()
 
 
@@ -83,15 +81,20 @@ def expect(
     experts_only: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Cost:
-    """Every matrix in this format (or the routed experts alone), and the same text through both.
+    """Run a text through a model as it is and with its matrices rounded to a format.
 
-    Matrices whose rows are no whole groups of 32, router, norms and embedding stay as they are;
-    experts that the text does not reach are not listed. A matrix is rounded when it is multiplied
-    by, a tile of rows at a time, an expert when it is chosen: nothing rounded is kept.
-    `progress(done, of)` is called after each layer of the two passes.
+    Matrices whose rows are no whole groups of 32, router, norms and embedding stay as they are.
+    Experts that the text does not reach are not listed. A matrix is rounded at the moment it is
+    used, a tile of rows at a time, and an expert when it is chosen: nothing rounded is kept.
+
+    kind: one of `FORMATS`
+    experts_only: round the routed experts alone
+    progress: called with (layers done, layers in all) after each layer of the two passes
     """
     if progress is not None and model.nx.watch is None:
-        model = model.using(model.nx.watching(_Layers(progress, 2 * model.cfg.num_hidden_layers)))
+        model = model.using(
+            model.nx.watching(_LayerCounter(progress, 2 * model.cfg.num_hidden_layers))
+        )
     cost = _Rounding(rounder(kind))
 
     def expert(i: int, e: int) -> MlpWeights:
@@ -114,8 +117,8 @@ def expect(
 
 
 @dataclass
-class _Layers:
-    """A watcher that counts them."""
+class _LayerCounter:
+    """A watcher that tells how many layers are done."""
 
     progress: Callable[[int, int], None]
     of: int
@@ -132,13 +135,13 @@ class _Layers:
 
 @dataclass
 class _Rounding:
-    """Matrices in another format, and how far off each was when it was last used."""
+    """Round matrices when they are used, and remember how far off each was the last time."""
 
     keep: Callable[[np.ndarray], np.ndarray]
     off_by: dict[str, float] = field(default_factory=dict)
 
     def pieces(self, name: str, m: Matrix) -> Iterator[tuple[slice, np.ndarray]]:
-        """Tiles of the rounded rows in float32. A format's blocks may be of 128 rows."""
+        """Yield rounded rows in float32 with their place; a tile is of whole blocks of rows."""
         unit = lcm(128, m.block[0]) if isinstance(m, Fp8Block) else 128
         m = dequantize(m) if isinstance(m, Heads) else m  # its rows are columns
         square = off = 0.0
@@ -153,7 +156,8 @@ class _Rounding:
         self.off_by[name] = float(np.sqrt(off / square)) if square else 0.0
 
     def whole(self, name: str, m: Matrix) -> Matrix:
-        if m.shape[1] % 32:
+        """Return a rounded matrix; one whose rows are no whole groups is returned as it is."""
+        if m.shape[1] % GROUP:
             return m
         out = np.empty(m.shape, np.float32)
         for tile, kept in self.pieces(name, m):
@@ -161,7 +165,7 @@ class _Rounding:
         return out
 
     def numerics(self, nx: Numerics, decoder: Decoder) -> Numerics:
-        """Under which this decoder's dense matrices are rounded when they are used."""
+        """Return numerics whose products round the dense matrices of a decoder on use."""
         names: dict[int, str] = {}
 
         def note(name: str, m: Matrix) -> Matrix:
@@ -189,6 +193,7 @@ class _Rounding:
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Return ln of the softmax of each row, in float64."""
     wide = logits.astype(np.float64)
     wide -= wide.max(axis=-1, keepdims=True)
     return wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))

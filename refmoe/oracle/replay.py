@@ -1,12 +1,15 @@
 """The decoder on another engine's inputs: what we compute, beside what the engine had."""
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from refmoe.model.decoder import Decoder
-from refmoe.oracle.noise import Lens
-from refmoe.oracle.readers.dump import Dump, fit
+from refmoe.oracle.envelope import Lens
+from refmoe.oracle.readers.adapt import fit
+from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.trace import sketch
 
 TOP = "top log-probabilities"  # what a report calls them
@@ -15,19 +18,20 @@ TOP = "top log-probabilities"  # what a report calls them
 class Replay:
     """A watcher that notes what we compute and goes on with what the engine had.
 
-    Of a tensor that is known in part (a print of its corners, a sketch, top-k log-probabilities)
-    that part is compared, and the computation goes on with ours.
+    Where a tensor is known in part only (a print of its corners, a sketch, top-k
+    log-probabilities), that part is compared and the computation goes on with ours.
     """
 
     def __init__(self, dump: Dump, decoder: Decoder):
-        self.dump, self.cfg, self.sides = dump, decoder.cfg, decoder.nx.conventions
+        self.dump, self.cfg = dump, decoder.cfg
+        self.conventions = decoder.nx.conventions
         self.ours: dict[str, np.ndarray] = {}
         self.theirs: dict[str, np.ndarray] = {}
         self.lenses: dict[str, Lens] = {}
         self.gates: dict[str, np.ndarray] = {}  # our router logits, whether dumped or not
-        self.misfits: dict[str, str] = {}
+        self.misfits: dict[str, str] = {}  # name → why it cannot be compared
         self.broken: list[str] = []  # choices that name no expert; ours are used instead
-        self.order: list[str] = []
+        self.order: list[str] = []  # of computation
         self.entering: dict[str, np.ndarray] = {}  # what each layer got, whoever computed it
 
     def __call__(self, path: str, x: np.ndarray) -> np.ndarray:
@@ -37,6 +41,7 @@ class Replay:
         return x
 
     def _go_on(self, path: str, x: np.ndarray) -> np.ndarray:
+        """Note a point and return what the computation goes on with."""
         self.order.append(path)
         if path.endswith(".mlp.gate"):
             self.gates[path] = x
@@ -47,32 +52,43 @@ class Replay:
         raw = self.dump.arrays.get(path)
         if raw is None or path.endswith("#rows"):
             return x
-        theirs = fit(path, raw, x.shape, self.sides)
+        theirs = fit(path, raw, x.shape, self.conventions)
         if theirs is None:
             self.misfits[path] = f"it is {list(raw.shape)}, this point is {list(x.shape)}"
             return x
         if path in self.dump.partial:
             return self._partial(path, x, theirs)
-        if path.endswith("#scores"):  # what an engine writes where it masks is not compared
-            seen = np.tri(len(x), dtype=bool)[:, None]
-            shown = np.where(seen, theirs, 0).astype(x.dtype)
-            self._note(path, x, shown, Lens(lambda full: np.where(seen, full, 0), True))
-            return np.where(seen | np.isfinite(theirs), theirs, x)
-        if path.endswith("#experts"):
-            inside = (theirs >= 0) & (theirs < self.cfg.n_routed_experts) & (theirs % 1 == 0)
-            if not inside.all():
-                row = int(np.argwhere(~inside)[0][0])
-                self.misfits[path] = f"token {row} chose {theirs[row].tolist()}, no expert's index"
-                self.broken.append(path)
-                return x
+        if path.endswith("#scores"):
+            return self._scores(path, x, theirs)
+        if path.endswith("#experts") and not self._names_experts(path, theirs):
+            return x
         theirs = theirs.astype(x.dtype)
         self._note(path, x, theirs, Lens(lambda full: full, True))
         return theirs
 
     def _note(self, path: str, ours: np.ndarray, theirs: np.ndarray, lens: Lens) -> None:
+        """Keep what the lens sees of ours, and the engine's counterpart."""
         self.ours[path], self.theirs[path], self.lenses[path] = lens.look(ours), theirs, lens
 
+    def _names_experts(self, path: str, theirs: np.ndarray) -> bool:
+        """Tell whether every choice is an expert's index; note it as broken if not."""
+        inside = (theirs >= 0) & (theirs < self.cfg.n_routed_experts) & (theirs % 1 == 0)
+        if inside.all():
+            return True
+        row = int(np.argwhere(~inside)[0][0])
+        self.misfits[path] = f"token {row} chose {theirs[row].tolist()}, no expert's index"
+        self.broken.append(path)
+        return False
+
+    def _scores(self, path: str, x: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+        """Compare scores where a token sees; what an engine writes where it masks is its own."""
+        seen = np.tri(len(x), dtype=bool)[:, None]
+        shown = np.where(seen, theirs, 0).astype(x.dtype)
+        self._note(path, x, shown, Lens(lambda full: np.where(seen, full, 0), True))
+        return np.where(seen | np.isfinite(theirs), theirs, x)
+
     def _partial(self, path: str, x: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+        """Compare the numbers that are known, in the rows that have any; go on with ours."""
         known = ~np.isnan(theirs)
         rows = known.reshape(len(x), -1).any(axis=1)
         if rows.any() and x.dtype.kind == "f":
@@ -86,6 +102,7 @@ class Replay:
         return x
 
     def _sketched(self, path: str, x: np.ndarray) -> np.ndarray:
+        """Compare sketches; go on with ours."""
         theirs = self.dump.arrays[path + "#sketch"]
         lens = Lens(lambda full: sketch(path, full), False, key="sketch")
         if theirs.shape == lens.look(x).shape:
@@ -95,6 +112,7 @@ class Replay:
         return x
 
     def _top(self, path: str, x: np.ndarray) -> np.ndarray:
+        """Compare log-probabilities of the tokens that the engine lists; go on with ours."""
         assert self.dump.top is not None
         ids, theirs = self.dump.top
         if len(ids) != len(x) or ids.max(initial=-1) >= self.cfg.vocab_size:
@@ -112,3 +130,11 @@ class Replay:
             key = hashlib.sha256(ids.tobytes()).hexdigest()
             self._note(path, x, np.where(known, theirs, 0)[rows], Lens(look, False, key=key))
         return x
+
+
+def replay(dump: Dump, decoder: Decoder, tokens: Sequence[int]) -> Replay:
+    """Run this decoder, or one with a fault, on the engine's own inputs."""
+    seen = Replay(dump, decoder)
+    watched = decoder.nx.watching(seen)
+    decoder.using(replace(watched, stop_at_nonfinite=False)).logits(tokens)
+    return seen

@@ -5,7 +5,6 @@ policy that forbids them. What a dump says of itself, its names above all, is es
 does not print in it is written as \\x.. . Colour repeats what number, mark or outline say.
 """
 
-import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,10 +18,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import refmoe
-from refmoe.oracle.check import Case
+from refmoe.files import write_atomically
 from refmoe.oracle.faults.dictionary import BY_ID
-from refmoe.oracle.judge import Flip, Report, flips
-from refmoe.oracle.statistics import Point, row_levels
+from refmoe.oracle.judge import Flip, Judgement, Report, flips
+from refmoe.oracle.statistics import PointResult, row_levels
+from refmoe.oracle.words import split_convention
 
 MOST = 1000  # rows of any list, so that a page of a large model still opens
 LONGEST = 300  # letters of a name that is nobody's point
@@ -44,19 +44,16 @@ EXPERT = re.compile(r"mlp\.experts\.\d+\b.*")
 ISSUE = re.compile(r"([\w.-]+/[\w.-]+)#(\d+)", re.ASCII)
 
 
-def write(case: Case, file: str | Path, title: str | None = None) -> Path:
+def write(case: Judgement, file: str | Path, title: str | None = None) -> Path:
     """Write the page; under its final name it is either whole or not there."""
     file = Path(file)
-    part = file.with_name(file.name + ".part")
-    try:
-        part.write_text(render(case, title), "utf-8")
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+    page = render(case, title)
+    with write_atomically(file) as part:
+        part.write_text(page, "utf-8")
     return file
 
 
-def render(case: Case, title: str | None = None) -> str:
+def render(case: Judgement, title: str | None = None) -> str:
     """The page as text. Its title is the dump's file name, unless another is given."""
     env = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -86,7 +83,7 @@ def render(case: Case, title: str | None = None) -> str:
         flips=sorted(found, key=lambda f: f.explained)[:MOST],
         flips_of=len(found),
         routers=sum(p.endswith("#experts") for p in case.exact.theirs),
-        sides=[_both(name, text) for name, text in report.conventions.items()],
+        sides=[(name, *split_convention(text)) for name, text in report.conventions.items()],
         tokens=len(case.tokens),
         runs=max((len(r.noise) for r in case.rows.values()), default=0),
         lacking=_ranges(report.missing),
@@ -107,7 +104,7 @@ def _printable(value: Any) -> Any:
 # --- verdict and cause
 
 
-def _sentences(case: Case) -> list[str]:
+def _sentences(case: Judgement) -> list[str]:
     """The verdict in plain words."""
     r = case.report
     if r.verdict == "undecidable":
@@ -167,14 +164,6 @@ def _link(reference: str) -> str | None:
     return f"https://github.com/{found[1]}/issues/{found[2]}" if found else None
 
 
-def _both(name: str, text: str) -> tuple[str, str, str]:
-    theirs, _, ours = text.rpartition(" (here ")
-    return name, theirs, ours.removesuffix(")")
-
-
-# --- the router
-
-
 # --- the map
 
 
@@ -191,7 +180,7 @@ class Cell:
 class _Cells:
     """What there is to say of any point of ours."""
 
-    def __init__(self, case: Case, flips: list[Flip]):
+    def __init__(self, case: Judgement, flips: list[Flip]):
         self.case = case
         self.points = {p.name: p for p in case.report.points}
         self.within = {name: p.name for p in case.report.points for name in p.through}
@@ -218,7 +207,7 @@ class _Cells:
             return Cell("⋯", said, "off", -2)
         return Cell("–", f"{name}: not in the dump", "off", -3)
 
-    def _judged(self, p: Point, first: bool) -> Cell:
+    def _judged(self, p: PointResult, first: bool) -> Cell:
         outside = first or p.multiple > 1
         said = (
             f"{p.name}: relative error {p.rel_error:.1e}, explained {p.envelope:.1e}, "
@@ -265,7 +254,7 @@ def _signs(shown: list[Cell]) -> list[tuple[str, str]]:
 class _Map:
     """Rows: layers. Columns: operations in order of computation, of all kinds of layers."""
 
-    def __init__(self, case: Case, cells: _Cells):
+    def __init__(self, case: Judgement, cells: _Cells):
         names: dict[int, dict[str, list[str]]] = {}
         for name in dict.fromkeys(case.exact.order):
             found = LAYER.fullmatch(name)
@@ -423,7 +412,7 @@ class Chart:
         )
 
 
-def _charts(case: Case, flips: list[Flip]) -> Iterator[Chart]:
+def _charts(case: Judgement, flips: list[Flip]) -> Iterator[Chart]:
     """Of the point at fault; of a healthy engine, the one nearest to its limit."""
     r, point = case.report, case.report.point
     if point is None and r.points:
@@ -442,7 +431,7 @@ def _charts(case: Case, flips: list[Flip]) -> Iterator[Chart]:
             )
 
 
-def _marks(case: Case, point: str) -> list[Mark]:
+def _marks(case: Judgement, point: str) -> list[Mark]:
     rows = case.rows[point]
     level = row_levels((rows.noise**2).mean(axis=0))
     each = zip(rows.error.tolist(), level.tolist(), strict=True)
@@ -450,7 +439,7 @@ def _marks(case: Case, point: str) -> list[Mark]:
     return [Mark(i, error, noise, noise * most) for i, (error, noise) in enumerate(each)]
 
 
-def _not_finite(case: Case) -> dict[str, Any] | None:
+def _not_finite(case: Judgement) -> dict[str, Any] | None:
     point = case.report.point
     if point is None or case.report.reason != "not finite" or point not in case.exact.theirs:
         return None

@@ -1,24 +1,26 @@
-"""One token, one operation: the smallest thing that shows a fault, for a report to its engine.
+"""Write a script of one operation on one token, the smallest thing that shows a fault.
 
-`write(case, file)` puts a script of some twenty lines beside an .npz with the engine's inputs of
-that operation, the matrices it needs and what the engine made of them. The script needs NumPy
-alone, computes the operation in float64, prints both, and fails while the engine is wrong. Hidden
-states are all it holds: no prompt, and of the weights the matrices of one operation.
+It is for a report to the engine's authors. `write` puts a script of some twenty lines beside an
+.npz with the engine's inputs of that operation, the matrices it needs, and what the engine computed
+from them. The script needs NumPy alone, computes the operation in float64, prints both, and exits
+with 1 while the engine is wrong. The .npz holds hidden states of the prompt, but not its tokens,
+and of the weights the matrices of one operation.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from refmoe.files import InputError
+from refmoe.files import InputError, write_atomically
 from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import MlpWeights, MoeWeights
 from refmoe.model.matrix import Matrix, dequantize
 from refmoe.model.rope import cos_sin, inv_freq, softmax_scale
-from refmoe.oracle.check import Case
+from refmoe.oracle.judge import Judgement
 from refmoe.oracle.noise import rms
 from refmoe.oracle.replay import Replay
+from refmoe.version import __version__
 
 HEAD = '''"""{point}, token {token}: {reason}.
 
@@ -77,12 +79,14 @@ SHARED = 'd_s = d["down_s"] @ (silu(d["gate_s"] @ d["x"]) * (d["up_s"] @ d["x"])
 
 
 class Recipe(NamedTuple):
+    """The code that computes `expected` from the arrays `d`, and these arrays."""
+
     arrays: dict[str, np.ndarray]
     code: str
 
 
 class Dumped:
-    """The engine's tensors of one token; what is missing is an `InputError` that names it."""
+    """The engine's tensors of one token; a missing one raises an `InputError` that names it."""
 
     def __init__(self, replay: Replay, token: int):
         self.replay, self.token = replay, token
@@ -91,7 +95,10 @@ class Dumped:
         return path in self.replay.theirs and self.replay.lenses[path].goes_on
 
     def __call__(self, *paths: str, upto: bool = False) -> np.ndarray:
-        """The row of the first of these that the dump has; `upto`: of all tokens so far."""
+        """Return the token's row of the first of these points that the dump has.
+
+        `upto`: the rows of all tokens so far. Raises `InputError` where the dump has none of them.
+        """
         for path in paths:
             if path in self:
                 x = self.replay.theirs[path]
@@ -99,20 +106,18 @@ class Dumped:
         raise InputError(f"a repro needs the operation's inputs; dump {' or '.join(paths)} as well")
 
 
-def write(case: Case, file: str | Path, point: str | None = None) -> list[Path]:
-    """Script and arrays for a point, by default the one that the report names.
+def write(case: Judgement, file: str | Path, point: str | None = None) -> list[Path]:
+    """Write script and arrays for a point, by default the one that the report names.
 
     Returns both paths. Raises `InputError` where there is no fault, or its inputs are not dumped.
     """
-    import refmoe
-
     point = point or case.report.point
     if point is None:
         raise InputError("there is no fault to reproduce")
     if point not in case.exact.theirs:
         raise InputError(f"{point}: {case.report.reason}; there is no result to reproduce")
     script = Path(file).with_suffix(".py")
-    token = _worst(case, point)
+    token = _worst_token(case, point)
     recipe = _recipe(case.decoder, Dumped(case.exact, token), point)
     theirs = case.exact.theirs[point][token].ravel()
     if point.endswith("#experts"):
@@ -124,22 +129,25 @@ def write(case: Case, file: str | Path, point: str | None = None) -> list[Path]:
         "reason": case.report.reason if point == case.report.point else "within its rounding",
         "engine": f"conventions of {case.engine}",
         "profile": case.profile.name,
-        "version": refmoe.__version__,
+        "version": __version__,
         "name": script.stem,
     }
     tail = TAIL.format(explained=max(found.envelope, 1e-12) if found else 1e-12)
-    script.write_text(HEAD.format(**texts) + recipe.code + tail, "utf-8")
-    arrays = {name: _narrow(np.asarray(x)) for name, x in recipe.arrays.items()}
-    np.savez(script.with_suffix(".npz"), engine=theirs.astype(float), **arrays)  # type: ignore[arg-type]
+    arrays: dict[str, Any] = {name: _narrow(np.asarray(x)) for name, x in recipe.arrays.items()}
+    with write_atomically(script.with_suffix(".npz")) as part, part.open("wb") as file_:
+        np.savez(file_, engine=theirs.astype(float), **arrays)
+    with write_atomically(script) as part:
+        part.write_text(HEAD.format(**texts) + recipe.code + tail, "utf-8")
     return [script, script.with_suffix(".npz")]
 
 
 def _narrow(x: np.ndarray) -> np.ndarray:
-    """float32 where it says the same."""
+    """Return x in float32 where that loses nothing, else x itself."""
     return x.astype(np.float32) if (x.astype(np.float32) == x).all() and x.dtype.kind == "f" else x
 
 
-def _worst(case: Case, point: str) -> int:
+def _worst_token(case: Judgement, point: str) -> int:
+    """Return the token with the largest relative error, or the first with other experts."""
     ours, theirs = case.exact.ours[point], case.exact.theirs[point]
     if point.endswith("#experts"):
         wrong = [set(a.tolist()) != set(b.tolist()) for a, b in zip(ours, theirs, strict=True)]
@@ -149,6 +157,7 @@ def _worst(case: Case, point: str) -> int:
 
 
 def _recipe(decoder: Decoder, dumped: Dumped, point: str) -> Recipe:
+    """Return the recipe of any point; raise `InputError` where there is none."""
     if point == "model.embed_tokens":
         raise InputError("an embedding is a row of a table: there is no operation to reproduce")
     last = f"model.layers.{decoder.cfg.num_hidden_layers - 1}"
@@ -176,6 +185,7 @@ def _recipe(decoder: Decoder, dumped: Dumped, point: str) -> Recipe:
 
 
 def _exact(m: Matrix, decoder: Decoder) -> np.ndarray:
+    """Return a stored matrix in float64, under the engine's conventions."""
     return dequantize(m, np.float64, decoder.nx.conventions.rounded_products)
 
 
@@ -192,6 +202,7 @@ def _sum(x: np.ndarray, y: np.ndarray) -> Recipe:
 
 
 def _attention(decoder: Decoder, w: LayerWeights, dumped: Dumped, at: str, end: str) -> Recipe:
+    """Return the recipe of a point of attention, `end` behind `self_attn`."""
     cfg, a = decoder.cfg, w.self_attn
     own, x = f"{at}.self_attn", f"{at}.input_layernorm"
     eps = decoder.nx.conventions.latent_norm_eps or cfg.rms_norm_eps
@@ -247,6 +258,7 @@ def _attention(decoder: Decoder, w: LayerWeights, dumped: Dumped, at: str, end: 
 
 
 def _mlp(decoder: Decoder, i: int, dumped: Dumped, at: str, end: str) -> Recipe:
+    """Return the recipe of a point of the MLP of layer i, `end` behind `mlp.`."""
     cfg, w = decoder.cfg, decoder.layers[i].mlp
     x = f"{at.removesuffix('.mlp')}.post_attention_layernorm"
     if not isinstance(w, MoeWeights):
@@ -286,6 +298,7 @@ def _mlp(decoder: Decoder, i: int, dumped: Dumped, at: str, end: str) -> Recipe:
 
 
 def _swiglu(decoder: Decoder, w: MlpWeights, dumped: Dumped, at: str, x: str, end: str) -> Recipe:
+    """Return the recipe of a point of an MLP with these matrices."""
     match end:
         case "gate_proj" | "up_proj":
             return _product(dumped(x), getattr(w, end), decoder)
@@ -301,21 +314,22 @@ def _swiglu(decoder: Decoder, w: MlpWeights, dumped: Dumped, at: str, x: str, en
 
 
 def _routing(decoder: Decoder, w: MoeWeights, dumped: Dumped, at: str, x: str, end: str) -> Recipe:
-    cfg, sides = decoder.cfg, decoder.nx.conventions
+    """Return the recipe of the router's choice or weights."""
+    cfg, conventions = decoder.cfg, decoder.nx.conventions
     if f"{at}.gate" in dumped:
         logits = dumped(f"{at}.gate")
     else:
         logits = _exact(w.gate.weight, decoder) @ dumped(x)
     if end == "gate#experts":
         bias = dequantize(w.gate.e_score_correction_bias, np.float64)
-        groups = {"G": cfg.n_group, "M": cfg.topk_group, "masked": sides.masked_groups}
+        groups = {"G": cfg.n_group, "M": cfg.topk_group, "masked": conventions.masked_groups}
         text = "" if cfg.n_group == cfg.topk_group else GROUPS.format(**groups)
         text = text.replace("= -inf", "= -np.inf")
         code = CHOICE.format(K=cfg.num_experts_per_tok, groups=text)
         return Recipe({"logits": logits, "bias": bias}, code)
-    scale = 1.0 if sides.routed_scale == "sum" else cfg.routed_scaling_factor
+    scale = 1.0 if conventions.routed_scale == "sum" else cfg.routed_scaling_factor
     normalised = {"sum": " / s.sum()", "sum + 1e-20": " / (s.sum() + 1e-20)"}.get(
-        sides.normaliser, " / max(s.sum(), 2.0**-14)"
+        conventions.normaliser, " / max(s.sum(), 2.0**-14)"
     )
     code = WEIGHTS.format(scale=scale, normalised=normalised if cfg.norm_topk_prob else "")
     return Recipe({"logits": logits, "experts": dumped(f"{at}.gate#experts").astype(int)}, code)

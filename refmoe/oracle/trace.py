@@ -5,11 +5,10 @@ safetensors file whose names are the points. Shapes have the rows first: [T, ...
 
 A *sketch* of a point is small whatever its width: for each row its RMS and its product with a
 seeded random matrix. Two rows that differ by ε in relative RMS have sketches that differ by ε,
-to within 1/√(2·64), 9 % (Johnson and Lindenstrauss 1984); which layer went wrong shows as well as
-in the tensors themselves, at 65 numbers a row.
+to within 1/√(2·64), 9 % (Johnson and Lindenstrauss 1984). With 65 numbers a row, it shows which
+layer went wrong as well as the tensors themselves do.
 """
 
-import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -19,7 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from refmoe.files import InputError
+from refmoe.files import InputError, write_atomically
 from refmoe.run.load import Model
 
 DIRECTIONS = 64  # of a sketch
@@ -27,7 +26,10 @@ COLUMNS = 1 << 14  # of the random matrix made at once
 
 
 def sketch(name: str, x: np.ndarray) -> np.ndarray:
-    """x [T, ...] → [T, 1 + 64]: RMS of each row, then row · G / √n, G seeded by the name."""
+    """Return the sketch of x [T, ...] as [T, 1 + 64].
+
+    Each row's RMS, then row · G / √n with n numbers in a row, G [n, 64] normal, seeded by `name`.
+    """
     flat = x.reshape(len(x), -1).astype(np.float64)
     n = flat.shape[1]
     out = np.zeros((len(x), 1 + DIRECTIONS))
@@ -49,6 +51,7 @@ class Recorder:
         self.seen: dict[str, np.ndarray] = {}
 
     def wants(self, path: str) -> bool:
+        """Tell whether this point is to be kept; the engine need not compute what nobody wants."""
         return self.points is None or any(fnmatchcase(path, p) for p in self.points)
 
     def __call__(self, path: str, x: np.ndarray) -> np.ndarray:
@@ -65,7 +68,7 @@ def trace(
     points: Iterable[str] | None = None,
     sketched: bool = False,
 ) -> dict[str, np.ndarray]:
-    """The points of one forward pass over `tokens`, by path.
+    """Return the points of one forward pass over `tokens`, by path.
 
     `points` are names or shell patterns (`model.layers.*.mlp.gate*`); None keeps all, of which
     `#scores` and `#probs` are [T, H, S]. `sketched` keeps `NAME#sketch` [T, 65] in place of each
@@ -84,14 +87,13 @@ def trace(
 
 
 def write(file: str | Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file; under its final name it is either whole or not there."""
-    file = Path(file)
-    part = file.with_name(file.name + ".part")
+    """Write a safetensors file; under its final name it is either whole or not there.
+
+    Raises `OSError` for a full disk or a missing folder.
+    """
     whole = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
     try:
-        safetensors.numpy.save_file(whole, part, dict(metadata))
-        os.replace(part, file)
+        with write_atomically(Path(file)) as part:
+            safetensors.numpy.save_file(whole, part, dict(metadata))
     except safetensors.SafetensorError as e:  # its own name for a full disk or a missing folder
         raise OSError(f"{file}: {e}") from None
-    finally:
-        part.unlink(missing_ok=True)

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TextIO
 
+from refmoe.ctrl_c import ctrl_c
 from refmoe.files import InputError
 from refmoe.model.cache import LatentCache
 from refmoe.model.decoder import Decoder
-from refmoe.run.generate import context_of, generate_tokens, working
+from refmoe.run.generate import context_length, generate_tokens, generation_decoder
 from refmoe.run.load import Model
 from refmoe.run.sampler import Sampling
-from refmoe.text.chat import (
-    ChatTemplate,
+from refmoe.text.reply import (
     Event,
     Parser,
     Problem,
@@ -28,6 +28,8 @@ from refmoe.text.chat import (
     collect,
     ends_in_thought,
 )
+from refmoe.text.template import ChatTemplate
+from refmoe.text.terminal import printable
 
 with contextlib.suppress(ImportError):  # not everywhere; lines can be edited, and be long, with it
     import readline  # noqa: F401
@@ -49,7 +51,7 @@ class Dialogue:
     system: str | None = None
     tools: Sequence[dict[str, Any]] | None = None
     variables: dict[str, Any] = field(default_factory=dict)  # the template's own: K2.5's thinking
-    decoder: Decoder | None = None  # by default, as `working` makes it
+    decoder: Decoder | None = None  # None: as `generation_decoder` makes it
     messages: list[dict[str, Any]] = field(default_factory=list)
     memory: list[LatentCache] = field(default_factory=list)
     remembered: list[int] = field(default_factory=list)  # the tokens that `memory` holds
@@ -63,7 +65,7 @@ class Dialogue:
 
     @cached_property
     def _decoder(self) -> Decoder:
-        return working(self.model) if self.decoder is None else self.decoder
+        return generation_decoder(self.model) if self.decoder is None else self.decoder
 
     @property
     def waiting(self) -> list[dict[str, Any]]:
@@ -87,7 +89,7 @@ class Dialogue:
         """
         messages = [*self.messages, message]
         prompt = self.template.encode(self.model.tokenizer, messages, self.tools, **self.variables)
-        context = context_of(self._decoder)
+        context = context_length(self._decoder)
         if len(prompt.tokens) >= context:
             raise InputError(
                 f"the conversation would have {len(prompt.tokens)} tokens, the context holds "
@@ -98,6 +100,7 @@ class Dialogue:
         made = 0
         for token in self._tokens(prompt.tokens, max_new_tokens, sampling, seed):
             made += 1
+            ctrl_c.look()
             for event in parser.feed(words.feed(token)):
                 events.append(event)
                 yield event
@@ -120,9 +123,10 @@ class Dialogue:
                 break
             same += 1
         same = min(same, *(cache.length for cache in self.memory))  # a step may have been stopped
+        tokens = list(prompt)
+        self.remembered = tokens[:same]  # and no more, wherever this is stopped
         for cache in self.memory:
             cache.truncate(same)
-        tokens = list(prompt)
         try:
             for token in generate_tokens(
                 self._decoder,
@@ -146,15 +150,25 @@ def interact(
     max_new_tokens: int | None,
     out: TextIO,
 ) -> None:
-    """Read lines from standard input and answer them until the end of input or /exit."""
+    """Read lines from standard input and answer them until the end of input or /exit.
+
+    Ctrl-C leaves at the prompt, and in a reply stops it, after the product under way. One that
+    comes before a reply begins stops that reply; more of them while a reply is being stopped are
+    the same one.
+    """
+    ctrl_c.does = "wait"
     turn = 0
     while True:
         try:
+            ctrl_c.does = "once"
             line = input("> " if sys.stdin.isatty() else "").strip()
+            ctrl_c.does = "wait"
         except (EOFError, KeyboardInterrupt):
+            ctrl_c.does = "wait"
             print(file=out)
             return
         except UnicodeDecodeError:
+            ctrl_c.does = "wait"
             print("[that line is not UTF-8]", file=out)
             continue
         if not line:
@@ -194,6 +208,7 @@ def interact(
             print("[stopped; this turn is forgotten]", file=out)
         except InputError as e:
             print(f"[{e}]", file=out)
+        ctrl_c.came = False
 
 
 def show(events: Iterator[Event], out: TextIO) -> None:
@@ -217,10 +232,3 @@ def show(events: Iterator[Event], out: TextIO) -> None:
             out.flush()
     finally:  # also where the reply is stopped: the terminal must not stay dim
         print(plain if kind == "reasoning" else "", file=out)
-
-
-def printable(text: str, out: TextIO) -> str:
-    """On a terminal, control characters that a model may write must not move the cursor."""
-    if not out.isatty():
-        return text
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

@@ -1,14 +1,14 @@
-"""`refmoe export`: safetensors → GGUF and back, and INT4 ↔ bf16; what is not exact is named.
+"""Export checkpoints to GGUF, INT4 or bf16, and name the tensors whose values changed.
 
-    gguf     routed experts in INT4 → Q4_0, codes as they are, where each scale is a float16 too;
-             else the stack of that layer goes into `otherwise`. The rest in `dense`: Q8_0, or BF16,
-             F16, F32. Norms, router and its bias are F32.
-    int4     routed experts → pack-quantized INT4: Q4_0 with its codes as they are, anything else
-             quantised anew, scale = max|w|/7 or max|w|/7.5 rounded to bf16; the rest in `dense`
-    bf16     everything in bf16, as a checkpoint without quantisation
+    gguf     routed experts in INT4 become Q4_0 with their codes as they are, if each scale is a
+             float16 too; if not, the stack of that layer is written as `otherwise`. The rest is
+             written as `dense`: Q8_0, BF16, F16 or F32; norms, router and its bias as F32
+    int4     routed experts become pack-quantized INT4: Q4_0 with its codes as they are, anything
+             else quantised anew, scale = max|w|/7 or max|w|/7.5 rounded to bf16; the rest `dense`
+    bf16     everything is written in bf16, as a checkpoint without quantisation
 
 A scale of INT4 is a bf16; it is a float16 where it is zero or from 2⁻²⁴ to 65504 and, below 2⁻¹⁴,
-has few enough digits. Written as streams, a tensor at a time.
+has few enough digits. Files are written as streams, a tensor at a time.
 """
 
 import base64
@@ -37,16 +37,19 @@ from refmoe.weights.writer import Spec, write_stream
 
 DENSE = ("q8_0", "bf16", "f16", "f32")
 QUANTISERS = {"amax/7": 7.0, "amax/7.5": 7.5}
-TILE = 1 << 22
+TILE = 1 << 22  # elements of a matrix that are wide at once: 16 MB in float32
 
 
 class Exported(NamedTuple):
+    """What was written."""
+
     out: Path
     tensors: int
     bytes: int
-    not_exact: list[str]  # whose values are not those of the source
+    not_exact: list[str]  # tensors whose values are not those of the source
 
     def as_json(self) -> dict[str, Any]:
+        """Return this as an object for JSON."""
         return {**self._asdict(), "out": str(self.out)}
 
 
@@ -54,7 +57,7 @@ class Exported(NamedTuple):
 
 
 def q4_of(m: Int4) -> Q4:
-    """The same codes, in Q4_0's order; scales rounded to float16."""
+    """Return an INT4 matrix as Q4_0: codes in Q4_0's order, scales rounded to float16."""
     O, G = m.scale.shape
     two = np.ascontiguousarray(m.packed).view(np.uint8).reshape(O, G, 16)
     codes = np.stack((two & 15, two >> 4), axis=-1).reshape(O, G, 32)
@@ -66,7 +69,7 @@ def q4_of(m: Int4) -> Q4:
 
 
 def int4_of(m: Q4) -> Int4:
-    """The same codes, in pack-quantized's order; scales rounded to bf16."""
+    """Return a Q4_0 matrix as INT4: codes in pack-quantized's order, scales rounded to bf16."""
     O = len(m.blocks)
     low, high = m.blocks[..., 2:] & 15, m.blocks[..., 2:] >> 4
     codes = np.concatenate((low, high), axis=-1).reshape(O, -1)
@@ -76,7 +79,7 @@ def int4_of(m: Q4) -> Int4:
 
 
 def survives(scale: np.ndarray) -> bool:
-    """Whether each bf16 is a float16 too."""
+    """Return whether each scale, given as bits of bf16, is a float16 too."""
     wide = widen_bf16(scale)
     with np.errstate(over="ignore"):
         return bool((wide.astype(np.float16).astype(np.float32) == wide).all())
@@ -88,7 +91,14 @@ def survives(scale: np.ndarray) -> bool:
 def to_gguf(
     model: Model, out: Path, dense: str = "q8_0", otherwise: str = "f32", experts: str = "q4_0"
 ) -> Exported:
-    """One GGUF file of a checkpoint's folder, for llama.cpp's deepseek2."""
+    """Write a checkpoint as one GGUF file, for llama.cpp's deepseek2.
+
+    dense      the type of what is not a routed expert: q8_0, bf16, f16 or f32
+    otherwise  the type of routed experts in INT4 whose scales are no float16
+    experts    the type of routed experts: q4_0, or one of the above
+
+    Raises `InputError` for an unknown type, and for a config that deepseek2 cannot say.
+    """
     gguf = library("writing a GGUF")
     if {dense, otherwise} - {*DENSE} or experts not in ("q4_0", *DENSE):
         raise InputError(
@@ -97,8 +107,8 @@ def to_gguf(
         )
     with write_atomically(out) as part:
         writer = gguf.GGUFWriter(part, "deepseek2")
-        _metadata(writer, model)
-        plans = list(_plans(model, dense, otherwise, experts))
+        _write_metadata(writer, model)
+        plans = list(_plan_tensors(model, dense, otherwise, experts))
         for plan in plans:
             kind = gguf.GGMLQuantizationType[plan.type.upper()]
             shape = gguf.quant_shape_to_byte_shape(plan.shape, kind) if plan.blocks else plan.shape
@@ -120,6 +130,8 @@ def to_gguf(
 
 
 class _Plan(NamedTuple):
+    """A tensor that is going to be written."""
+
     name: str
     type: str
     shape: tuple[int, ...]  # slowest first
@@ -134,12 +146,13 @@ class _Plan(NamedTuple):
         return int(np.prod(self.shape)) // elements * size
 
 
-def _plans(model: Model, dense: str, otherwise: str, experts: str) -> Iterator[_Plan]:
+def _plan_tensors(model: Model, dense: str, otherwise: str, experts: str) -> Iterator[_Plan]:
+    """Yield every tensor of the GGUF."""
     checkpoint, cfg = model.checkpoint, model.cfg
 
     def plain(name: str, m: Callable[[], Matrix], shape: tuple[int, ...], kind: str) -> _Plan:
         kind = "f32" if kind == "q8_0" and shape[-1] % 32 else kind
-        return _Plan(name, kind, shape, lambda: _encoded(m(), shape, kind))
+        return _Plan(name, kind, shape, lambda: _encode(m(), shape, kind))
 
     def module(gguf_name: str, name: str) -> _Plan:
         m = checkpoint.matrix(name)
@@ -154,7 +167,7 @@ def _plans(model: Model, dense: str, otherwise: str, experts: str) -> Iterator[_
         for ours, theirs in names.items():
             if f"{at}{ours}.weight" in checkpoint.tensors and ours != "self_attn.kv_b_proj":
                 yield module(blk + theirs, at + ours)
-        yield from _heads(checkpoint, cfg, i, plain, dense)
+        yield from _plan_heads(checkpoint, cfg, i, plain, dense)
         if cfg.is_moe(i):
             bias = f"{at}mlp.gate.e_score_correction_bias"
             values = checkpoint.array(bias)
@@ -163,11 +176,13 @@ def _plans(model: Model, dense: str, otherwise: str, experts: str) -> Iterator[_
             yield plain(name, lambda wide=wide: wide, values.shape, "f32")  # type: ignore[misc]
             for n, part in enumerate(("gate", "up", "down")):
                 kinds = experts, dense, otherwise
-                yield _stack(model, i, n, f"{blk}ffn_{part}_exps.weight", *kinds)
+                yield _plan_stack(model, i, n, f"{blk}ffn_{part}_exps.weight", *kinds)
 
 
-def _heads(checkpoint: Checkpoint, cfg: Config, i: int, plain: Any, dense: str) -> Iterator[_Plan]:
-    """kv_b_proj in two: keys [H, C, N], values [H, V, C]."""
+def _plan_heads(
+    checkpoint: Checkpoint, cfg: Config, i: int, plain: Any, dense: str
+) -> Iterator[_Plan]:
+    """Yield kv_b_proj as the two tensors of a GGUF: keys [H, C, N] and values [H, V, C]."""
     H, N, V = cfg.num_attention_heads, cfg.qk_nope_head_dim, cfg.v_head_dim
     C = cfg.kv_lora_rank
 
@@ -181,10 +196,10 @@ def _heads(checkpoint: Checkpoint, cfg: Config, i: int, plain: Any, dense: str) 
     yield plain(f"blk.{i}.attn_v_b.weight", lambda: half(False), (H, V, C), dense)
 
 
-def _stack(
+def _plan_stack(
     model: Model, i: int, n: int, name: str, experts: str, dense: str, otherwise: str
 ) -> _Plan:
-    """One matrix of all experts of a layer."""
+    """Return the tensor that stacks one matrix of all experts of a layer."""
     each = [model.decoder.experts[i](e)[n] for e in range(model.cfg.n_routed_experts)]
     shape = len(each), *each[0].shape
     codes = [m for m in each if isinstance(m, Int4)]
@@ -194,28 +209,31 @@ def _stack(
     if kind == "q4_0":
         kind = otherwise if codes else dense
     kind = "f32" if kind == "q8_0" and shape[-1] % 32 else kind
-    return _Plan(name, kind, shape, lambda: _joined(each, shape[1:], kind))
+    return _Plan(name, kind, shape, lambda: _encode_stack(each, shape[1:], kind))
 
 
 def _flat(m: Q4) -> np.ndarray:
     return m.blocks.reshape(len(m.blocks), -1)
 
 
-def _joined(each: Sequence[Matrix], shape: tuple[int, ...], kind: str) -> tuple[np.ndarray, bool]:
-    made = [_encoded(m, shape, kind) for m in each]
+def _encode_stack(
+    each: Sequence[Matrix], shape: tuple[int, ...], kind: str
+) -> tuple[np.ndarray, bool]:
+    made = [_encode(m, shape, kind) for m in each]
     return np.stack([data for data, _ in made]), all(exact for _, exact in made)
 
 
-def _encoded(m: Matrix, shape: tuple[int, ...], kind: str) -> tuple[np.ndarray, bool]:
-    """In this type, as [..., bytes of a row] where it is of blocks, and whether all survived."""
+def _encode(m: Matrix, shape: tuple[int, ...], kind: str) -> tuple[np.ndarray, bool]:
+    """Encode a matrix → its data, [..., bytes of a row] if the type has blocks, whether exact."""
     if len(m.shape) != 2:
-        return _tile(dequantize(m), kind)
-    made = [_tile(dequantize(tile), kind) for _, tile in tiles(m, TILE)]
+        return _encode_tile(dequantize(m), kind)
+    made = [_encode_tile(dequantize(tile), kind) for _, tile in tiles(m, TILE)]
     data = np.concatenate([data for data, _ in made])
     return data.reshape(*shape[:-1], -1), all(exact for _, exact in made)
 
 
-def _tile(w: np.ndarray, kind: str) -> tuple[np.ndarray, bool]:
+def _encode_tile(w: np.ndarray, kind: str) -> tuple[np.ndarray, bool]:
+    """Encode some rows in a type → data, whether exact."""
     w = w.astype(np.float32, copy=False)
     match kind:
         case "f32":
@@ -232,8 +250,8 @@ def _tile(w: np.ndarray, kind: str) -> tuple[np.ndarray, bool]:
             return q8.blocks.reshape(len(w), -1), bool((dequantize(q8) == w).all())
 
 
-def _metadata(writer: Any, model: Model) -> None:
-    """As ggml-org/llama.cpp's conversion/deepseek.py writes it."""
+def _write_metadata(writer: Any, model: Model) -> None:
+    """Write the metadata as ggml-org/llama.cpp's conversion/deepseek.py does."""
     cfg, yarn = model.cfg, model.cfg.rope_scaling
     counts = {
         "vocab_size": cfg.vocab_size,
@@ -286,13 +304,16 @@ def _metadata(writer: Any, model: Model) -> None:
         writer.add_float32(f"deepseek2.{key}", number)
     writer.add_bool("deepseek2.expert_weights_norm", cfg.norm_topk_prob)
     if model.checkpoint.has_words:
-        _words(writer, model)
+        _write_gguf_words(writer, model)
     else:
         writer.add_string("tokenizer.ggml.model", "no_vocab")
 
 
 def vocabulary(words: Tokenizer) -> dict[str, list[Any]]:
-    """A GGUF's tokens, their types (1 plain, 3 control) and merges, after `tokenizer.ggml.`."""
+    """Return the arrays of a GGUF's vocabulary, by their keys after `tokenizer.ggml.`.
+
+    They are the tokens, spelt in GPT-2's alphabet, their types (1 plain, 3 control) and the merges.
+    """
     letters, names = byte_alphabet(), {i: name for name, i in words.special.items()}
     ranks = words.size - len(names)
     raw = [words.token_bytes(i) for i in range(ranks)]
@@ -308,7 +329,8 @@ def vocabulary(words: Tokenizer) -> dict[str, list[Any]]:
     }
 
 
-def _words(writer: Any, model: Model) -> None:
+def _write_gguf_words(writer: Any, model: Model) -> None:
+    """Write the vocabulary and the chat template into a GGUF's metadata."""
     words = model.tokenizer
     writer.add_string("tokenizer.ggml.model", "gpt2")
     writer.add_string("tokenizer.ggml.pre", "kimi-k2")
@@ -326,12 +348,12 @@ def _words(writer: Any, model: Model) -> None:
         writer.add_add_bos_token(True)
     try:
         writer.add_string("tokenizer.chat_template", model.template.source)
-    except InputError:  # none
+    except InputError:  # it has no template
         return
 
 
 def _halves(token: bytes, rank: dict[bytes, int]) -> list[bytes]:
-    """The two tokens that it is merged from last: merge by rank, without it."""
+    """Return the two tokens that a token is merged from last: its bytes merged without itself."""
     parts = [bytes([b]) for b in token]
     while len(parts) > 2:
         joined = (a + b for a, b in pairwise(parts))
@@ -349,7 +371,14 @@ def _halves(token: bytes, rank: dict[bytes, int]) -> list[bytes]:
 def to_safetensors(
     model: Model, out: Path, experts: str, dense: str = "bf16", quantiser: str = "amax/7"
 ) -> Exported:
-    """A new folder: routed experts as INT4 or in bf16, the rest in `dense` (bf16, f16 or f32)."""
+    """Write a checkpoint into a new folder of safetensors.
+
+    experts    the format of routed experts: int4 or bf16
+    dense      the type of the rest: bf16, f16 or f32
+    quantiser  how experts that have no codes of four bits get them: amax/7 or amax/7.5
+
+    Raises `InputError` for anything else, and for a folder that is not empty.
+    """
     kinds = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
     if dense not in kinds or experts not in ("int4", "bf16") or quantiser not in QUANTISERS:
         raise InputError(f"experts {experts!r}, the rest {dense!r}, quantiser {quantiser!r}")
@@ -378,7 +407,9 @@ def to_safetensors(
         for spec in specs:
             module, _, end = spec.name.rpartition(".")
             if end == "weight_packed":
-                packed, exact = _int4(_matrix(model.checkpoint, module), QUANTISERS[quantiser])
+                packed, exact = _quantize_int4(
+                    _read_matrix(model.checkpoint, module), QUANTISERS[quantiser]
+                )
                 if not exact:
                     wrong.append(module)
                 yield packed.packed
@@ -389,11 +420,11 @@ def to_safetensors(
                 assert packed is not None
                 yield np.array(packed.shape, np.int32)
             else:
-                m = _matrix(model.checkpoint, module if end == "weight" else spec.name)
+                m = _read_matrix(model.checkpoint, module if end == "weight" else spec.name)
                 pieces = tiles(m, TILE) if len(m.shape) == 2 else [(slice(None), m)]
                 exact = True
                 for _, tile in pieces:
-                    data, same = _tile(dequantize(tile), spec.dtype.lower())
+                    data, same = _encode_tile(dequantize(tile), spec.dtype.lower())
                     exact = exact and same
                     yield data
                 if not exact:
@@ -405,14 +436,14 @@ def to_safetensors(
     return Exported(out, len(specs), (out / SINGLE).stat().st_size, wrong)
 
 
-def _matrix(checkpoint: Checkpoint, module: str) -> Matrix:
+def _read_matrix(checkpoint: Checkpoint, module: str) -> Matrix:
     if module.endswith("_bias"):
         values = checkpoint.array(module)
         return BF16(values) if checkpoint.tensors[module].dtype == "BF16" else values
     return checkpoint.matrix(module)
 
 
-def _int4(m: Matrix, divisor: float) -> tuple[Int4, bool]:
+def _quantize_int4(m: Matrix, divisor: float) -> tuple[Int4, bool]:
     if isinstance(m, Int4):
         return m, True
     if isinstance(m, Q4):
@@ -423,7 +454,7 @@ def _int4(m: Matrix, divisor: float) -> tuple[Int4, bool]:
 
 
 def raw_config(model: Model) -> dict[str, Any]:
-    """config.json without quantisation; of a GGUF, what its metadata say."""
+    """Return config.json without quantisation, or what a GGUF's metadata say in its place."""
     checkpoint = model.checkpoint
     if isinstance(checkpoint, Gguf):
         return checkpoint.raw_config()
@@ -433,6 +464,7 @@ def raw_config(model: Model) -> dict[str, Any]:
 
 
 def _write_words(model: Model, out: Path) -> None:
+    """Write the vocabulary and the chat template into a folder."""
     checkpoint = model.checkpoint
     if not isinstance(checkpoint, Gguf):
         for pattern in ("tiktoken.model", "tokenizer*.json", "chat_template.jinja", "gen*.json"):

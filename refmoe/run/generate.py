@@ -1,4 +1,4 @@
-"""Prompt → tokens, one at a time, over a latent cache.
+"""Generate: continue a prompt token by token, over a latent cache.
 
 The prompt goes through in chunks of rows, which bounds the scratch and changes no number beyond
 rounding; then each token alone. Generation ends at a stop id (config.json, generation_config.json
@@ -7,9 +7,8 @@ the end of the context.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -22,8 +21,9 @@ from refmoe.run.load import Model
 from refmoe.run.sampler import Sampling, sample
 from refmoe.weights.checkpoint import Checkpoint
 
-CHUNK = 512  # rows of a prompt at a time
-STREAMED = 2048  # where each chunk reads the experts anew; some 1 GB of scratch at K2's widths
+TINY = 1 << 25  # bytes of stored weights, 32 MiB: decoded, INT4 is seven times as much
+CHUNK = 512  # rows of a prompt at a time: enough to multiply by matrices at full speed
+STREAMED_CHUNK = 2048  # of streamed experts, which each chunk reads anew; 1 GB of scratch for K2
 
 
 def prefill(
@@ -32,31 +32,37 @@ def prefill(
     memory: Sequence[LatentCache],
     chunk: int | None = None,
 ) -> np.ndarray:
-    """Put the tokens into `memory`, chunk by chunk → the logits [Z] after the last one."""
+    """Put tokens into `memory`, chunk by chunk, and return the logits [Z] after the last one.
+
+    Raises `InputError` for bad ids, and for more tokens than the context has room for.
+    """
     check_tokens(tokens, memory[0].length, decoder.cfg)
     if chunk is None:
-        chunk = STREAMED if decoder.experts[0].streamed else CHUNK
+        chunk = STREAMED_CHUNK if decoder.experts[0].streamed else CHUNK
     chunk = min(chunk, decoder.cache_options.rows or chunk)
-    with alone(decoder):
+    with single_blas_thread(decoder):
         for start in range(0, len(tokens), chunk):
             x = decoder.hidden([tokens[start : start + chunk]], [memory])
         return decoder.head(x[-1:])[0]
 
 
 def step(decoder: Decoder, token: int, memory: Sequence[LatentCache]) -> np.ndarray:
-    """One more token → the logits [Z] after it."""
-    with alone(decoder):
+    """Put one more token into `memory` and return the logits [Z] after it."""
+    with single_blas_thread(decoder):
         return decoder.logits([token], memory)[0]
 
 
-def alone(decoder: Decoder) -> Any:
-    """Where refmoe's own threads work, BLAS's must not spin beside them: it halves both."""
+def single_blas_thread(decoder: Decoder) -> AbstractContextManager[object]:
+    """Return a context in which BLAS uses one thread, if the decoder has threads of its own.
+
+    Two pools that wait for each other by spinning would take half of the processor each.
+    """
     own = decoder.nx.experts is not routed_experts
     return threads.one_blas_thread() if own else nullcontext()
 
 
-def context_of(decoder: Decoder) -> int:
-    """The most tokens there can be: the model's, or what caches were given room for."""
+def context_length(decoder: Decoder) -> int:
+    """Return the most tokens there can be: the model's context, or the room its caches have."""
     most = decoder.cfg.max_position_embeddings
     return min(most, decoder.cache_options.room or most)
 
@@ -72,13 +78,21 @@ def generate_tokens(
     memory: Sequence[LatentCache] | None = None,
     chunk: int | None = None,
 ) -> Iterator[int]:
-    """New tokens, the stop id not among them. `memory` may hold what came before the prompt."""
+    """Yield the tokens that continue a prompt; the stop id is not among them.
+
+    max_new_tokens  at most so many; None: until a stop id, or the end of the context
+    sampling        how a token is drawn, greedy by default, and `seed` of the draws
+    stop            ids that end it
+    memory          the latent caches, which may hold what came before the prompt; None: empty ones
+    chunk           rows of the prompt at a time; None: `CHUNK`, or `STREAMED_CHUNK`
+    """
     memory = decoder.caches() if memory is None else memory
     if max_new_tokens is not None and max_new_tokens < 0:
         raise InputError(f"max_new_tokens = {max_new_tokens}, expected 0 or more")
-    rng = np.random.default_rng(seed)
+    # greedy needs no draws, and numpy.random takes a tenth of the time to a first token to load
+    rng = np.random.default_rng(seed) if sampling.temperature else None
     logits = prefill(decoder, prompt, memory, chunk)
-    end = context_of(decoder)
+    end = context_length(decoder)
     made = 0
     while max_new_tokens is None or made < max_new_tokens:
         token = sample(logits, sampling, rng)
@@ -103,14 +117,17 @@ def generate(
 ) -> Iterator[str]:
     """Yield the continuation of a prompt, piece by piece as its characters become complete.
 
-    The same seed gives the same text. Special tokens in the text count as such; pass token ids to
-    have them plain (`model.tokenizer.encode(text, allowed_special=())`).
+    prompt          a text, in which special tokens count as such, or token ids; for a text with
+                    special tokens as plain text: `model.tokenizer.encode(text, ())`
+    max_new_tokens  at most so many tokens; None: until a stop token, or the end of the context
+    temperature     0 takes the likeliest token each time; `top_p`, `min_p`: see run/sampler.py
+    seed            of the draws; each seed always gives the same text
     """
     ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     text = model.tokenizer.stream()
     how = Sampling(temperature, top_p, min_p)
     for token in generate_tokens(
-        working(model),
+        generation_decoder(model),
         ids,
         max_new_tokens=max_new_tokens,
         sampling=how,
@@ -123,9 +140,6 @@ def generate(
         yield piece
 
 
-TINY = 1 << 25  # bytes of stored weights, 32 MiB: decoded, INT4 is seven times as much
-
-
 def is_tiny(checkpoint: Checkpoint) -> bool:
     """Tell whether NumPy generates as quickly as kernels, which are then never loaded.
 
@@ -134,11 +148,11 @@ def is_tiny(checkpoint: Checkpoint) -> bool:
     return sum(t.nbytes for t in checkpoint.tensors.values()) <= TINY
 
 
-def working(model: Model, int4: str = "fast", cache: str = "float32") -> Decoder:
-    """The decoder as generation uses it: the form of attention that costs less at each step.
+def generation_decoder(model: Model, int4: str = "fast", cache: str = "float32") -> Decoder:
+    """Return the model's decoder with the form of attention that costs less at each step.
 
     int4   fast: 16-bit activations in products with INT4 and Q4_0 weights and, of a prompt, with
-           8-bit ones, 2e-5 of a result; exact
+           8-bit ones, which is 2e-5 off; exact: as everywhere else
     cache  float32, or bf16: half the memory of the context, latents rounded to 2⁻⁹ of themselves
     """
     nx, options = replace(model.nx, attention="auto"), model.decoder.cache_options

@@ -1,4 +1,4 @@
-"""`load`: a folder → a `Model` that computes logits and knows its own words."""
+"""Load a model: from a folder or a GGUF to a `Model` that computes logits and knows its words."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,56 +14,61 @@ from refmoe.model.decoder import Decoder, policy
 from refmoe.model.numerics import Numerics
 from refmoe.text.tokenizer import Tokenizer
 from refmoe.weights.checkpoint import Checkpoint
-from refmoe.weights.dense import checkpoint_q8, dense_q8
-from refmoe.weights.gguf import Gguf, opened
-from refmoe.weights.placement import parts_of
-from refmoe.weights.streaming.store import Store, store
-from refmoe.weights.streaming.usage import usage
+from refmoe.weights.gguf import Gguf
+from refmoe.weights.open import open_checkpoint
 
 if TYPE_CHECKING:
     from refmoe.fast.gpu.card import Card
+    from refmoe.fast.gpu.device import Device
     from refmoe.fast.gpu.placement import Request
-    from refmoe.text.chat import ChatTemplate
+    from refmoe.text.template import ChatTemplate
+    from refmoe.weights.streaming.store import Store
 
-DENSE = ("exact", "q8")
+DENSE = ("exact", "q8")  # how what every token uses is held
+LLAMACPP_BOS = 11  # llama.cpp's default, where a GGUF asks for a BOS and names none
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def golden_folder() -> Path:
-    """`golden/`: inside the installed package, or beside it in a working tree."""
+    """Return `golden/`: inside the installed package, or beside it in a working tree."""
     inside = PACKAGE / "golden"
     return inside if inside.is_dir() else PACKAGE.parent / "golden"
 
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint, and the decoder over its mapped weights."""
+    """A checkpoint, and the decoder over its weights; `load` makes one."""
 
     checkpoint: Checkpoint
     decoder: Decoder
-    reference: bool = False  # the definition in model/ alone
-    store: Store | None = None  # where weights are read under a budget
-    card: "Card | None" = None  # where a part of it lives
+    reference: bool = False  # computed by the definition in model/ alone
+    store: "Store | None" = None  # reads the weights under a budget of memory
+    card: "Card | None" = None  # the CUDA card that a part of the weights lives on
 
     @property
     def cfg(self) -> Config:
+        """The config of the network."""
         return self.decoder.cfg
 
     @property
     def nx(self) -> Numerics:
+        """The numerics that it computes in."""
         return self.decoder.nx
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Read when text is first needed: a checkpoint without a vocabulary still computes."""
+        """The checkpoint's vocabulary, read when text is first needed.
+
+        A checkpoint without one still computes. Raises `InputError` if it is missing or damaged.
+        """
         if isinstance(self.checkpoint, Gguf):
             return Tokenizer.from_gguf(self.checkpoint.metadata)
         return Tokenizer.load(self.checkpoint.path)
 
     @property
     def template(self) -> "ChatTemplate":
-        """The checkpoint's own."""
-        from refmoe.text.chat import ChatTemplate  # Jinja, which few verbs need
+        """The checkpoint's own chat template. Raises `InputError` if it has none."""
+        from refmoe.text.template import ChatTemplate
 
         if isinstance(self.checkpoint, Gguf):
             return ChatTemplate.from_gguf(self.checkpoint.metadata)
@@ -71,23 +76,24 @@ class Model:
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Every id that some file of the checkpoint calls an end."""
+        """Every token id that some file of the checkpoint calls an end."""
         own = (*self.cfg.eos_token_id, *self.checkpoint.generation_eos)
         words = self.tokenizer.stop_ids if self.checkpoint.has_words else ()
         return frozenset(own + words)
 
     @cached_property
     def bos(self) -> int | None:
-        """The id that llama.cpp puts before a text, where the vocabulary asks for it; K2's do not.
+        """The token id that llama.cpp puts before a text, or None; K2's vocabularies ask for none.
 
-        `add_bos_token` of tokenizer_config.json, or of a GGUF's metadata, whose default id is 11
-        (ggml-org/llama.cpp src/llama-vocab.cpp, `special_bos_id` of a BPE vocabulary).
+        A vocabulary asks for it by `add_bos_token`, in tokenizer_config.json or a GGUF's metadata.
+        Raises `InputError` where it then names no token. Source: ggml-org/llama.cpp,
+        src/llama-vocab.cpp (`special_bos_id` of a BPE vocabulary).
         """
         if isinstance(self.checkpoint, Gguf):
             metadata = self.checkpoint.metadata
             if metadata.get("tokenizer.ggml.add_bos_token") is not True:
                 return None
-            number = metadata.get("tokenizer.ggml.bos_token_id", 11)
+            number = metadata.get("tokenizer.ggml.bos_token_id", LLAMACPP_BOS)
             if not isinstance(number, int) or not 0 <= number < self.cfg.vocab_size:
                 raise InputError(f"tokenizer.ggml.bos_token_id = {number!r} is no token")
             return number
@@ -102,11 +108,14 @@ class Model:
         return self.tokenizer.special[name]
 
     def using(self, nx: Numerics) -> "Model":
-        """The same weights under other numerics; nothing is opened again."""
+        """Return the model with other numerics over the same weights; nothing is opened again."""
         return replace(self, decoder=self.decoder.using(nx))
 
     def logits(self, tokens: Any) -> np.ndarray:
-        """tokens: T ids → [T, Z] in nx.dtype."""
+        """Return the logits [T, Z] of T token ids, in the numerics' dtype.
+
+        Raises `InputError` for an empty list, ids outside the vocabulary, or more than the context.
+        """
         return self.decoder.logits(tokens)
 
 
@@ -123,46 +132,75 @@ def load(
     """Open a checkpoint's folder or a GGUF; without a path the embedded tiny-k2.
 
     numerics     float64 (the truth), float32 (working), bfloat16, float16 (emulated)
-    reference    True: the definition in `model/` alone; False: with the quicker seams of `fast/`
-    conventions  whose sides to take where engines differ: refmoe, moonshot, transformers, vllm,
-                 sglang, llama.cpp, mlx
+    reference    True: the definition in `model/` alone; False: with the quicker twins of `fast/`
+    conventions  whose choices to follow where correct engines differ: refmoe, moonshot,
+                 transformers, vllm, sglang, llama.cpp, mlx
     dense        exact: as stored; q8: attention, shared experts, dense MLP and head in 8 bits
     ram          bytes that weights may take; None: all mapped, the system keeps what it likes
-    reads        under a budget: direct or cached (by the system); None: whichever is quicker
-    gpu          what every token uses on a CUDA card, as much as its budget holds
+    reads        with `ram`: direct or cached (by the system); None: whichever is quicker
+    gpu          what goes onto a CUDA card: as much of what every token uses as its budget holds
 
     Raises `InputError` for whatever does not fit: config, names, shapes, dtypes, missing tensors.
     """
-    if gpu is not None:
-        from refmoe.fast.gpu.device import open_device
-        from refmoe.fast.gpu.placement import most_used_experts, plan_gpu, upload
-
-        if numerics != "float32" or reference:
-            what = "reference" if reference else numerics
-            raise InputError(f"--gpu computes in float32 with its own kernels, not {what}")
-        device = open_device()
-    if reference:
-        nx = policy(numerics, conventions)
-    else:
-        from refmoe.fast.engine import engine  # Numba: half a second that few verbs need
-
-        nx = engine(numerics, conventions)
-    checkpoint = opened(golden_folder() / "tiny-k2" if path is None else path)
+    device = None if gpu is None else _open_device(numerics, reference)
+    nx = choose_numerics(numerics, conventions, reference)
+    checkpoint = open_checkpoint(golden_folder() / "tiny-k2" if path is None else path)
     if dense not in DENSE:
         raise InputError(f"dense {dense!r}; supported: {', '.join(DENSE)}")
     if ram is not None and dense == "q8":
-        checkpoint = checkpoint_q8(checkpoint, nx)
-    if gpu is not None:
-        parts = parts_of(checkpoint, dense)
-        found = plan_gpu(checkpoint.cfg, parts, gpu, device)
-    streamed = store(checkpoint, ram, reads)
-    if streamed is not None:
-        decoder = streamed.decoder(nx)
-    else:
-        decoder = checkpoint.decoder(nx)
-        decoder = dense_q8(checkpoint, decoder) if dense == "q8" and ram is None else decoder
-    if gpu is None:
-        return Model(checkpoint, decoder, reference, streamed)
-    own = most_used_experts(usage(checkpoint), parts, found.share.experts)
-    decoder = upload(decoder, found, own, conventions)
-    return Model(checkpoint, decoder, reference, streamed, found.card)
+        from refmoe.weights.dense import checkpoint_q8
+
+        checkpoint = checkpoint_q8(checkpoint, nx)  # what streams is read from a file
+    if gpu is None or device is None:
+        decoder, store = _place_in_memory(checkpoint, nx, dense, ram, reads)
+        return Model(checkpoint, decoder, reference, store)
+    from refmoe.fast.gpu.placement import most_used_experts, plan_gpu, upload
+    from refmoe.weights.placement import parts_of
+    from refmoe.weights.streaming.usage import read_usage
+
+    parts = parts_of(checkpoint, dense)
+    plan = plan_gpu(checkpoint.cfg, parts, gpu, device)  # refuses before anything is read
+    decoder, store = _place_in_memory(checkpoint, nx, dense, ram, reads)
+    experts = most_used_experts(read_usage(checkpoint), parts, plan.share.experts)
+    decoder = upload(decoder, plan, experts, conventions)
+    return Model(checkpoint, decoder, reference, store, plan.card)
+
+
+def choose_numerics(name: str, conventions: Conventions | str, reference: bool) -> Numerics:
+    """Return the definition's numerics, or those with the quicker twins of `fast/`.
+
+    Raises `InputError` for an unknown name of numerics or conventions.
+    """
+    if reference:
+        return policy(name, conventions)
+    from refmoe.fast.engine import engine
+
+    return engine(name, conventions)
+
+
+def _open_device(numerics: str, reference: bool) -> "Device":
+    """Open the CUDA card; `InputError` if there is none, or if it cannot compute as asked."""
+    from refmoe.fast.gpu.device import open_device
+
+    if numerics != "float32" or reference:
+        what = "reference" if reference else numerics
+        raise InputError(f"--gpu computes in float32 with its own kernels, not {what}")
+    return open_device()
+
+
+def _place_in_memory(
+    checkpoint: Checkpoint, nx: Numerics, dense: str, ram: int | None, reads: str | None
+) -> "tuple[Decoder, Store | None]":
+    """Map the weights, or stream them within `ram` bytes where they take more → decoder, store."""
+    if ram is not None:
+        from refmoe.weights.streaming.store import open_store
+
+        store = open_store(checkpoint, ram, reads)
+        if store is not None:
+            return store.decoder(nx), store
+    decoder = checkpoint.decoder(nx)
+    if dense == "q8" and ram is None:
+        from refmoe.weights.dense import dense_q8
+
+        decoder = dense_q8(checkpoint, decoder)
+    return decoder, None

@@ -33,10 +33,11 @@ class Sampling:
             raise InputError(f"min_p = {self.min_p}, expected 0 to 1")
 
 
-def sample(logits: np.ndarray, how: Sampling, rng: np.random.Generator) -> int:
-    """logits [Z] → a token id; one draw from `rng`, none when greedy."""
+def sample(logits: np.ndarray, how: Sampling, rng: "np.random.Generator | None") -> int:
+    """logits [Z] → a token id; one draw from `rng`, none when greedy, which may do without it."""
     if how.temperature == 0:
         return int(logits.argmax())
+    assert rng is not None
     z = logits.astype(np.float64)
     p = np.exp((z - z.max()) / how.temperature)
     p /= p.sum()

@@ -1,4 +1,4 @@
-"""Two tokenisations of one prompt: where do they first differ, and what explains it?
+"""Find where two tokenisations of one prompt first differ, and what explains it.
 
 The first question of every investigation is whether a difference is numeric or in the prompt.
 Ids are compared through the bytes they stand for:
@@ -18,14 +18,19 @@ from refmoe.text.tokenizer import Tokenizer
 
 
 class Difference(NamedTuple):
-    byte: int  # of the text, from 0
+    """The first difference of two lists of token ids."""
+
+    byte: int  # where it is in the text, from 0
     token: int  # index of the first differing token
     cause: str  # template | special tokens | pre-tokenisation | merges
     explanation: str
 
 
 def explain(words: Tokenizer, ours: Sequence[int], theirs: Sequence[int]) -> Difference | None:
-    """The first difference of two lists of ids, or None if there is none."""
+    """Return the first difference of two lists of token ids, or None if they are equal.
+
+    Raises `InputError` for an id that the vocabulary does not have.
+    """
     if list(ours) == list(theirs):
         return None
     token = next(
@@ -35,7 +40,7 @@ def explain(words: Tokenizer, ours: Sequence[int], theirs: Sequence[int]) -> Dif
     start = sum(len(words.token_bytes(i)) for i in ours[:token])
     ours_text, theirs_text = (b"".join(map(words.token_bytes, ids)) for ids in (ours, theirs))
     if ours_text != theirs_text:
-        return _texts(words, ours, theirs, token, ours_text, theirs_text)
+        return _explain_texts(words, ours, theirs, token, ours_text, theirs_text)
     special = set(words.special.values())
     here, there = ours[token], theirs[token]
     if (here in special) != (there in special):
@@ -45,10 +50,10 @@ def explain(words: Tokenizer, ours: Sequence[int], theirs: Sequence[int]) -> Dif
         return Difference(
             start, token, "special tokens", f"{name} is one special token {side}; {other} {plain}"
         )
-    return _pieces(words, ours, theirs, token, start, ours_text)
+    return _explain_pieces(words, ours, theirs, token, start, ours_text)
 
 
-def _texts(
+def _explain_texts(
     words: Tokenizer,
     ours: Sequence[int],
     theirs: Sequence[int],
@@ -56,6 +61,7 @@ def _texts(
     a: bytes,
     b: bytes,
 ) -> Difference:
+    """Explain texts that differ: a special token that stands on one side only, or the template."""
     byte = next(
         (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
     )
@@ -77,7 +83,7 @@ def _texts(
     )
 
 
-def _pieces(
+def _explain_pieces(
     words: Tokenizer,
     ours: Sequence[int],
     theirs: Sequence[int],
@@ -85,7 +91,7 @@ def _pieces(
     start: int,
     text: bytes,
 ) -> Difference:
-    """Same text, both tokens plain: does a piece of K2's pattern end where their tokens do?"""
+    """Explain different plain tokens of one text: do their tokens end where K2's pieces do?"""
     piece_ends = _piece_ends(words, ours)
     begin = max((e for e in piece_ends if e <= start), default=0)
     end = next(e for e in piece_ends if e > start)
@@ -115,7 +121,7 @@ def _pieces(
 
 
 def _piece_ends(words: Tokenizer, ids: Sequence[int]) -> list[int]:
-    """Where the pieces end, in bytes; a special token is a piece of its own."""
+    """Return where the pieces end, in bytes; a special token is a piece of its own."""
     special = set(words.special.values())
     sizes: list[int] = []
     for is_special, run in groupby(ids, lambda i: i in special):

@@ -1,4 +1,4 @@
-"""Text ↔ tokens: `tiktoken.model` and `tokenizer_config.json`, with K2's pre-tokeniser.
+"""Turn text into tokens and back: `tiktoken.model` and `tokenizer_config.json`, as K2 has them.
 
 Text is cut into pieces by one regular expression, each piece's bytes are merged by rank. Behind
 the ranks come 256 reserved ids: the named special tokens of tokenizer_config.json, the others
@@ -16,17 +16,18 @@ import binascii
 import codecs
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
-
-import regex
-import tiktoken
+from typing import TYPE_CHECKING, Any, Literal
 
 from refmoe.files import InputError, read_object
 
-RESERVED = 256
-CHUNK = 400_000  # characters
-RUN = 25_000  # characters
+if TYPE_CHECKING:
+    import tiktoken
+
+RESERVED = 256  # ids behind the ranks, for special tokens
+CHUNK = 400_000  # characters that are encoded at once, as in Moonshot's tokenizer
+RUN = 25_000  # characters of a run that are encoded at once, as in Moonshot's tokenizer
 
 # K2's pattern: && is the intersection of classes, which tiktoken's engine knows.
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
@@ -48,7 +49,7 @@ _LONG_RUN = re.compile(rf"\s{{{RUN + 1},}}|\S{{{RUN + 1},}}")
 
 
 def byte_alphabet() -> list[str]:
-    """The character that stands for each byte: itself where it prints, else one from U+0100 on.
+    """Return the character that stands for each byte: itself if it prints, or one from U+0100 on.
 
     Source: openai/gpt-2 encoder.py, `bytes_to_unicode`.
     """
@@ -61,7 +62,12 @@ _BYTES = {c: b for b, c in enumerate(byte_alphabet())}
 
 
 class Tokenizer:
-    """A K2 vocabulary. `special` maps the named and reserved special tokens to their ids."""
+    """A vocabulary of K2's kind: ranks for merging, and special tokens behind them.
+
+    `special` maps the named and reserved special tokens to their ids, `size` is how many ids there
+    are, and `stop_ids` are those that end an answer. Raises `InputError` for special tokens outside
+    the reserved ids, without a name, or twice the same.
+    """
 
     def __init__(self, ranks: dict[bytes, int], names: dict[int, str], eos: str | None = None):
         first = len(ranks)
@@ -81,13 +87,23 @@ class Tokenizer:
         self.size = first + RESERVED
         stops = (eos, "<|im_end|>")
         self.stop_ids = tuple(self.special[name] for name in stops if name in self.special)
-        self._encoding = tiktoken.Encoding(
-            "k2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.special
+        self._ranks = ranks
+
+    @cached_property
+    def _encoding(self) -> "tiktoken.Encoding":
+        """Return tiktoken's encoder, made when text is first encoded or decoded."""
+        import tiktoken  # a library that computing with token ids does without
+
+        return tiktoken.Encoding(
+            "k2", pat_str=PATTERN, mergeable_ranks=self._ranks, special_tokens=self.special
         )
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """From a checkpoint's folder."""
+        """Read the vocabulary in a checkpoint's folder.
+
+        Raises `InputError` if `tiktoken.model` or `tokenizer_config.json` is missing or damaged.
+        """
         folder = Path(folder)
         vocabulary, config = folder / "tiktoken.model", folder / "tokenizer_config.json"
         for file in (vocabulary, config):
@@ -106,10 +122,11 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> "Tokenizer":
-        """From a GGUF's metadata: its tokens in order are the ranks, the last 256 are reserved.
+        """Read a GGUF's metadata: its tokens in order are the ranks, the last 256 are reserved.
 
         A GGUF has merges instead of ranks (each token longer than a byte is made of two earlier
-        ones); tokens are written in GPT-2's alphabet of printable stand-ins for bytes.
+        ones); tokens are written in GPT-2's alphabet of printable stand-ins for bytes. Raises
+        `InputError` for metadata without such a vocabulary.
         """
         tokens, eos = metadata.get("tokenizer.ggml.tokens"), None
         if not isinstance(tokens, list) or len(tokens) <= RESERVED:
@@ -131,7 +148,7 @@ class Tokenizer:
     def encode(
         self, text: str, allowed_special: Literal["all"] | Collection[str] = "all"
     ) -> list[int]:
-        """Special tokens in the text become their ids where allowed, plain text elsewhere.
+        """Return the text's token ids; special tokens in it count as such if they are allowed.
 
         Moonshot's tokenizer allows all by default; text from strangers wants `allowed_special=()`.
         """
@@ -143,40 +160,48 @@ class Tokenizer:
         ]
 
     def pieces(self, text: str) -> list[str]:
-        """What the pre-tokeniser makes of text without special tokens."""
+        """Return the pieces into which K2's pattern cuts text without special tokens."""
+        import regex  # knows the intersection of classes; only `tok` asks for pieces
+
         return [p for part in cut(text) for p in regex.findall(PATTERN, part, flags=regex.V1)]
 
     def token_bytes(self, i: int) -> bytes:
+        """Return the bytes that a token stands for. Raises `InputError` for an id out of range."""
         if not 0 <= i < self.size:
             raise InputError(f"token {i}: the vocabulary has ids 0 to {self.size - 1}")
         return self._encoding.decode_single_token_bytes(i)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of token ids; bytes that are no UTF-8 become U+FFFD."""
         return b"".join(self.token_bytes(i) for i in ids).decode("utf-8", "replace")
 
     def stream(self) -> "StreamDecoder":
+        """Return a decoder that takes tokens one by one."""
         return StreamDecoder(self)
 
 
 class StreamDecoder:
-    """Tokens one by one → text, never half a character."""
+    """Decode tokens one by one into text, never into half a character."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, token: int) -> str:
-        """The characters that this token completes."""
+        """Return the characters that this token completes."""
         return self._utf8.decode(self._tokenizer.token_bytes(token))
 
     def finish(self) -> str:
-        """What is left of an unfinished character: U+FFFD, or nothing."""
+        """Return what is left of an unfinished character: U+FFFD, or nothing."""
         return self._utf8.decode(b"", final=True)
 
 
 def read_ranks(file: Path) -> dict[bytes, int]:
-    """`tiktoken.model`: on each line a token in base64, a space and its rank, in order from 0."""
+    """Read a `tiktoken.model` → rank of each token.
+
+    Each line is a token in base64, a space and its rank, in order from 0. Raises `InputError`, with
+    the line, for anything else, and for a file without all 256 single bytes.
+    """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(file.read_bytes().splitlines()):
         try:
@@ -197,7 +222,7 @@ def read_ranks(file: Path) -> dict[bytes, int]:
 
 
 def cut(text: str) -> Iterator[str]:
-    """The text in pieces that are encoded apart."""
+    """Yield the text in pieces that are encoded apart, as Moonshot's tokenizer cuts it."""
     for start in range(0, len(text), CHUNK):
         chunk = text[start : start + CHUNK]
         at = 0
@@ -209,6 +234,6 @@ def cut(text: str) -> Iterator[str]:
 
 
 def _text(token: Any) -> str | None:
-    """`eos_token` is a string, or an object that holds it."""
+    """Return the text of a token that is a string, or an object that holds it as `content`."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None

@@ -514,8 +514,3 @@ def decoder_of(kind: str) -> Callable[[np.ndarray], np.ndarray]:
     decode: Callable[[np.ndarray], np.ndarray] = partial(quants.dequantize, qtype=which)
     decode(np.zeros((1, gguf.GGML_QUANT_SIZES[which][1]), np.uint8))
     return decode
-
-
-def opened(path: str | Path) -> Checkpoint:
-    """Open a checkpoint's folder or a GGUF, whichever the path is."""
-    return Gguf.open(path) if is_gguf(Path(path)) else Checkpoint.open(path)

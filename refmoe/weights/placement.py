@@ -1,4 +1,4 @@
-"""What a model is made of, in bytes, and which part of it lives in which memory.
+"""Say what a model is made of, in bytes, and which part of it lives in which memory.
 
     always    read for every token: attention, shared experts or dense MLP, router, head
     routed    K of E experts in each MoE layer
@@ -16,8 +16,8 @@ worth the same there, so what is filled first is a matter of what belongs togeth
     disk        holds the checkpoint: whatever is nowhere else is read from there, and the
                 embedding, of which a token reads one row; without a disk that is in memory
 
-A tier keeps its `reserve` free. The result is plain data: `run/plan.py` predicts from it, and what
-computes on a card obeys it.
+A tier keeps its `reserve` free. The result is plain data: `run/plan` predicts times from it, and
+`fast/gpu` puts on a card what it says.
 """
 
 import re
@@ -36,13 +36,13 @@ from refmoe.weights.dense import CLASSES
 KINDS = ("vram", "ram", "pmem", "disk")  # fastest first
 CARD_RESERVE = 1 << 28  # bytes of a card for what is computed there
 TILE = 1 << 26  # bytes of lm_head at once, where it is streamed
-Q8_BLOCK = 32, 34  # numbers, bytes
+Q8_BLOCK = 32, 34  # numbers of a block of 8-bit weights, and its bytes
 
 
 class Part(NamedTuple):
-    """Weights that every token uses."""
+    """The weights of one module that every token uses."""
 
-    name: str  # the module's
+    name: str  # of the module, as self_attn of a layer
     kind: str  # attention, router, shared experts, dense mlp, embedding, head
     layer: int | None
     nbytes: int
@@ -52,7 +52,10 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Parts:
-    """What a model is made of. A layer's norms count with its attention, the last with the head."""
+    """What a model is made of, in bytes and numbers.
+
+    A layer's norms count with its attention, and the last norm with the head.
+    """
 
     always: tuple[Part, ...]
     expert: int  # bytes of the largest routed expert
@@ -61,13 +64,14 @@ class Parts:
     experts: int  # E, of a layer
     chosen: int  # K, of a layer and token
     layers: int
-    latent: int  # numbers in the cache, of a layer and token
+    latent: int  # numbers in the cache of a layer and token
 
     @classmethod
     def of(cls, cfg: Config, dense: str = "exact") -> "Parts":
-        """From the config alone: the checkpoint it calls for, plain weights in bf16.
+        """Return the parts of the checkpoint that a config calls for, plain weights in bf16.
 
-        Raises `InputError` for a quantisation whose sizes are not known.
+        dense  exact, or q8: 8-bit weights for what every token uses. Raises `InputError` for a
+        quantisation whose sizes are not known.
         """
         if isinstance(cfg.quantization, OtherScheme):
             raise InputError(
@@ -87,32 +91,36 @@ class Parts:
 
     @property
     def all_experts(self) -> int:
+        """How many routed experts there are in all layers."""
         return self.experts * len(self.moe_layers)
 
     @property
     def always_numbers(self) -> int:
-        """Read for every token, the embedding's row apart."""
+        """How many numbers every token uses, without its row of the embedding."""
         return sum(p.numbers for p in self.always if p.kind != "embedding")
 
     @property
     def routed_numbers(self) -> int:
-        """Of the experts that one token uses."""
+        """How many numbers the routed experts have that one token uses."""
         return self.chosen * len(self.moe_layers) * self.expert_numbers
 
     @property
     def always_bytes(self) -> int:
+        """The bytes that every token reads, its row of the embedding included."""
         return sum(p.read for p in self.always)
 
     @property
     def routed_bytes(self) -> int:
+        """The bytes of the routed experts that one token uses."""
         return self.chosen * len(self.moe_layers) * self.expert
 
     @property
     def total_bytes(self) -> int:
+        """The bytes of all weights."""
         return sum(p.nbytes for p in self.always) + self.all_experts * self.expert
 
     def with_bits(self, always: float, routed: float) -> "Parts":
-        """The same numbers in so many bits each, as other formats have them."""
+        """Return parts with so many bits a number, as another format has them."""
 
         def one(p: Part) -> Part:
             nbytes = round(p.numbers * always / 8)
@@ -122,12 +130,15 @@ class Parts:
         return replace(self, always=tuple(map(one, self.always)), expert=expert)
 
     def cache_bytes(self, context: int, number: int = 4) -> int:
-        """Of one layer: `number` bytes each, 4 in float32 and 2 in bf16."""
+        """Return the bytes of one layer's cache: `number` bytes each, 4 in float32, 2 in bf16."""
         return context * self.latent * number
 
 
 def parts_of(checkpoint: Checkpoint, dense: str = "exact") -> Parts:
-    """From the tensors of a folder or a GGUF; `InputError` if some are missing."""
+    """Return the parts of a checkpoint, from its tensors. Raises `InputError` if some are missing.
+
+    dense  exact, or q8: 8-bit weights for what every token uses
+    """
     if checkpoint.missing:
         raise InputError(
             f"{checkpoint.path}: {len(checkpoint.missing)} tensors are missing, first "
@@ -141,7 +152,7 @@ def parts_of(checkpoint: Checkpoint, dense: str = "exact") -> Parts:
 
 @dataclass
 class _Build:
-    """Adds tensors up to parts."""
+    """Adds tensors up to `Parts`."""
 
     cfg: Config
     dense: str
@@ -193,6 +204,7 @@ class _Build:
 
 
 def _module(kind: str, layer: int | None) -> str:
+    """Return the name of the module that a kind of weights is in."""
     if layer is None:
         return "model.embed_tokens" if kind == "embedding" else "lm_head"
     last = {
@@ -205,7 +217,8 @@ def _module(kind: str, layer: int | None) -> str:
 
 
 def _in_8_bits(name: str, shape: tuple[int, ...], dtype: str, nbytes: int) -> int:
-    """As `dense.dense_q8` has it: in blocks, but where INT4 or without whole groups."""
+    """Return a tensor's bytes as `dense_q8` holds it: in blocks, unless it is INT4 or has no whole
+    groups of columns."""
     if name.endswith("_inv"):
         return 0
     group, block = Q8_BLOCK
@@ -214,10 +227,10 @@ def _in_8_bits(name: str, shape: tuple[int, ...], dtype: str, nbytes: int) -> in
 
 
 def smallest(parts: Parts) -> int:
-    """Bytes of memory with which one token can be computed, the cache apart.
+    """Return the bytes of memory with which one token can be computed, without the caches.
 
-    A layer's choice of experts; and of what streams by, each layer's dense weights and each tile of
-    the head, room for two of the largest, one in use and one on its way, beside those that are so
+    They hold a layer's choice of experts; and, of what streams by (each layer's dense weights, each
+    tile of the head), two of the largest, one in use and one on its way, beside those that are so
     much larger that it is cheaper to let them stay.
     """
     layers: dict[int, int] = {}
@@ -233,16 +246,17 @@ def smallest(parts: Parts) -> int:
 
 
 class Tier(NamedTuple):
-    """A memory: bytes, and bytes a second."""
+    """A memory that weights may live in."""
 
     name: str
-    kind: str
-    capacity: float
-    bandwidth: float
-    reserve: float = 0
+    kind: str  # one of KINDS
+    capacity: float  # bytes
+    bandwidth: float  # bytes a second
+    reserve: float = 0  # bytes that are kept free
 
     @property
     def room(self) -> int:
+        """The bytes that may be filled."""
         return max(0, int(self.capacity - self.reserve))
 
 
@@ -252,40 +266,41 @@ class Share:
 
     tier: Tier
     parts: tuple[Part, ...]
-    caches: tuple[int, ...]  # layers
-    cache: int  # bytes of each
-    experts: int  # of all layers together, dealt evenly; the most used ones where it is known
-    expert: int  # bytes of each
+    caches: tuple[int, ...]  # the layers whose caches are here
+    cache: int  # bytes of each cache
+    experts: int  # of all layers together, dealt evenly; the most used ones if those are known
+    expert: int  # bytes of each expert
 
     @property
     def nbytes(self) -> int:
+        """The bytes of all this."""
         weights = sum(p.nbytes for p in self.parts)
         return weights + len(self.caches) * self.cache + self.experts * self.expert
 
     def layers(self, kind: str) -> tuple[int, ...]:
-        """The layers whose part of this kind is here."""
+        """Return the layers whose part of this kind is here."""
         return tuple(p.layer for p in self.parts if p.kind == kind and p.layer is not None)
 
     def has(self, name: str) -> bool:
-        """Whether this module's weights are here."""
+        """Return whether this module's weights are here."""
         return any(p.name == name for p in self.parts)
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where everything lives. `homeless`: bytes that have no place. `needed`: of memory that is
-    missing for a stream from disk."""
+    """Where everything lives."""
 
     shares: tuple[Share, ...]
-    homeless: int
-    needed: int
+    homeless: int  # bytes that have no place
+    needed: int  # bytes of memory that a stream from disk would need in addition
 
     @property
     def fits(self) -> bool:
+        """Whether everything has a place, and what streams has room to."""
         return not self.homeless and not self.needed
 
     def on(self, kind: str) -> Share | None:
-        """The share of the first tier of a kind."""
+        """Return the share of the first tier of a kind, or None if there is no such tier."""
         return next((s for s in self.shares if s.tier.kind == kind), None)
 
 
@@ -296,10 +311,10 @@ def place(
     number: int = 4,
     card_experts: int | None = None,
 ) -> Placement:
-    """The tiers filled, fastest first.
+    """Fill the tiers, fastest first.
 
     context       tokens that the caches have room for, `number` bytes a number
-    card_experts  the most routed experts a card takes; default: as many as fit
+    card_experts  the most routed experts that a card takes; None: as many as fit
     """
     cache = parts.cache_bytes(context, number)
     weights = [p for kind in _ORDER for p in parts.always if p.kind == kind]
@@ -356,7 +371,7 @@ def place(
 def on_card(
     parts: Parts, vram: float, context: int, number: int = 4, card_experts: int | None = None
 ) -> Share:
-    """What a card of so many bytes holds, as `place` decides, with memory enough behind it."""
+    """Return what a card of `vram` bytes holds, as `place` decides with memory enough behind it."""
     tiers = Tier("card", "vram", vram, 1, CARD_RESERVE), Tier("memory", "ram", 1e18, 1)
     share = place(parts, tiers, context, number, card_experts).on("vram")
     assert share is not None
@@ -367,16 +382,19 @@ _ORDER = ("attention", "head", "shared experts", "dense mlp", "router", "embeddi
 
 
 def _fitting(room: int, size: int) -> int:
+    """Return how many things of a size fit into so much room; of nothing, any number."""
     return max(0, room) // size if size else 1 << 62
 
 
 def traffic(
     parts: Parts, placement: Placement, depth: int, hit_rate: float | None = None, number: int = 4
 ) -> Iterator[tuple[Share, int]]:
-    """Bytes that one token reads from each tier, with `depth` tokens in the caches.
+    """Yield each share with the bytes that one token reads there, `depth` tokens in the caches.
 
-    Without a hit rate the router is taken to be uniform: a tier is asked for as large a share of
-    the choice as it holds of all experts. `hit_rate` is the share that is not read from disk.
+    hit_rate  the share of the chosen experts that is not read from disk. None: the router is taken
+              to be uniform, so that a tier is asked for as large a share of the choice as it holds
+              of all experts
+    number    bytes of a number in the caches
     """
     above = sum(s.experts for s in placement.shares if s.tier.kind != "disk")
     chosen = parts.chosen * len(parts.moe_layers)

@@ -14,6 +14,7 @@ import safetensors.numpy
 
 import refmoe
 from refmoe import cli
+from refmoe.cli.generate import _process_age
 from tests.conftest import ROOT, heed_ctrl_c
 
 
@@ -275,11 +276,11 @@ def test_the_prompt_may_come_from_standard_input():
 
 @pytest.mark.system
 def test_the_age_of_the_process_is_measured_from_its_start():
-    age = cli._process_age()
+    age = _process_age()
     if age is None:
         pytest.skip("this system does not tell when a process started")
     time.sleep(0.05)
-    later = cli._process_age()
+    later = _process_age()
     assert later is not None
     assert 0 < age < later
     assert os.getpid() > 0

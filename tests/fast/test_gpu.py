@@ -43,13 +43,13 @@ from refmoe.oracle.selftest import golden
 from refmoe.run.bench import gpu as bench_gpu
 from refmoe.run.bench.kernels import draw
 from refmoe.run.export import to_gguf
-from refmoe.run.generate import generate_tokens, prefill, step, working
+from refmoe.run.generate import generate_tokens, generation_decoder, prefill, step
 from refmoe.run.load import Model, load
 from refmoe.run.plan import measure as plan_measure
 from refmoe.run.plan import time as plan_time
 from refmoe.run.plan import units as plan_units
 from refmoe.run.sweep.sweep import sweep
-from refmoe.weights.gguf import opened
+from refmoe.weights.open import open_checkpoint
 from refmoe.weights.placement import CARD_RESERVE, Parts, on_card, parts_of
 from refmoe.weights.streaming import budget as store_budget
 from refmoe.weights.streaming.store import Store
@@ -390,7 +390,7 @@ def test_what_is_computed_stays_within_what_is_planned_for_it(device, rows, cach
                 monkeypatch.setattr(module, name, small)
     model = load(gpu=Request(10**9, 0, 512, cache))
     assert model.card is not None
-    decoder = working(model, cache=cache)
+    decoder = generation_decoder(model, cache=cache)
     memory = decoder.caches()
     share = on_card(parts_of(model.checkpoint), 10**9, 512, 2 if cache == "bf16" else 4, 0)
     rng = np.random.default_rng(9)
@@ -403,7 +403,7 @@ def test_what_is_computed_stays_within_what_is_planned_for_it(device, rows, cach
 
 
 def test_more_than_the_planned_context_is_refused_and_loses_nothing(device):
-    decoder = working(load(gpu=Request(10**9, 0, 12)))
+    decoder = generation_decoder(load(gpu=Request(10**9, 0, 12)))
     memory = decoder.caches()
     prefill(decoder, PROMPT, memory)
     with pytest.raises(InputError, match=r"13 tokens.*room for 12"):
@@ -413,7 +413,7 @@ def test_more_than_the_planned_context_is_refused_and_loses_nothing(device):
 
 
 def test_generation_ends_where_the_planned_context_does(device):
-    decoder = working(load(gpu=Request(10**9, 0, 12)))
+    decoder = generation_decoder(load(gpu=Request(10**9, 0, 12)))
     assert len(list(generate_tokens(decoder, PROMPT))) == 12 - len(PROMPT) + 1
 
 
@@ -450,7 +450,7 @@ def exact() -> dict[str, Any]:
 def test_any_placement_is_the_same_network(device, exact, what, dense):
     """Within the measured spread of runs whose every operation is as wrong as it may be."""
     vram = budgets(load())[what]
-    decoder = working(load(dense=dense, gpu=Request(vram, 0, 64)), int4="exact")
+    decoder = generation_decoder(load(dense=dense, gpu=Request(vram, 0, 64)), int4="exact")
     logits, bound_ = exact[dense]
     whole = prefill(decoder, PROMPT, decoder.caches())
     assert np.abs(whole - logits).max() <= bound_
@@ -463,7 +463,7 @@ def test_any_placement_is_the_same_network(device, exact, what, dense):
 
 def test_some_experts_on_the_card_are_the_same_network(device, exact):
     model = load(gpu=Request(10**9, 47, 64))
-    decoder = working(model, int4="exact")
+    decoder = generation_decoder(model, int4="exact")
     memory = decoder.caches()
     prefill(decoder, PROMPT[:-3], memory)
     device.log.clear()
@@ -476,7 +476,7 @@ def test_some_experts_on_the_card_are_the_same_network(device, exact):
 
 def test_all_experts_on_the_card_send_nothing_up_but_the_token(device, exact):
     model = load(gpu=Request(10**9, 120, 64))
-    decoder = working(model, int4="exact")
+    decoder = generation_decoder(model, int4="exact")
     memory = decoder.caches()
     prefill(decoder, PROMPT[:-1], memory)
     device.log.clear()
@@ -503,7 +503,7 @@ def test_each_weight_goes_up_once_and_x_once_each_way(device):
     biases = 3 * 4 * cfg.n_routed_experts  # stay in memory, with the choice
     gains = 4 * (2 * cfg.hidden_size + cfg.q_lora_rank + cfg.kv_lora_rank) + cfg.hidden_size
     assert sum(n for kind, n in device.log if kind == "up") == weights - biases + 2 * gains
-    decoder = working(model)
+    decoder = generation_decoder(model)
     memory = decoder.caches()
     prefill(decoder, PROMPT, memory)
     device.log.clear()
@@ -520,7 +520,7 @@ def test_each_weight_goes_up_once_and_x_once_each_way(device):
 def test_x_crosses_once_each_way_where_the_shared_expert_is_in_memory(device, what):
     """In a layer with attention on the card; one in memory asks for nothing but its router's."""
     model = load(gpu=Request(budgets(load())[what], 0, 64))
-    decoder = working(model)
+    decoder = generation_decoder(model)
     memory = decoder.caches()
     prefill(decoder, PROMPT, memory)
     x = 4 * model.cfg.hidden_size
@@ -540,7 +540,7 @@ def test_x_crosses_once_each_way_where_the_shared_expert_is_in_memory(device, wh
 
 def test_the_shared_expert_is_launched_before_the_processor_begins(device):
     model = load(gpu=Request(10**9, 0, 64))
-    decoder = working(model)
+    decoder = generation_decoder(model)
     seams = decoder.nx.experts.__self__
     base = seams.base
 
@@ -565,7 +565,8 @@ def test_the_same_text_comes_out(device):
     model, there = load(), load(gpu=Request(10**9, 0, 64))
     ids = model.tokenizer.encode("ROMEO:")
     texts = [
-        list(generate_tokens(working(m, "exact"), ids, max_new_tokens=12)) for m in (model, there)
+        list(generate_tokens(generation_decoder(m, "exact"), ids, max_new_tokens=12))
+        for m in (model, there)
     ]
     assert texts[0] == texts[1]
 
@@ -643,11 +644,11 @@ def test_a_sweep_passes_each_layer_through_the_card_once(device, tiny_k2, tmp_pa
     """The numbers of a sweep without a card, and never more than one layer there."""
     prompts = [PROMPT, PROMPT[:1], PROMPT[2:7]]
     options: Any = {"logits": "all", "points": ["*self_attn"]}
-    there = Store(opened(tiny_k2), 10**12, "cached")
+    there = Store(open_checkpoint(tiny_k2), 10**12, "cached")
     there.close()
     budget = None if ram is None else int(ram * there.least)
     host = sweep(load(tiny_k2), prompts, tmp_path / "a", **options)
-    parts = parts_of(opened(tiny_k2))
+    parts = parts_of(open_checkpoint(tiny_k2))
     layers = [sum(p.nbytes for p in parts.always if p.layer == i) for i in range(4)]
     request_ = Request(10**8, 0, 64, passing=True)
     model = load(tiny_k2, ram=budget, gpu=request_)
@@ -686,13 +687,13 @@ def test_under_a_budget_of_ram_the_bits_are_the_same(device, tiny_k2, monkeypatc
     """Experts are lent from the store, layers go up from its buffers, the head in its tiles."""
     monkeypatch.setattr(store_budget, "TILE", 1 << 18)
     monkeypatch.setattr(store_budget, "ROWS", 1 << 12)
-    there = Store(opened(tiny_k2), 10**12, "cached")
+    there = Store(open_checkpoint(tiny_k2), 10**12, "cached")
     there.close()
     model = load(tiny_k2, dense=dense, ram=int(1.4 * there.least), gpu=Request(10**9, 0, 64))
     assert model.store is not None
     try:
-        mapped = working(load(tiny_k2, dense=dense, gpu=Request(10**9, 0, 64)))
-        streamed = working(model)
+        mapped = generation_decoder(load(tiny_k2, dense=dense, gpu=Request(10**9, 0, 64)))
+        streamed = generation_decoder(model)
         if dense == "exact":
             assert isinstance(streamed.lm_head, gpu_card.Pieces)
             assert len(streamed.lm_head.parts) > 1
@@ -713,7 +714,7 @@ def test_every_format_of_a_checkpoint_goes_up(device, tmp_path, format):
     write_random(tmp_path / "m", format, seed=3, shape=shape)
     reference = load(tmp_path / "m", reference=True).decoder
     prompt = [3, 99, 7, 250, 12, 8]
-    decoder = working(load(tmp_path / "m", gpu=Request(10**9, 0, 64)), int4="exact")
+    decoder = generation_decoder(load(tmp_path / "m", gpu=Request(10**9, 0, 64)), int4="exact")
     limit = envelope(reference, prompt)
     right = reference.logits(prompt)
     memory = decoder.caches()
@@ -724,7 +725,7 @@ def test_every_format_of_a_checkpoint_goes_up(device, tmp_path, format):
 def test_a_gguf_goes_up_with_its_own_kv_b(device, tmp_path):
     to_gguf(load(), tmp_path / "m.gguf")
     reference = load(tmp_path / "m.gguf", reference=True).decoder
-    decoder = working(load(tmp_path / "m.gguf", gpu=Request(10**9, 0, 64)), int4="exact")
+    decoder = generation_decoder(load(tmp_path / "m.gguf", gpu=Request(10**9, 0, 64)), int4="exact")
     limit = envelope(reference, PROMPT)
     memory = decoder.caches()
     prefill(decoder, PROMPT[:-1], memory)
@@ -832,7 +833,7 @@ def test_the_bench_runs(device, capsys, monkeypatch):
     assert [r["placement"] for r in d["decode"]] == placements
     assert d["decode"][0]["vram_peak"] is None
     assert all(0 < r["vram_peak"] <= 10**9 for r in d["decode"][1:])
-    assert "tok/s" in bench_gpu.gpu_table(d)[-1]
+    assert "tok/s" in bench_gpu.format_gpu(d)[-1]
 
 
 def test_what_the_card_has_no_room_for_is_told(device, capsys, monkeypatch):
@@ -842,8 +843,9 @@ def test_what_the_card_has_no_room_for_is_told(device, capsys, monkeypatch):
     model = load(gpu=load_)
     standin.pool.limit = standin.pool.used + 1000
     with pytest.raises(MemoryError):
-        prefill(working(model), PROMPT, model.decoder.caches())
-    monkeypatch.setattr(cli, "load", lambda *_: (_ for _ in ()).throw(MemoryError("5 of 4 bytes")))
+        prefill(generation_decoder(model), PROMPT, model.decoder.caches())
+    full = MemoryError("5 of 4 bytes")
+    monkeypatch.setattr("refmoe.cli.models.load", lambda *_, **__: (_ for _ in ()).throw(full))
     assert cli.main(["generate", "ROMEO:"]) == 2
     assert "out of memory: 5 of 4 bytes" in capsys.readouterr().err
 
@@ -882,7 +884,7 @@ def test_on_a_card_any_placement_is_the_same_network(card, exact, what, dense):
     vram = budgets(load())[what]
     model = load(dense=dense, gpu=Request(vram, 0, 64))
     assert model.card is not None
-    decoder = working(model, int4="exact")
+    decoder = generation_decoder(model, int4="exact")
     logits, bound_ = exact[dense]
     memory = decoder.caches()
     prefill(decoder, PROMPT[:-3], memory)
@@ -894,7 +896,7 @@ def test_on_a_card_any_placement_is_the_same_network(card, exact, what, dense):
 
 @pytest.mark.gpu
 def test_on_a_card_all_experts_are_the_same_network(card, exact):
-    decoder = working(load(gpu=Request(10**9, 120, 64)), int4="exact")
+    decoder = generation_decoder(load(gpu=Request(10**9, 120, 64)), int4="exact")
     memory = decoder.caches()
     prefill(decoder, PROMPT[:-1], memory)
     logits, bound_ = exact["exact"]

@@ -11,7 +11,7 @@ import refmoe
 from refmoe.fast import threads
 from refmoe.fast.tiny import with_tiny_operations
 from refmoe.model.decoder import policy
-from refmoe.run.generate import prefill, step, working
+from refmoe.run.generate import generation_decoder, prefill, step
 
 PROMPT = [5, 9, 33, 100, 7, 61, 2, 400, 12]
 
@@ -37,7 +37,7 @@ def test_streamed_and_mapped_weights_give_the_same_bits(tiny_k2):
     assert streamed.store is not None
     try:
         logits = []
-        for decoder in (working(model), working(streamed)):
+        for decoder in (generation_decoder(model), generation_decoder(streamed)):
             memory = decoder.caches()
             prefill(decoder, PROMPT, memory)
             logits.append(step(decoder, 7, memory))

@@ -13,12 +13,16 @@ from safetensors import TensorSpec, serialize_file
 
 from refmoe.config import Config
 from refmoe.files import InputError
-from refmoe.lint import base as lint_module_base
-from refmoe.lint import matrices as lint_module_matrices
-from refmoe.lint import router as lint_module_router
 from refmoe.lint.base import Finding, as_json
-from refmoe.lint.diff import compare as lint_module_compare
+from refmoe.lint.diff import weights
+from refmoe.lint.facts import names
+from refmoe.lint.facts import tensors as tensor_facts
+from refmoe.lint.facts.router import share_of_flips
 from refmoe.lint.lint import lint, lint_against
+from refmoe.lint.matrices import keys_of, matrix_of
+from refmoe.model.decoder import policy
+from refmoe.model.formats.fp8_block import Fp8Block
+from refmoe.model.formats.int4 import Int4
 from refmoe.model.matrix import bf16_bits, dequantize, widen_bf16
 from refmoe.model.router import GateWeights, route
 from refmoe.weights.checkpoint import INDEX, Checkpoint, read_header
@@ -156,9 +160,11 @@ def test_every_format_is_healthy(tmp_path, format):
     assert errors(lint(tmp_path / "m")) == []
 
 
-def test_json_says_level_tensor_and_text():
-    document = as_json([Finding("warning", None, "a"), Finding("error", "x", "b")])
-    assert document["findings"][1] == {"level": "error", "tensor": "x", "text": "b"}
+def test_json_says_level_tensor_text_and_rule():
+    findings = [Finding("warning", None, "a", "yarn-betas"), Finding("error", "x", "b", "shard-x")]
+    document = as_json(findings)
+    wanted = {"level": "error", "tensor": "x", "text": "b", "rule": "shard-x"}
+    assert document["findings"][1] == wanted
     assert not document["ok"]
 
 
@@ -352,7 +358,7 @@ def test_missing_unread_and_misshapen_tensors_are_named(int4):
     )
     findings = lint(int4)
     assert {(f.tensor, f.text) for f in errors(findings)} == {
-        (up, "missing"),
+        (up, "missing: config.json calls for it, and it is in no file"),
         (down, "shape [160, 96], config.json makes it [96, 160]: transposed"),
         (norm, "dtype I32, expected BF16 or F16 or F32 or F64"),
     }
@@ -387,7 +393,7 @@ def test_damaged_shards_are_named(int4):
     says(findings, "error", rf"{first.name}: the header describes .* truncated")
     says(findings, "error", rf"shard '{second.name}' of .* is not in the folder; \d+ tensors")
     says(findings, "error", rf"shard '{outside}' of")
-    says(findings, "error", r"missing tensors: \d+ more such findings")
+    says(findings, "error", r"tensor-missing: [\d,]+ more such findings")
 
 
 def test_of_very_many_the_worst_are_listed(int4):
@@ -397,7 +403,7 @@ def test_of_very_many_the_worst_are_listed(int4):
     found = errors(lint(int4))
     assert [f.tensor and f.tensor.split(".")[5] for f in found] == [*"01234", None]
     assert found[0].text == "9 values that are not finite, first at [0, 0]"
-    assert found[-1].text == "not finite: 3 more such findings"
+    assert found[-1].text == "tensor-nonfinite: 3 more such findings"
 
 
 # --- values
@@ -413,7 +419,7 @@ def test_of_very_many_the_worst_are_listed(int4):
     ],
 )
 def test_the_first_number_that_is_not_finite_is_named(int4, monkeypatch, name, at, bits):
-    monkeypatch.setattr(lint_module_base, "TILE", 100)  # many pieces
+    monkeypatch.setattr(tensor_facts, "TILE", 100)  # many pieces
     spoil(int4, name, lambda x: x.__setitem__(at, bits))
     only(
         lint(int4),
@@ -588,15 +594,15 @@ def test_the_share_of_flips_is_the_routers_own(int4):
     gain = np.abs(widen_bf16(read(int4, "model.layers.2.post_attention_layernorm.weight")))
     edit(int4, **{GATE + "weight": ("float32", (gate / gain).astype(np.float32))})
     bias, other = (rng.standard_normal(11) * s for s in (0.1, 0.1))
-    share = lint_module_router._flips(Checkpoint.open(int4), 2, bias, other)
+    share = share_of_flips(Checkpoint.open(int4), 2, bias, other)
     x = rng.standard_normal((4096, 96)) * gain
     w = (gate / gain).astype(np.float32).astype(np.float64)
-    nx = lint_module_router.policy("float64")
+    nx = policy("float64")
     sets = [np.sort(route(x, GateWeights(w, b), cfg, nx).experts) for b in (bias, other)]
     mine = (sets[0] != sets[1]).any(axis=1).mean()
     # five standard errors of the difference of two shares
     assert abs(share - mine) < 5 * np.sqrt(mine * (1 - mine) * (1 / 2048 + 1 / 4096))
-    assert lint_module_router._flips(Checkpoint.open(int4), 2, bias, bias) == 0
+    assert share_of_flips(Checkpoint.open(int4), 2, bias, bias) == 0
 
 
 # --- two checkpoints
@@ -608,10 +614,10 @@ def twin(source: Path, target: Path, dtype: str) -> None:
     raw = {k: v for k, v in json.loads((source / "config.json").read_text()).items()}
     raw.pop("quantization_config", None)
     tensors: Tensors = {}
-    for key in lint_module_matrices._keys(checkpoint):
+    for key in keys_of(checkpoint):
         name = checkpoint.tensors[key].name if key in checkpoint.tensors else key
-        m = lint_module_matrices._matrix(checkpoint, key)
-        if lint_module_compare._kind(checkpoint, key) in ("INT4", "FP8"):
+        m = matrix_of(checkpoint, key)
+        if isinstance(m, Int4 | Fp8Block):
             w = dequantize(m, np.float64)
             tensors[name] = (dtype, bf16_bits(w) if dtype == "bfloat16" else w.astype(dtype))
         else:
@@ -635,7 +641,7 @@ def test_a_checkpoint_is_itself(tmp_path, name):
 
 
 def test_int4_written_out_exactly_is_the_same(thinking, tmp_path, monkeypatch):
-    monkeypatch.setattr(lint_module_base, "TILE", 1000)
+    monkeypatch.setattr(weights, "TILE", 1000)
     twin(thinking, tmp_path / "f32", "float32")
     findings = lint_against(thinking, tmp_path / "f32")
     assert errors(findings) == []
@@ -797,9 +803,7 @@ def test_wrong_fp8_scales_are_named(instruct, tmp_path, change, text, dtype):
     name = E + "up_proj.weight"
     scale = read(instruct, name + "_scale_inv")
     wide = np.repeat(np.repeat(scale, 128, axis=0)[:144], 128, axis=1)[:, :160]
-    code = (
-        dequantize(lint_module_matrices._matrix(Checkpoint.open(instruct), name), np.float64) / wide
-    )
+    code = dequantize(matrix_of(Checkpoint.open(instruct), name), np.float64) / wide
     value = change(code, wide)
     value = bf16_bits(value) if dtype == "bfloat16" else value
     replace_single(tmp_path / "f32", name, lambda w: value)
@@ -886,3 +890,27 @@ def test_progress_is_shown_on_a_terminal_alone(thinking, monkeypatch, capsys):
     shown = capsys.readouterr()
     assert "B/s" in shown.err
     assert shown.out == ""
+
+
+# --- what ends an examination early
+
+
+def test_weights_in_a_format_that_cannot_be_read_end_it_after_the_settings(config):
+    edit_text(config, "quantization_config", {"quant_method": "modelopt"})
+    found = lint(config)
+    (error,) = errors(found)
+    assert (error.rule, error.text[:25]) == ("config-format", "quant_method = 'modelopt'")
+    assert "yarn-engines" in {f.rule for f in found}
+
+
+def test_an_end_of_turn_that_is_no_id_is_named(int4):
+    edit_json(int4 / "generation_config.json", eos_token_id="[EOS]")
+    (found,) = errors(lint(int4))
+    assert (found.rule, found.text[:24]) == ("stop-invalid", "eos_token_id = '[EOS]', ")
+
+
+def test_a_config_of_another_model_is_told_once(int4, monkeypatch):
+    """No member has a million tensors; here a limit of three stands for it."""
+    monkeypatch.setattr(names, "MISSING_LIMIT", 3)
+    edit_json(int4 / "config.json", n_routed_experts=400)
+    says(lint(int4), "error", r"^config\.json is another model's$")

@@ -13,6 +13,7 @@ import pytest
 
 import refmoe
 from refmoe.config import Config
+from refmoe.lint.diff.report import verify
 from refmoe.lint.lint import lint, lint_against
 from refmoe.run import export
 from refmoe.run.export import to_gguf
@@ -244,6 +245,24 @@ def test_blocks_of_other_types_are_looked_into(kind, files, tmp_path):
     )
 
 
+def test_a_type_that_nothing_decodes_is_named(files, tmp_path):
+    """The gguf package knows the size of Q8_K, and does not decode it."""
+    which = gguf.GGMLQuantizationType.Q8_K
+    raw = np.zeros((160, gguf.GGML_QUANT_SIZES[which][1]), np.uint8)
+    made = rewritten(files["f32"], tmp_path / "x.gguf", **{"blk.1.attn_q_a.weight": (raw, which)})
+    (found,) = errors(lint(made))
+    assert found.rule == "gguf-undecodable"
+    assert found.tensor == "model.layers.1.self_attn.q_a_proj.weight"
+    assert "cannot decode" in found.text
+
+
+def test_a_truncated_file_is_one_error(files, tmp_path):
+    (tmp_path / "x.gguf").write_bytes(files["f32"].read_bytes()[:-1000])
+    (found,) = lint(tmp_path / "x.gguf")
+    assert (found.level, found.rule) == ("error", "gguf-unreadable")
+    assert "truncated or damaged" in found.text
+
+
 def test_a_vocabulary_that_does_not_fit_is_named(files, tmp_path):
     tokens = read_part(files["f32"]).metadata["tokenizer.ggml.tokens"]
     short = rewritten(files["f32"], tmp_path / "x.gguf", {"tokenizer.ggml.tokens": tokens[:-3]})
@@ -433,7 +452,7 @@ def test_what_ggmls_own_quantiser_makes_is_no_fault(kind, files, tmp_path):
     )
     for one, other in ((TINY, made), (made, TINY)):
         assert errors(lint_against(one, other)) == []
-    (verdict,) = [v for v in refmoe.lint.diff.verify.verify(TINY, made) if v.name == "lm_head"]
+    (verdict,) = [v for v in verify(TINY, made).tensors if v.name == "lm_head"]
     assert verdict.verdict == "rounded"
     if kind == "Q4_0":
         assert errors(lint(made)) == []

@@ -16,7 +16,9 @@ from refmoe import cli
 from refmoe.engines import CONVENTIONS
 from refmoe.files import InputError
 from refmoe.oracle.check import check
-from refmoe.oracle.readers.dump import Dump, fit, read_dump
+from refmoe.oracle.readers.adapt import fit
+from refmoe.oracle.readers.base import Dump
+from refmoe.oracle.readers.dump import read_dump
 from refmoe.oracle.selftest import power as bench
 from refmoe.run.load import golden_folder
 from refmoe.weights.synthetic.members import write_member

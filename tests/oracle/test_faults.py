@@ -1,6 +1,7 @@
 """Every fault of the dictionary changes something, first where it says, and nothing else."""
 
 import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import refmoe
+from refmoe.files import InputError
 from refmoe.model.decoder import Decoder, layer
 from refmoe.model.matrix import round_bf16
 from refmoe.model.mla import Segment
@@ -17,10 +19,11 @@ from refmoe.model.points import kind
 from refmoe.model.rope import cos_sin, inv_freq, softmax_scale
 from refmoe.oracle.faults import base as faults_base
 from refmoe.oracle.faults.base import Fault, altered
-from refmoe.oracle.faults.dictionary import BY_ID, FAULTS, candidates, equivalent
+from refmoe.oracle.faults.dictionary import BY_ID, FAULTS, candidates, equivalent, page, select
 from refmoe.oracle.trace import Recorder
 from refmoe.weights.synthetic.members import write_member
 from refmoe.weights.synthetic.random import write_random
+from tests.conftest import ROOT
 from tests.networks import network
 
 TOKENS = [5, 17, 2, 44, 9, 30, 11, 3, 52, 8, 21, 40]
@@ -315,13 +318,28 @@ def test_entries_are_well_formed():
 
 def test_a_fault_is_added_in_ten_lines(models, healthy):
     """The example at the head of the file, from its own text."""
-    text = re.search(r"    written\(\n.*?\n    \),\n", faults_base.__doc__, re.DOTALL)
+    text = re.search(r"    LAYERS \+= written\(\n.*?\n    \)\n", faults_base.__doc__, re.DOTALL)
     assert text is not None
     assert len(text[0].splitlines()) <= 10
-    (fault,) = eval(f"({text[0]})", {**vars(faults_base)})
+    family = faults_base.Family("layers")
+    exec(textwrap.dedent(text[0]), {**vars(faults_base), "LAYERS": family})
+    (fault,) = family
     assert fault.references == ("owner/repo#123", "owner/another#45")
     found = departures(models["loud"], healthy["loud"], lambda d: altered(d, fault))
     assert found == ["lm_head"]
+
+
+def test_the_page_of_faults_is_generated_from_the_dictionary():
+    assert (ROOT / "docs" / "faults.md").read_text("utf-8") == page()
+
+
+def test_an_unknown_fault_is_refused_with_the_nearest():
+    assert [f.id for f in select(["norm-sum", "act-gelu"])] == ["act-gelu", "norm-sum"]
+    assert select([]) == list(FAULTS)
+    with pytest.raises(InputError, match=r"'scaling-droped.* did you mean scaling-drop"):
+        select(["norm-sum", "scaling-droped"])
+    with pytest.raises(InputError, match=r"docs/faults\.md lists them"):
+        select(["zzzzzz"])
 
 
 def test_runs_of_several_prompts_are_refused(models):

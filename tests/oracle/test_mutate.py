@@ -8,10 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from refmoe.engines import PROFILES
 from refmoe.oracle.check import check
+from refmoe.oracle.faults import dictionary
 from refmoe.oracle.faults.base import written
 from refmoe.oracle.faults.dictionary import BY_ID, FAULTS
-from refmoe.oracle.noise import PROFILES
 from refmoe.oracle.selftest import mutate
 
 
@@ -41,8 +42,7 @@ def test_a_new_entry_is_planted_and_found(tmp_path, monkeypatch):
     mine = written(
         "logits-cubed", "logits are cubed", {"lm_head": lambda x, here: x**3}, "owner/repo#1"
     )
-    for module in (mutate, sys.modules["refmoe.oracle.faults.dictionary"]):
-        monkeypatch.setattr(module, "FAULTS", (*FAULTS, mine))
+    monkeypatch.setattr(dictionary, "FAULTS", (*FAULTS, mine))
     ((fault, score),) = mutate.mutate(tmp_path, quick=True, ids=["logits-cubed"])
     assert fault is mine
     assert (score.detected, score.placed, score.named) == (4, 4, 4)

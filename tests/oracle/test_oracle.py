@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 import refmoe
+from refmoe.engines import PROFILES, profile_of
+from refmoe.files import cache_folder
 from refmoe.model.points import parents
-from refmoe.oracle import noise
-from refmoe.oracle.check import Case, arbitrate, check
-from refmoe.oracle.noise import PROFILES, profile_of
+from refmoe.oracle import envelope
+from refmoe.oracle.check import arbitrate, check, judge_dump
 from refmoe.oracle.readers.adapt import adapt
-from refmoe.oracle.readers.dump import Dump
+from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.selftest.power import rounded_run
 from refmoe.oracle.trace import DIRECTIONS, sketch, trace
 from refmoe.weights.synthetic.members import write_member
@@ -233,13 +234,13 @@ def test_an_envelope_is_sampled_once(model, random_bf16, monkeypatch, tmp_path):
     arrays = refmoe.trace(refmoe.load(random_bf16), TOKENS, ["*layernorm", "lm_head"])
     dump = Dump(random_bf16, arrays, TOKENS, "float32")
     first = check(model, dump)
-    assert len(list(noise.cache_folder().glob("*.npz"))) == 1
+    assert len(list(cache_folder("envelopes").glob("*.npz"))) == 1
 
     def refuse(*_):  # type: ignore[no-untyped-def]
         raise AssertionError("sampled again")
 
-    sampled = noise._sampled
-    monkeypatch.setattr(noise, "_sampled", refuse)
+    sampled = envelope._sample
+    monkeypatch.setattr(envelope, "_sample", refuse)
     assert check(model, dump) == first
     with pytest.raises(AssertionError, match="sampled again"):
         check(model, dump, [*TOKENS[:-1], 3])
@@ -247,8 +248,8 @@ def test_an_envelope_is_sampled_once(model, random_bf16, monkeypatch, tmp_path):
         check(model, dump, profile="bfloat16")
     with pytest.raises(AssertionError, match="sampled again"):
         check(model, dump, keep=False)
-    monkeypatch.setattr(noise, "_sampled", sampled)
-    (file,) = noise.cache_folder().glob("*.npz")
+    monkeypatch.setattr(envelope, "_sample", sampled)
+    (file,) = cache_folder("envelopes").glob("*.npz")
     file.write_bytes(file.read_bytes()[:100])  # half a file is none
     assert check(model, dump) == first
 
@@ -275,7 +276,7 @@ def test_prefill_and_decoding_of_one_engine_agree(model, random_bf16):
         watched.decoder.logits([token], memory)
         rows.append(recorder.seen)
     single = {n: np.concatenate([r[n] for r in rows]) for n in whole}
-    cases = [Case(model, Dump(random_bf16, x, TOKENS, "bfloat16")) for x in (whole, single)]
+    cases = [judge_dump(model, Dump(random_bf16, x, TOKENS, "bfloat16")) for x in (whole, single)]
     both = arbitrate(*cases)
     assert (both.a.verdict, both.b.verdict, both.further) == ("pass", "pass", "neither")
     assert both.equal >= 1  # of which the embedding's norm

@@ -11,8 +11,7 @@ import pytest
 import refmoe
 from refmoe.cli import main
 from refmoe.files import InputError
-from refmoe.lint.diff import tile as quant_tile
-from refmoe.lint.diff import verify as quant_verify
+from refmoe.lint.diff.report import verify
 from refmoe.model.experts import MlpWeights
 from refmoe.model.formats.int4 import Int4
 from refmoe.model.matrix import dequantize
@@ -60,7 +59,7 @@ PAIRS = np.arange(32).reshape(16, 2)
         ("nibbles", "down_proj", shuffled(PAIRS[:, ::-1].reshape(-1)), "nibbles swapped"),
         ("halves", "down_proj", shuffled(np.arange(32).reshape(2, 16).T.reshape(-1)), "Q4_0"),
         ("pairs", "down_proj", shuffled(PAIRS.T.reshape(-1)), "Q4_0"),
-        ("swapped", "gate_proj", lambda w: w.up_proj, "it is up_proj: gate and up"),
+        ("swapped", "gate_proj", lambda w: w.up_proj, "gate and up swapped: it is our"),
         (
             "rows",
             "up_proj",
@@ -78,12 +77,12 @@ PAIRS = np.arange(32).reshape(16, 2)
     ],
 )
 def test_a_wrong_repack_is_named(name, part, change, text, tmp_path):
-    found = list(quant_verify.verify(TINY, spoiled(tmp_path, name, part, change)))
-    (wrong,) = [v for v in found if v.verdict == "wrong"]
+    found = verify(TINY, spoiled(tmp_path, name, part, change))
+    (wrong,) = [v for v in found.tensors if v.verdict == "wrong"]
     assert wrong.name == f"model.layers.2.mlp.experts.5.{part}"
     assert wrong.likely is not None
     assert text in wrong.likely
-    assert not quant_verify.as_json(found)["ok"]
+    assert not found.as_json()["ok"]
 
 
 def test_an_offset_of_seven_is_named(tmp_path):
@@ -94,9 +93,9 @@ def test_an_offset_of_seven_is_named(tmp_path):
         low, high = (np.minimum(n + 1, 15) for n in (two & 15, two >> 4))
         return Int4((low | high << 4).view(np.int32), w.up_proj.scale)
 
-    found = list(quant_verify.verify(TINY, spoiled(tmp_path, "offset", "up_proj", change)))
+    found = verify(TINY, spoiled(tmp_path, "offset", "up_proj", change)).tensors
     (wrong,) = [v for v in found if v.verdict == "wrong"]
-    assert wrong.likely == "codes less 7, not less 8"
+    assert wrong.likely == "codes read with an offset of 7 instead of 8"
 
 
 def test_keys_that_were_not_transposed_are_named(tmp_path):
@@ -112,7 +111,7 @@ def test_keys_that_were_not_transposed_are_named(tmp_path):
         wrong.kv_b_proj if module == "model.layers.1.self_attn.kv_b_proj" else matrix(module)
     )
     to_gguf(model, tmp_path / "x.gguf", dense="f32")
-    found = [v for v in quant_verify.verify(TINY, tmp_path / "x.gguf") if v.verdict == "wrong"]
+    found = [v for v in verify(TINY, tmp_path / "x.gguf").tensors if v.verdict == "wrong"]
     assert [v.name for v in found] == ["model.layers.1.self_attn.kv_b_proj"]
     assert found[0].likely == "attn_k_b read without its transposition"
 
@@ -125,21 +124,21 @@ def test_repacks_are_exact_or_rounded(tmp_path, capsys):
         ("q8_0", {"bit-equal", "rounded"}),
     ):
         to_gguf(model, tmp_path / f"{kind}.gguf", dense=kind)
-        found = list(quant_verify.verify(TINY, tmp_path / f"{kind}.gguf"))
+        found = verify(TINY, tmp_path / f"{kind}.gguf").tensors
         assert {v.verdict for v in found} == verdicts
         assert all(v.verdict == "bit-equal" for v in found if ".experts." in v.name)
     to_safetensors(refmoe.load(tmp_path / "q8_0.gguf"), tmp_path / "back", "int4")
     from_ = str(tmp_path / "q8_0.gguf")
     assert main(["quant", "verify", from_, str(tmp_path / "back"), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert set(document) == {"tensors", "ok"}
+    assert set(document) == {"tensors", "findings", "ok"}
     assert set(document["tensors"][0]) == {"name", "verdict", "max_rel", "likely"}
 
 
 def test_another_model_is_refused(tmp_path):
     write_random(tmp_path / "other", "bf16")
     with pytest.raises(InputError, match="not two files of one model"):
-        list(quant_verify.verify(TINY, tmp_path / "other"))
+        verify(TINY, tmp_path / "other")
 
 
 def test_a_format_costs_what_its_steps_say(capsys):
@@ -221,7 +220,7 @@ def test_tiles_do_not_show(monkeypatch):
     noise = np.abs(model.logits(tokens) - other.logits(tokens)).max()
     assert noise > 0
     whole = quant_quant.expect(model, "fp8", tokens)
-    monkeypatch.setattr(quant_tile, "TILE", 1)  # 128 rows, which FP8's blocks are of
+    monkeypatch.setattr(quant_quant, "TILE", 1)  # 128 rows, which FP8's blocks are of
     small = quant_quant.expect(model, "fp8", tokens)
     assert abs(small.kl_mean - whole.kl_mean) <= 4 * 2 * noise  # as much again for each pass
     off = {row["name"]: row["rel_rms"] for row in small.tensors}

@@ -3,6 +3,8 @@
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from refmoe import cli
 from refmoe.files import InputError
 from refmoe.oracle.check import check
 from refmoe.oracle.readers.dump import read_dump
+from tests.conftest import ROOT
 
 TOKENS = [i * 7 % 500 for i in range(9)]
 LAYERS = 3  # of the random checkpoint
@@ -764,3 +767,44 @@ def test_log_probabilities_that_are_none_are_refused(text, said, tmp_path):
     (tmp_path / "top.json").write_text(text)
     with pytest.raises(InputError, match=said):
         read_dump(tmp_path / "top.json")
+
+
+# --- adding a reader
+
+MINE = """
+import numpy as np
+from refmoe.oracle.readers.arrays import dump_of_arrays
+from refmoe.oracle.readers.base import Reader, register
+
+def recognise(path):
+    return path.is_file() and path.suffix == ".csv"
+
+def read(path):
+    rows = np.loadtxt(path, delimiter=",", ndmin=2)
+    return dump_of_arrays(path, {"lm_head": rows}, list(range(1, len(rows) + 1)))
+
+register(Reader("csv", ".csv", recognise, read))
+"""
+
+
+def test_a_reader_is_added_in_one_file(tmp_path):
+    """A file in a copy of readers/ is found without another word."""
+    package = tmp_path / "refmoe"
+    shutil.copytree(ROOT / "refmoe", package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "oracle" / "readers" / "csv_file.py").write_text(MINE, "utf-8")
+    (tmp_path / "x.csv").write_text("1,2\n3,4\n")
+    (tmp_path / "x.doc").write_text("")
+    code = (
+        "import refmoe\n"
+        "dump = refmoe.read_dump('x.csv')\n"
+        "assert dump.arrays['lm_head'].tolist() == [[1, 2], [3, 4]] and dump.tokens == [1, 2]\n"
+        "try: refmoe.read_dump('x.doc')\n"
+        "except refmoe.InputError as e: print(e)\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        "x.doc: .doc suffix; supported: .csv, .json, .npz, .pt, .safetensors, .txt, "
+        "or a folder of SGLang's dumper\n"
+    )

@@ -12,9 +12,10 @@ import pytest
 
 import refmoe
 from refmoe.oracle import report
-from refmoe.oracle.check import Case
-from refmoe.oracle.judge import flips
-from refmoe.oracle.readers.dump import Dump, read_dump
+from refmoe.oracle.check import judge_dump
+from refmoe.oracle.judge import Judgement, flips
+from refmoe.oracle.readers.base import Dump
+from refmoe.oracle.readers.dump import read_dump
 from refmoe.weights.synthetic.members import write_member
 from tests.conftest import ROOT
 
@@ -74,9 +75,9 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def of_vllm(tiny):
-    def case(name: str) -> Case:
+    def case(name: str) -> Judgement:
         file = ROOT / "golden" / "vllm" / f"bfloat16-{name}.safetensors"
-        return Case(tiny, read_dump(file), engine="vllm")
+        return judge_dump(tiny, read_dump(file), engine="vllm")
 
     return case
 
@@ -88,8 +89,8 @@ def cases(of_vllm, random_bf16, tmp_path_factory):
     tokens = [1, 2, 3, 4, 5]
     traced = refmoe.trace(refmoe.load(random_bf16), tokens)
 
-    def random(arrays: dict[str, np.ndarray], notes: tuple[str, ...] = ()) -> Case:
-        return Case(model, Dump(ROOT, arrays, tokens, "float32", notes=notes))
+    def random(arrays: dict[str, np.ndarray], notes: tuple[str, ...] = ()) -> Judgement:
+        return judge_dump(model, Dump(ROOT, arrays, tokens, "float32", notes=notes))
 
     nan, shapeless, broken = ({n: x.copy() for n, x in traced.items()} for _ in range(3))
     nan["model.layers.1.mlp"][3, 2] = np.nan
@@ -111,7 +112,7 @@ def cases(of_vllm, random_bf16, tmp_path_factory):
     }
 
 
-def wrong_group(folder) -> Case:
+def wrong_group(folder) -> Judgement:
     """Another group's experts for every token, and none of the scores."""
     write_member(folder, "deepseek-v3", seed=1)
     model = refmoe.load(folder, "float64", reference=True)
@@ -120,7 +121,7 @@ def wrong_group(folder) -> Case:
     gate = "model.layers.3.mlp.gate"
     arrays[gate + "#experts"] = (arrays[gate + "#experts"] + 16) % 32
     del arrays[gate + "#weights"]
-    return Case(model, Dump(ROOT, arrays, tokens, "float32"))
+    return judge_dump(model, Dump(ROOT, arrays, tokens, "float32"))
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import refmoe
 from refmoe import cli
 from refmoe.files import InputError
 from refmoe.oracle import repro
-from refmoe.oracle.check import Case
-from refmoe.oracle.readers.dump import Dump
+from refmoe.oracle.check import judge_dump
+from refmoe.oracle.readers.base import Dump
 from refmoe.weights.synthetic.members import write_member
 
 TOKENS = [i * 7 % 500 for i in range(6)]
@@ -43,7 +43,7 @@ def test_of_a_healthy_engine_every_operation_is_reproduced(
     arrays = refmoe.trace(theirs, TOKENS)
     arrays = {n: x for n, x in arrays.items() if ".experts." not in n}
     dump = Dump(tmp_path, arrays, TOKENS, "float64")
-    case = Case(refmoe.load(folder), dump, engine=engine)
+    case = judge_dump(refmoe.load(folder), dump, engine=engine)
     assert case.report.verdict == "pass", case.report.reason
     left_out = ("embed_tokens", "#scores", "#probs")
     done = 0
@@ -62,7 +62,7 @@ def test_what_a_dump_lacks_is_computed_on_the_way(kept, random_bf16, tmp_path, m
     hooks = ("norm", "_proj", "_with_mqa", "#experts", "#weights", kept)
     arrays = {n: x for n, x in refmoe.trace(model, TOKENS).items() if n.endswith(hooks)}
     arrays = {n: x for n, x in arrays.items() if ".experts." not in n and "shared" not in n}
-    case = Case(model, Dump(tmp_path, arrays, TOKENS, "float64"))
+    case = judge_dump(model, Dump(tmp_path, arrays, TOKENS, "float64"))
     point = next(n for n in arrays if n.endswith(kept) and ".1." in n)
     script, _ = repro.write(case, tmp_path / "r.py", point)
     in_this_process(script, monkeypatch)
@@ -88,7 +88,7 @@ def test_a_wrong_choice_is_reproduced(random_bf16, tmp_path):
     model = refmoe.load(random_bf16, "float32")
     arrays = refmoe.trace(model, TOKENS)
     arrays["model.layers.1.mlp.gate#experts"][3, 0] = arrays["model.layers.1.mlp.gate"][3].argmin()
-    case = Case(model, Dump(tmp_path, arrays, TOKENS, "float32"))
+    case = judge_dump(model, Dump(tmp_path, arrays, TOKENS, "float32"))
     script, _ = repro.write(case, tmp_path / "r")
     assert "token 3" in script.read_text()
     assert run(script).returncode == 1
@@ -97,11 +97,11 @@ def test_a_wrong_choice_is_reproduced(random_bf16, tmp_path):
 def test_what_cannot_be_reproduced_is_said(random_bf16, tmp_path):
     model = refmoe.load(random_bf16, "float32")
     arrays = refmoe.trace(model, TOKENS, ["lm_head"])
-    healthy = Case(model, Dump(tmp_path, arrays, TOKENS, "float32"))
+    healthy = judge_dump(model, Dump(tmp_path, arrays, TOKENS, "float32"))
     with pytest.raises(InputError, match="no fault to reproduce"):
         repro.write(healthy, tmp_path / "r")
     wrong = {"lm_head": arrays["lm_head"] * 1.01}
-    case = Case(model, Dump(tmp_path, wrong, TOKENS, "float32"))
+    case = judge_dump(model, Dump(tmp_path, wrong, TOKENS, "float32"))
     with pytest.raises(InputError, match=r"dump model\.norm as well"):
         repro.write(case, tmp_path / "r")
     assert list(tmp_path.iterdir()) == []

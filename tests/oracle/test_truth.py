@@ -12,13 +12,13 @@ import pytest
 
 import refmoe
 from refmoe.config import Config
-from refmoe.engines import CONVENTIONS
+from refmoe.engines import CONVENTIONS, PROFILES
 from refmoe.files import InputError
 from refmoe.model.decoder import policy
 from refmoe.model.experts import ExpertsFrom
 from refmoe.oracle import noise
-from refmoe.oracle.noise import PROFILES
-from refmoe.oracle.readers.dump import Dump, read_dump
+from refmoe.oracle.readers.base import Dump
+from refmoe.oracle.readers.dump import read_dump
 from refmoe.oracle.selftest.power import rounded_run
 from refmoe.oracle.trace import write
 from refmoe.oracle.truth import envelope as truths_envelope

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +21,8 @@ import refmoe
 from refmoe.files import InputError
 from refmoe.run import generate
 from refmoe.run.dialogue import Dialogue, printable
-from refmoe.text.chat import ChatTemplate, Problem, collect
+from refmoe.text.reply import Problem, collect
+from refmoe.text.template import ChatTemplate
 from tests.conftest import ROOT, heed_ctrl_c
 
 MODEL = refmoe.load()
@@ -114,13 +116,16 @@ def own_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
+COMMAND = [sys.executable, "-m", "refmoe"]
+
+
 class Terminal:
     """`refmoe chat` on a pseudo-terminal."""
 
-    def __init__(self, *args: str):
+    def __init__(self, *args: str, command: Sequence[str] = COMMAND):
         self.fd, inner = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "refmoe", "chat", *args],
+            [*command, "chat", *args],
             stdin=inner,
             stdout=inner,
             stderr=inner,
@@ -205,6 +210,52 @@ def test_ctrl_c_stops_the_reply_then_leaves(terminal):
             break
     assert terminal.wait() == 0
     assert "Traceback" not in terminal.shown
+
+
+# Python itself dies of Ctrl-C until it has come to the command's first line, which this one tells
+TELLS = [
+    sys.executable,
+    "-c",
+    "import sys; from refmoe.cli import ctrl_c, main; ctrl_c.listen(); print('here', flush=True); "
+    "sys.exit(main())",
+]
+
+
+@pytest.mark.parametrize(
+    ("typed", "until", "delay", "codes"),
+    [
+        ("", "here", 0, {130}),
+        ("", "here", 0.3, {130, 0}),
+        ("", "> ", 0, {0}),
+        ("Tell me of thy love.\n", "love.\r\n", 0, {0}),
+        ("Tell me of thy love.\n", "love.\r\n.", 0.05, {0}),
+        ("/exit\n", "/exit\r\n", 0, {0}),
+    ],
+)
+def test_ctrl_c_every_few_milliseconds_ends_it_with_its_own_code(typed, until, delay, codes):
+    """While it loads, at the prompt, in a reply, between two handlers, and while Python ends."""
+    chat = Terminal("--max-new-tokens", "40", "--seed", "3", command=TELLS)
+    try:
+        if typed:
+            chat.until("> ")
+            chat.type(typed)
+        chat.until(until)
+        time.sleep(delay)
+        shown = chat.shown
+        end = time.monotonic() + 60
+        while chat.process.poll() is None and time.monotonic() < end:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(chat.process.pid, signal.SIGINT)
+            if select.select([chat.fd], [], [], 0.003)[0]:
+                with contextlib.suppress(OSError):  # it has closed its side
+                    shown += os.read(chat.fd, 65536).decode("utf-8", "replace")
+        assert chat.process.poll() in codes, shown
+        assert "Traceback" not in shown
+        assert "Exception" not in shown
+    finally:
+        chat.process.kill()
+        chat.process.wait()
+        os.close(chat.fd)
 
 
 def test_end_of_input_leaves_with_a_clean_line(terminal):

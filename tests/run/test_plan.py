@@ -20,7 +20,7 @@ from refmoe.run.plan import validate as plan_validate
 from refmoe.run.plan.plan import format_plan, plan
 from refmoe.weights.checkpoint import Checkpoint, tensor_class
 from refmoe.weights.dense import sizes
-from refmoe.weights.gguf import opened
+from refmoe.weights.open import open_checkpoint
 from refmoe.weights.placement import (
     CARD_RESERVE,
     TILE,
@@ -108,7 +108,7 @@ def test_parts_are_those_of_the_tensors_and_of_the_config(name, tmp_path):
 def test_a_gguf_is_counted_from_its_tensors(tmp_path):
     model = load()
     to_gguf(model, tmp_path / "tiny.gguf")
-    there = opened(tmp_path / "tiny.gguf")
+    there = open_checkpoint(tmp_path / "tiny.gguf")
     parts, plain = parts_of(there), parts_of(model.checkpoint)
     assert parts.total_bytes == sum(t.nbytes for t in there.tensors.values())
     assert parts.expert_numbers == plain.expert_numbers

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import refmoe
 from refmoe.files import InputError
-from refmoe.run.generate import generate_tokens, working
+from refmoe.run.generate import generate_tokens, generation_decoder
 from refmoe.run.sampler import Sampling, sample
 from tests.networks import envelope, gamma
 
@@ -58,7 +58,7 @@ def test_greedy_generation_is_the_argmax_of_the_whole_at_each_step(random_int4):
     """Over the cache, in chunks, absorbed where cheaper; against no cache at all, in float64."""
     model = refmoe.load(random_int4, "float64")
     prompt = [7, 70, 170, 270, 370, 1, 2]
-    made = list(generate_tokens(working(model), prompt, max_new_tokens=12, chunk=3))
+    made = list(generate_tokens(generation_decoder(model), prompt, max_new_tokens=12, chunk=3))
     tokens = list(prompt)
     for token in made:
         assert int(model.logits(tokens)[-1].argmax()) == token

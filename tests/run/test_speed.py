@@ -16,8 +16,7 @@ from refmoe.model.formats.q8_0 import Q8
 from refmoe.model.matrix import dequantize
 from refmoe.run.bench import base as bench_base
 from refmoe.run.bench import kernels as bench_kernels
-from refmoe.run.bench import table as bench_table
-from refmoe.run.generate import prefill, step, working
+from refmoe.run.generate import generation_decoder, prefill, step
 from refmoe.weights import dense
 from refmoe.weights.checkpoint import Checkpoint
 from refmoe.weights.synthetic.k2_slice import SHAPE as K2
@@ -175,7 +174,7 @@ def test_decoding_by_steps_is_the_whole_sequence(small):
         return float(np.sqrt(((logits - truth) ** 2).mean()))
 
     def stepped(int4: str) -> np.ndarray:
-        decoder = working(refmoe.load(small), int4)
+        decoder = generation_decoder(refmoe.load(small), int4)
         memory = decoder.caches()
         rows = [prefill(decoder, tokens[:3], memory)]
         return np.array(rows + [step(decoder, token, memory) for token in tokens[3:]])
@@ -192,7 +191,7 @@ def test_a_bf16_cache_costs_less_than_an_engine_in_bf16(small):
     truth = refmoe.load(small, "float64", reference=True).logits(tokens)[2:]
 
     def off(cache: str) -> float:
-        decoder = working(refmoe.load(small), "exact", cache)
+        decoder = generation_decoder(refmoe.load(small), "exact", cache)
         memory = decoder.caches()
         rows = [prefill(decoder, tokens[:3], memory)]
         rows += [step(decoder, token, memory) for token in tokens[3:]]
@@ -205,7 +204,7 @@ def test_a_bf16_cache_costs_less_than_an_engine_in_bf16(small):
 def test_bench_kernels_prints_its_document(capsys, monkeypatch):
     monkeypatch.setattr(bench_base, "READ", 1 << 22)
     monkeypatch.setattr(bench_base, "ROUNDS", 1)
-    document = bench_kernels.kernels(bench_kernels.NAMES, (1,), (1, 3), ((256, 256),))
+    document = bench_kernels.measure_kernels(bench_kernels.NAMES, (1,), (1, 3), ((256, 256),))
     assert list(document["stream_gbs"]) == ["1"]
     assert [r["name"] for r in document["kernels"]] == [
         n for n in bench_kernels.NAMES for _ in range(2)
@@ -213,7 +212,7 @@ def test_bench_kernels_prints_its_document(capsys, monkeypatch):
     for row in document["kernels"]:
         assert row["ratio"] > 0
         assert row["rel_error"] <= (5e-5 if row["name"].endswith("-fast") else 5e-7)
-    assert len(bench_table.table("kernels", document)) == 3 + len(document["kernels"])
+    assert len(bench_kernels.format_kernels(document)) == 3 + len(document["kernels"])
 
 
 @pytest.mark.parametrize("what", ["decode", "prefill"])

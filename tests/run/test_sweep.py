@@ -27,8 +27,8 @@ from refmoe.model.matrix import dequantize
 from refmoe.model.norm import rms_norm
 from refmoe.model.points import points as points_of
 from refmoe.oracle.readers.dump import read_dump
-from refmoe.run.generate import prefill, working
-from refmoe.run.sweep import layers as sweeps_layers
+from refmoe.run.generate import generation_decoder, prefill
+from refmoe.run.sweep import run as sweep_run
 from refmoe.run.sweep.sweep import sweep
 from refmoe.weights.streaming.reader import WAYS
 from refmoe.weights.streaming.store import Store
@@ -77,7 +77,7 @@ def test_a_sweep_is_generation(which, numerics, chunk, tiny_k2, grouped, random_
         assert np.abs(logits - whole).max() <= bound
         if numerics == "float64":  # 2⁻⁵³ a rounding, of which 10⁴ lie one behind another at most
             assert np.abs(logits - whole).max() <= 1e-12 * np.abs(whole).max()
-        decoder = working(model, "exact")
+        decoder = generation_decoder(model, "exact")
         last = prefill(decoder, PROMPTS[n], decoder.caches())
         assert np.abs(logits[-1] - last).max() <= bound
 
@@ -398,7 +398,7 @@ def test_a_file_that_may_not_grow_is_a_clear_error(random_bf16, tmp_path):
 
 def test_too_little_room_is_said_before_anything_is_computed(random_bf16, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(sweeps_layers.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(sweep_run.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(InputError, match=r"0\.000 GB are free there, this sweep of 77 rows takes"):
         sweep(refmoe.load(random_bf16, reference=True), PROMPTS, tmp_path / "s")
 

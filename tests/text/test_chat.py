@@ -9,17 +9,9 @@ from hypothesis import strategies as st
 
 from refmoe.files import InputError
 from refmoe.run.load import golden_folder
-from refmoe.text.chat import (
-    ChatTemplate,
-    Marker,
-    Parser,
-    Reply,
-    ToolCall,
-    collect,
-    ends_in_thought,
-    parse,
-    read_tools,
-)
+from refmoe.text.messages import read_tools
+from refmoe.text.reply import Marker, Parser, Reply, ToolCall, collect, ends_in_thought, parse
+from refmoe.text.template import ChatTemplate
 from refmoe.text.tokenizer import Tokenizer
 
 TINY = golden_folder() / "tiny-k2"

@@ -25,9 +25,10 @@ from refmoe.model.formats.q4_0 import Q4
 from refmoe.model.matrix import dequantize
 from refmoe.run import export
 from refmoe.run.export import int4_of, q4_of, to_gguf, to_safetensors
-from refmoe.run.generate import generate_tokens, working
+from refmoe.run.generate import generate_tokens, generation_decoder
 from refmoe.text.tokenizer import Tokenizer
-from refmoe.weights.gguf import Gguf, config_of, is_gguf, opened, read_part
+from refmoe.weights.gguf import Gguf, config_of, is_gguf, read_part
+from refmoe.weights.open import open_checkpoint
 from refmoe.weights.synthetic.random import FIXED, pack_int4, write_random
 from tests.fast.test_kernels import bound, exact
 
@@ -152,7 +153,7 @@ def test_the_library_reads_what_is_written(files):
 def test_it_generates_and_is_judged_as_a_folder_is(files, tmp_path, capsys):
     prompt = refmoe.load().tokenizer.encode("My lord")
     texts = [
-        list(generate_tokens(working(refmoe.load(path)), prompt, max_new_tokens=12))
+        list(generate_tokens(generation_decoder(refmoe.load(path)), prompt, max_new_tokens=12))
         for path in (None, files["f32"])
     ]
     assert texts[0] == texts[1]
@@ -262,7 +263,7 @@ def test_parts_are_one_model(files, tmp_path):
         np.testing.assert_array_equal(logits, refmoe.load(None, "float64", True).logits(TOKENS))
     (tmp_path / "m-00002-of-00002.gguf").unlink()
     with pytest.raises(InputError, match=r"m-00002-of-00002\.gguf: not there; the model has 2"):
-        opened(tmp_path)
+        open_checkpoint(tmp_path)
 
 
 def test_betas_that_are_not_there_are_llama_cpps_and_are_told(files):
@@ -345,7 +346,7 @@ def test_a_damaged_file_gives_an_error_with_a_sentence(files, data, tmp_path_fac
     file = tmp_path_factory.mktemp("damaged") / "x.gguf"
     file.write_bytes(bytes(damaged))
     with contextlib.suppress(InputError):
-        checkpoint = opened(file)
+        checkpoint = open_checkpoint(file)
         if not checkpoint.missing:
             checkpoint.decoder(engine("float32"))
 
@@ -462,7 +463,7 @@ def test_metadata_that_call_for_a_million_tensors_are_refused(files, tmp_path):
     raw[place : place + 4] = (2**31 - 1).to_bytes(4, "little")
     (tmp_path / "x.gguf").write_bytes(raw)
     with pytest.raises(InputError, match="more than 1000000 tensors"):
-        opened(tmp_path / "x.gguf")
+        open_checkpoint(tmp_path / "x.gguf")
 
 
 @pytest.mark.parametrize(
@@ -491,6 +492,6 @@ def test_a_type_that_cannot_be_there_is_refused(tensor, kind, text, files, tmp_p
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(InputError, match=text):
-        opened(tmp_path / "x.gguf").decoder(engine("float32"))
+        open_checkpoint(tmp_path / "x.gguf").decoder(engine("float32"))
     assert main(["lint", str(tmp_path / "x.gguf")]) == 1
     assert text in capsys.readouterr().out

@@ -21,7 +21,15 @@ from refmoe.model.formats.int4 import Int4
 from refmoe.model.matrix import widen_bf16
 from refmoe.weights.checkpoint import INDEX, Checkpoint, read_header
 from refmoe.weights.synthetic import k2_full as module
-from refmoe.weights.synthetic.k2_full import BLOCK, CONFIG, PROBE, SPARE, k2_full, on_disk, real
+from refmoe.weights.synthetic.k2_full import (
+    BLOCK,
+    CONFIG,
+    PROBE,
+    SPARE,
+    count_real,
+    k2_full,
+    on_disk,
+)
 from refmoe.weights.writer import Spec
 
 SMALL: dict[str, Any] = {
@@ -109,7 +117,7 @@ def test_what_is_real_at_the_full_size(monkeypatch):
     monkeypatch.setattr(module, "ROWS", 4096)
 
     def rows(name: str, *shape: int) -> float:
-        return real(Spec(name, "BF16", shape)) / prod(shape[1:])
+        return count_real(Spec(name, "BF16", shape)) / prod(shape[1:])
 
     e = "model.layers.9.mlp.experts.7."
     assert rows("model.embed_tokens.weight", 163840, 7168) == 4096
@@ -188,14 +196,16 @@ def test_what_was_not_written_takes_no_disk_and_reads_as_zeros(sparse):
     checkpoint = Checkpoint.open(sparse)
     written = 0
     for name, stored in checkpoint.tensors.items():
-        count = real(Spec(name, stored.dtype, stored.shape))
+        count = count_real(Spec(name, stored.dtype, stored.shape))
         flat = checkpoint.array(name).reshape(-1)
         assert not flat[count:].any(), name
         assert np.count_nonzero(flat[:count]) >= 0.99 * count, name
         written += flat[:count].nbytes
     assert written < disk
     scale = checkpoint.tensors["model.layers.1.mlp.experts.0.gate_proj.weight_scale"]
-    assert real(Spec(scale.name, scale.dtype, scale.shape)) < prod(scale.shape)  # has holes too
+    assert count_real(Spec(scale.name, scale.dtype, scale.shape)) < prod(
+        scale.shape
+    )  # has holes too
 
 
 def test_experts_differ_and_routing_spreads(sparse):

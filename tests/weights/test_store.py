@@ -20,11 +20,12 @@ from refmoe.run.export import to_gguf
 from refmoe.run.generate import generate_tokens, prefill, step
 from refmoe.run.load import load
 from refmoe.weights.checkpoint import Checkpoint
-from refmoe.weights.gguf import opened
+from refmoe.weights.open import open_checkpoint
 from refmoe.weights.streaming import reader
-from refmoe.weights.streaming.budget import divide, expert_tensors, least
+from refmoe.weights.streaming.budget import divide, least
+from refmoe.weights.streaming.layout import expert_tensors
 from refmoe.weights.streaming.reader import MAYBE, PAGE, PIECE, URGENT, Extent, Reader
-from refmoe.weights.streaming.store import Store, store
+from refmoe.weights.streaming.store import Store, open_store
 from refmoe.weights.synthetic.k2_full import k2_full
 from refmoe.weights.synthetic.random import write_random
 
@@ -42,7 +43,7 @@ def folders(tmp_path_factory, tiny_k2):
 
 
 def smallest(path):
-    s = Store(opened(path), 10**12, "cached")
+    s = Store(open_checkpoint(path), 10**12, "cached")
     s.close()
     return s.least
 
@@ -129,6 +130,25 @@ def test_a_place_is_not_given_away_while_it_is_lent(tiny_k2):
     streamed.close()
 
 
+def test_a_read_that_ends_while_a_batch_is_chosen_loses_no_expert(tiny_k2, monkeypatch):
+    """The second expert is not there when it is looked at, and all are a moment later."""
+    streamed = Store(Checkpoint.open(tiny_k2), 2 * smallest(tiny_k2), "cached")
+    experts = streamed.decoder(engine("float32")).experts[1]
+    looked = []
+
+    def late(key):
+        looked.append(key)
+        streamed.arena.wait(key)
+        return key != (1, 1) or looked.count(key) > 1
+
+    monkeypatch.setattr(streamed.arena, "is_there", late)
+    chosen = list(range(8))
+    batches = list(experts.batches(chosen, np.zeros((9, 256), np.float32)))
+    assert [e for batch in batches for e in batch] == chosen
+    assert not streamed.arena.held
+    streamed.close()
+
+
 def test_a_batch_that_is_broken_off_leaves_every_place_free(tiny_k2):
     streamed = Store(Checkpoint.open(tiny_k2), smallest(tiny_k2), "cached")
     experts = streamed.decoder(engine("float32")).experts[1]
@@ -206,7 +226,7 @@ def test_where_all_fits_or_lies_in_memory_nothing_is_streamed(tiny_k2):
     copy = shm / f"refmoe-test-{os.getpid()}"
     try:
         shutil.copytree(tiny_k2, copy)
-        assert store(Checkpoint.open(copy), 8_000_000) is None
+        assert open_store(Checkpoint.open(copy), 8_000_000) is None
     finally:
         shutil.rmtree(copy, ignore_errors=True)
     assert not reader.in_memory(tiny_k2) or "shm" in str(tiny_k2)
@@ -265,13 +285,13 @@ def test_what_is_read_is_what_is_there(tmp_path, way):
     data = np.random.default_rng(0).integers(0, 256, 3 * PIECE + 1234, np.uint8)
     data.tofile(file)
     try:
-        os.close(reader.opened(file, way))
+        os.close(reader.open_for_reading(file, way))
     except OSError:
         pytest.skip(f"no {way} reads here")
     r = Reader(way)
     for start, nbytes in ((0, PAGE), (PAGE, 2 * PIECE), (2 * PIECE, PIECE + 1234)):
         whole = -(-nbytes // PAGE) * PAGE
-        memory = reader.arena(whole)
+        memory = reader.allocate(whole)
         r.read([(Extent(file, start, whole, nbytes), memory)]).wait()
         assert np.array_equal(memory[:nbytes], data[start : start + nbytes])
     assert r.bytes_read == PAGE + 2 * PIECE + PIECE + 1234
@@ -282,9 +302,9 @@ def test_what_has_not_begun_can_be_called_off(tmp_path):
     file = tmp_path / "bytes"
     np.zeros(8 * PIECE, np.uint8).tofile(file)
     r = Reader("cached", threads=1)
-    memory = reader.arena(8 * PIECE)
+    memory = reader.allocate(8 * PIECE)
     first = r.read([(Extent(file, 0, 8 * PIECE, 8 * PIECE), memory)], URGENT)
-    guess = r.read([(Extent(file, 0, 2 * PIECE, 2 * PIECE), reader.arena(2 * PIECE))], MAYBE)
+    guess = r.read([(Extent(file, 0, 2 * PIECE, 2 * PIECE), reader.allocate(2 * PIECE))], MAYBE)
     off = r.cancel(guess)
     first.wait()
     guess.event.wait()
@@ -298,12 +318,12 @@ def test_what_has_not_begun_can_be_called_off(tmp_path):
 def test_the_way_is_chosen_among_those_that_work(tmp_path):
     file = tmp_path / "bytes"
     np.zeros(1 << 20, np.uint8).tofile(file)
-    way, rates = reader.choose(file)
+    way, rates = reader.choose_way(file)
     assert rates[way] == max(rates.values()) > 0
     assert "cached" in rates
     empty = tmp_path / "empty"
     empty.touch()
-    assert reader.choose(empty)[0] in reader.WAYS
+    assert reader.choose_way(empty)[0] in reader.WAYS
 
 
 def test_sizes_have_units():
@@ -351,10 +371,10 @@ def test_bench_store_prints_its_document(capsys):
 BUDGET = """
 import sys
 from refmoe.run.load import load
-from refmoe.run.generate import working, prefill, step
+from refmoe.run.generate import generation_decoder, prefill, step
 from refmoe.weights.streaming.reader import high_water
 def start(model):
-    decoder = working(model)
+    decoder = generation_decoder(model)
     memory = decoder.caches()
     prefill(decoder, [1], memory)
     return decoder, memory

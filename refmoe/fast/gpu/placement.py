@@ -31,7 +31,6 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from refmoe.config import Config
 from refmoe.engines import Conventions
@@ -60,6 +59,7 @@ from refmoe.model.formats.coded import Coded
 from refmoe.model.formats.heads import Heads
 from refmoe.model.matrix import dequantize
 from refmoe.model.mla import AttentionWeights
+from refmoe.progress import Progress
 from refmoe.weights.placement import CARD_RESERVE, Parts, Share, Tier, on_card
 
 CONTEXT = 4096  # tokens
@@ -301,7 +301,7 @@ def upload(
             _check_formats(decoder.layers[i] if i in kinds else None)
         _check_formats(decoder.lm_head if "lm_head" in names else None)
     size = share.nbytes - len(share.caches) * share.cache
-    with tqdm(total=size, unit="B", unit_scale=True, desc="to the card", disable=None) as bar:
+    with Progress(size, name="to the card") as bar:
         for i in range(decoder.cfg.num_hidden_layers):
             here = frozenset(kinds.get(i, set()))
             held = [p for p in share.parts if p.layer == i]
@@ -309,12 +309,12 @@ def upload(
                 card.reserve(sum(p.nbytes + MODULE for p in held) + _gains(decoder.cfg))
             mine = _part(decoder.layers[i], here, card) if here else None
             parts.append(mine)
-            bar.update(sum(p.nbytes for p in held))
+            bar.advance(sum(p.nbytes for p in held))
             there: dict[int, MlpWeights] = {}
             for e in own.get(i, ()):
                 card.reserve(share.expert + MODULE)
                 there[e] = card.mlp(decoder.experts[i](e))
-                bar.update(share.expert)
+                bar.advance(share.expert)
             shared = _shared(mine) if "shared experts" in here else None
             up = shared is not None or not decoder.cfg.n_shared_experts
             up = up and "attention" in here

@@ -49,11 +49,5 @@ class BF16(NamedTuple):
     def arrays(self) -> dict[str, np.ndarray]:
         return {"bits": self.bits}
 
-    def half_step(self) -> np.ndarray:
-        """Return half the distance to the next bf16, for each number: 2^(exponent - 8)."""
-        w = widen_bf16(self.bits).astype(np.float64)
-        exponent = np.where(w == 0, -126, np.frexp(w)[1] - 1)
-        return np.ldexp(1.0, np.maximum(exponent, -126) - 8)
-
 
 FORMAT = StoredFormat("bf16", BF16)

@@ -95,14 +95,17 @@ class Fp8Block(NamedTuple):
         return {"bits": self.bits, "scale": self.scale}
 
     def steps(self) -> np.ndarray:
-        """Return the distance of neighbouring codes, [O, I] float64, with the scale's sign."""
-        exponent = np.maximum((np.arange(256) & 0x7F) >> 3, 1)
-        step = np.ldexp(1.0, exponent - 10)  # 3 bits of fraction, bias 7
-        return step[self.bits] * self.scales().astype(np.float64)
+        """Return the scale that each code is multiplied by, with its sign, [O, I] float64."""
+        return self.scales().astype(np.float64)
 
-    def half_step(self) -> np.ndarray:
-        """Return how far a weight may be from its code: half a step, and the scale's rounding."""
-        return 0.5 * np.abs(self.steps()) * (1 + 1e-6)
+    def half_step(self, w: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """Return how far a number may be from the value w that is stored for it.
+
+        Half a unit of e4m3, and the rounding of the scale to float32.
+        """
+        exponent = np.maximum((np.arange(256) & 0x7F) >> 3, 1)
+        half = np.ldexp(1.0, exponent - 11)  # 3 bits of fraction, bias 7
+        return half[self.bits] * np.abs(self.steps()) * (1 + 1e-6)
 
     @staticmethod
     def tensors(O: int, I: int, scheme: Fp8Scheme) -> dict[str, TensorSpec]:

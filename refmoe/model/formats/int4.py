@@ -70,12 +70,15 @@ class Int4(NamedTuple):
         return {"packed": self.packed, "scale": self.scale}
 
     def steps(self) -> np.ndarray:
-        """Return the distance of neighbouring codes, [O, I] float64, with the scale's sign."""
+        """Return the scale that each code is multiplied by, with its sign, [O, I] float64."""
         return np.repeat(widen_bf16(self.scale).astype(np.float64), GROUP, axis=1)
 
-    def half_step(self) -> np.ndarray:
-        """Return how far a weight may be from its code: half a step, and 8 times the scale's."""
-        return (0.5 + 8 * 2.0**-8) * np.abs(self.steps())
+    def half_step(self, w: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """Return how far a number may be from the value w that is stored for it.
+
+        Half a code, and 8 codes times the rounding of the scale to bf16.
+        """
+        return np.abs(self.steps()) * (0.5 + 8 * 2.0**-8)
 
     @staticmethod
     def tensors(O: int, I: int, scheme: Int4Scheme) -> dict[str, TensorSpec]:

@@ -50,18 +50,20 @@ class Q4(NamedTuple):
         return {"blocks": self.blocks}
 
     def steps(self) -> np.ndarray:
-        """Return the distance of neighbouring codes, [O, I] float64, with the scale's sign."""
+        """Return the scale that each code is multiplied by, with its sign, [O, I] float64."""
         scale = np.ascontiguousarray(self.blocks[..., :2]).view(np.float16)[..., 0]
         return np.repeat(scale.astype(np.float64), 32, axis=1)
 
-    def half_step(self) -> np.ndarray:
-        """Return how far a weight may be from its code: half a step, and 8 times the scale's.
+    def half_step(self, w: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """Return how far a number may be from the value w that is stored for it.
 
-        ggml's quantiser has scale = max / -8, so that what lies above 7.5 steps is cut to 7.
+        Half a code, and 8 codes times the rounding of the scale to float16. ggml takes the scale
+        max / -8, so that numbers up to 8 codes are cut to 7: there it is a whole code, on the side
+        on which `other`, the number or what another file stores for it, is.
         """
         d = self.steps()
-        cut = self.dequantize(np.float64) == 7 * d
-        return np.where(cut, 1, 0.5) * np.abs(d) + 8 * 2.0**-8 * np.abs(d)
+        cut = (w == 7 * d) & ((other - w) * d > 0)
+        return np.abs(d) * (np.where(cut, 1.0, 0.5) + 8 * 2.0**-11) + 8 * 2.0**-25
 
 
 FORMAT = StoredFormat("q4", Q4, gguf=GgufType(2, "Q4_0", 32, 18), eight_bits=False)

@@ -63,13 +63,17 @@ class Q8(NamedTuple):
         return {"blocks": self.blocks}
 
     def steps(self) -> np.ndarray:
-        """Return the distance of neighbouring codes, [O, I] float64, with the scale's sign."""
+        """Return the scale that each code is multiplied by, with its sign, [O, I] float64."""
         scale = np.ascontiguousarray(self.blocks[..., :2]).view(np.float16)[..., 0]
         return np.repeat(scale.astype(np.float64), 32, axis=1)
 
-    def half_step(self) -> np.ndarray:
-        """Return how far a weight may be from its code: half a step, and 127 times the scale's."""
-        return (0.5 + 127 * 2.0**-11) * np.abs(self.steps())
+    def half_step(self, w: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """Return how far a number may be from the value w that is stored for it.
+
+        Half a code, and 127 codes times the rounding of the scale to float16: 2⁻¹¹ of it, or half
+        the least float16 where it is subnormal.
+        """
+        return np.abs(self.steps()) * (0.5 + 127 * 2.0**-11) + 127 * 2.0**-25
 
 
 FORMAT = StoredFormat("q8", Q8, gguf=GgufType(8, "Q8_0", 32, 34), eight_bits=False)

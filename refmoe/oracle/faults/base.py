@@ -1,50 +1,49 @@
-"""The fault dictionary: what goes wrong in real engines, each as an alteration of a decoder.
+"""What a fault is, how it is planted into a decoder, and how an entry of the dictionary is written.
+
+A fault is an alteration of a decoder, made by one of four constructors:
 
     written    an operation's result is wrong: changed before the watcher inside sees it
     misread    the result is right, and what follows reads it wrongly: changed after that watcher
-    experts, stored    other weights        rerouted    other experts for the same choice
-    altered(decoder, fault, layer)          the decoder as an engine with this fault computes
+    scaled     a result is multiplied by a constant, which can be fitted
+    changed    other weights, other routing, other layers
 
-`altered` keeps `decoder.nx.watch` as the watcher inside. With one that hands back an engine's own
-tensors (compare.Replay), each operation is done on the engine's inputs as the faulty engine would
-do it: the fault whose results are the engine's is the cause. With one that only records, it is an
-engine with that fault. A change sees what the computation went on with so far (`Here`), so that a
-point can be made anew from earlier ones by another rule.
+`altered(decoder, fault, layer)` is the decoder as an engine with this fault computes. It keeps
+`decoder.nx.watch` as the watcher inside. With one that hands back an engine's own tensors
+(replay.Replay), each operation is computed on the engine's inputs as the faulty engine would do
+it: the fault whose results are the engine's is the cause. With a watcher that only records, it is
+an engine with that fault. A change sees what the computation went on with so far (`Here`), so that
+a point can be computed anew from earlier ones by another rule.
 
-To add a fault, add an entry to `FAULTS`:
+To add a fault, add an entry to the family whose file it belongs to, with its function above it:
 
-    written(
+    LAYERS += written(
         "logits-softcap",
         "logits are squashed by 30·tanh(x/30)",
         {"lm_head": lambda x, here: 30 * np.tanh(x / 30)},
         "owner/repo#123 owner/another#45",
-    ),
+    )
 
 Points are given by the end of their name without numbers: `mlp.gate#weights`, `.experts.act`; a
 layer's own output is `model.layers`. The tests then demand that it changes something, first at one
-of its points, and that no other fault does the same unless `equivalent` says so.
+of its points, and that no other fault does the same unless `dictionary.equivalent` says so.
+docs/faults.md is written anew by `python -m refmoe.oracle.faults.dictionary docs/faults.md`.
 
-Faults are planted in runs of one prompt from its beginning, in expanded attention. Not here,
-because no tensor of such a run shows them: whatever depends on batch, chunk or rank alone.
+Faults are planted in runs of one prompt from its beginning, in expanded attention. What depends on
+batch, chunk or rank alone is not here, because no tensor of such a run shows it.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 
-from refmoe.config import Config, Fp8Scheme, Int4Scheme
+from refmoe.config import Config
 from refmoe.model.decoder import Decoder, LayerWeights
-from refmoe.model.experts import Experts, MlpWeights, MoeWeights
-from refmoe.model.formats.bf16 import BF16
-from refmoe.model.formats.fp8_block import Fp8Block
-from refmoe.model.formats.int4 import Int4
-from refmoe.model.matrix import Matrix, dequantize
+from refmoe.model.experts import MlpWeights
 from refmoe.model.numerics import Numerics, Watch
 from refmoe.model.points import kind
-from refmoe.model.router import GateWeights, Routing, sigmoid
 
 Alter = Callable[[Decoder, int | None], Decoder]  # layer it is confined to; None: all
 Graded = Callable[[Decoder, int | None, float], Decoder]  # the same with a strength in (0, 1]
@@ -57,12 +56,28 @@ class Fitted(NamedTuple):
     value: Callable[[Config], float]
 
     def at(self, cfg: Config, strength: float) -> float:
-        """The factor at the strength that fits best (`strength_of`), which need not be 1."""
+        """Return the factor at the strength that fits best (`strength_of`), which need not be 1."""
         return 1 + strength * (self.value(cfg) - 1)
 
 
 @dataclass(frozen=True)
+class Models:
+    """Which models can have a fault: in words, and as a test of their config."""
+
+    text: str
+    holds: Callable[[Config], bool]
+
+    def __call__(self, cfg: Config) -> bool:
+        return self.holds(cfg)
+
+
+ALL = Models("all", lambda cfg: True)
+
+
+@dataclass(frozen=True)
 class Fault:
+    """One thing that goes wrong in real engines, and how to compute as they do."""
+
     id: str
     text: str  # a sentence for a verdict
     references: tuple[str, ...]  # where it happened
@@ -70,8 +85,27 @@ class Fault:
     alter: Alter
     strength: Graded | None = None  # where it can be had in part
     fitted: Fitted | None = None
-    where: Callable[[Config], bool] = lambda cfg: True  # models that can have it
+    where: Models = ALL
     predicts: bool = True  # False: its numbers cannot be foretold, so that no replay confirms it
+    by: Literal["result", "reading", "weights"] = "result"  # what the engine has wrong
+
+
+class Family:
+    """The faults of one file, in the order in which they are tried; `+=` adds one."""
+
+    def __init__(self, title: str):
+        self.title = title
+        self.faults: list[Fault] = []
+
+    def __iadd__(self, fault: Fault) -> Self:
+        self.faults.append(fault)
+        return self
+
+    def __iter__(self) -> Iterator[Fault]:
+        return iter(self.faults)
+
+
+# --- a decoder with a fault
 
 
 def altered(
@@ -82,11 +116,12 @@ def altered(
     part: str | None = None,
     strength: float = 1.0,
 ) -> Decoder:
-    """The decoder as an engine with this fault computes: everywhere, or in one layer, in one
-    routed expert, in one part of it (`gate_proj`, `up_proj`, `down_proj`).
+    """Return the decoder as an engine with this fault computes.
 
-    A model that cannot have it is left as it is. Alter last: what replaces the watcher of an
-    altered decoder takes the fault out of it.
+    The fault is in every layer, or confined to one `layer`, to one routed `expert`, to one `part`
+    of it (`gate_proj`, `up_proj`, `down_proj`). A model that cannot have the fault is returned
+    unchanged. Alter last: replacing the watcher of an altered decoder takes the fault out of it.
+    Raises `ValueError` where the fault cannot be confined so, or has no strength but 1.
     """
     if not fault.where(decoder.cfg):
         return decoder
@@ -96,13 +131,15 @@ def altered(
         out = fault.strength(decoder, layer, strength)
     else:
         raise ValueError(f"{fault.id} has no strength: it is there or it is not")
-    return out if expert is None and part is None else _within(decoder, out, fault, expert, part)
+    if expert is None and part is None:
+        return out
+    return _confined(decoder, out, fault, expert, part)
 
 
-def _within(
+def _confined(
     decoder: Decoder, out: Decoder, fault: Fault, expert: int | None, part: str | None
 ) -> Decoder:
-    """`out` where this part of this expert is concerned, else the healthy decoder."""
+    """Return `out` for this part of this expert, and the healthy decoder for everything else."""
     watch = out.nx.watch
     inside = any(end in EXPERT or end == ".act" for end in fault.points)
     if isinstance(watch, Planted) and watch.decoder is decoder and inside and part is None:
@@ -122,17 +159,18 @@ def _within(
 
 
 def strength_of(theirs: np.ndarray, healthy: np.ndarray, faulty: np.ndarray) -> float:
-    """How far from healthy to faulty the engine is, by least squares; 1 if it has the fault."""
+    """Return how far from healthy (0) to faulty (1) the engine's tensor is, by least squares."""
     way = (faulty - healthy).reshape(-1)
     return float((theirs - healthy).reshape(-1) @ way / max(way @ way, 1e-300))
 
 
-def _layer(path: str) -> int | None:
+def layer_of(path: str) -> int | None:
+    """Return the layer that a point is in; None for the ends of the network."""
     found = re.match(r"model\.layers\.(\d+)", path)
     return int(found[1]) if found else None
 
 
-# ------------------------------------------------------------------ changes of values, at points
+# --- changes of values, at points
 
 
 @dataclass(frozen=True)
@@ -149,12 +187,12 @@ class Here:
 
     @property
     def nx(self) -> Numerics:
-        """Its numerics, unwatched."""
+        """The decoder's numerics, unwatched."""
         return replace(self.decoder.nx, watch=None, stop_at_nonfinite=False)
 
     @property
     def layer(self) -> int:
-        i = _layer(self.path)
+        i = layer_of(self.path)
         assert i is not None, f"{self.path} is in no layer"
         return i
 
@@ -164,17 +202,17 @@ class Here:
 
     @property
     def x(self) -> np.ndarray:
-        """The layer's input; of the final norm, the last layer's output."""
-        i = _layer(self.path)
+        """The layer's input; for the final norm, the last layer's output."""
+        i = layer_of(self.path)
         before = (len(self.decoder.layers) if i is None else i) - 1
         return self.seen["model.embed_tokens" if before < 0 else f"model.layers.{before}"]
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """Another point of this layer."""
+        """Return the value of another point of this layer."""
         return self.seen[f"model.layers.{self.layer}{'' if name[0] == '#' else '.'}{name}"]
 
     def beside(self, name: str) -> np.ndarray:
-        """Another point of this module."""
+        """Return the value of another point of this module."""
         return self.seen[f"{self.path.rpartition('.')[0]}.{name}"]
 
 
@@ -210,7 +248,8 @@ class Planted:
         return x
 
     def _changed(self, changes: Changes, path: str, x: np.ndarray) -> np.ndarray:
-        if self.layer is not None and _layer(path) not in (None, self.layer):
+        """Return x with the changes that are for this point, mixed in and rounded as written."""
+        if self.layer is not None and layer_of(path) not in (None, self.layer):
             return x
         if self.expert is not None and f".experts.{self.expert}." not in path:
             return x
@@ -226,12 +265,21 @@ class Planted:
         return x
 
 
-def planted(writes: Changes, reads: Changes) -> Graded:
+def _planted(writes: Changes, reads: Changes) -> Graded:
+    """Return the alteration that runs a decoder under a `Planted` watcher."""
+
     def alter(decoder: Decoder, layer: int | None, strength: float = 1.0) -> Decoder:
         watch = Planted(decoder, writes, reads, layer, strength)
         return decoder.using(replace(decoder.nx, watch=watch, attention="expanded"))
 
     return alter
+
+
+def _whole(alter: Graded) -> Alter:
+    return lambda decoder, layer: alter(decoder, layer, 1.0)
+
+
+# --- constructors of entries
 
 
 def written(
@@ -242,20 +290,24 @@ def written(
     points: tuple[str, ...] = (),
     **more: Any,
 ) -> Fault:
-    """A fault of the operations whose results these points are."""
-    alter = planted(changes, {})
+    """Return a fault of the operations whose results are the points that `changes` names.
+
+    A change of numbers can be had in part (`strength`), a change of choices cannot. `references`
+    are repository#issue or repository@commit, with spaces between.
+    """
+    alter = _planted(changes, {})
     more = {"strength": None if any("#experts" in end for end in changes) else alter} | more
-    return Fault(
-        id, text, tuple(references.split()), points or tuple(changes), _whole(alter), **more
-    )
+    shown = points or tuple(changes)
+    return Fault(id, text, tuple(references.split()), shown, _whole(alter), **more)
 
 
 def misread(
     id: str, text: str, changes: Changes, points: tuple[str, ...], references: str = "", **more: Any
 ) -> Fault:
-    """A fault of those who read these points; it shows at later ones."""
-    alter = planted({}, changes)
-    return Fault(id, text, tuple(references.split()), points, _whole(alter), alter, **more)
+    """Return a fault of what reads the points that `changes` names; it shows first at `points`."""
+    alter = _planted({}, changes)
+    named = tuple(references.split())
+    return Fault(id, text, named, points, _whole(alter), alter, by="reading", **more)
 
 
 def scaled(
@@ -267,7 +319,7 @@ def scaled(
     references: str = "",
     **more: Any,
 ) -> Fault:
-    """A point is multiplied by a constant, which can be fitted."""
+    """Return a fault that multiplies a point by a constant; `name` says what the factor is on."""
     times: Changes = {end: lambda x, here: x * factor(here.cfg)}
     return written(id, text, times, references, fitted=Fitted(name, factor), **more)
 
@@ -275,146 +327,19 @@ def scaled(
 def changed(
     id: str, text: str, references: str, points: tuple[str, ...], alter: Alter, **more: Any
 ) -> Fault:
-    """A fault of weights, routing or layers."""
-    return Fault(id, text, tuple(references.split()), points, alter, **more)
+    """Return a fault of weights, routing or layers."""
+    return Fault(id, text, tuple(references.split()), points, alter, by="weights", **more)
 
 
-def _whole(alter: Graded) -> Alter:
-    return lambda decoder, layer: alter(decoder, layer, 1.0)
-
-
-# ------------------------------------------------------------------ changes of weights and routing
-
-
-def experts(change: Callable[[Decoder, int, int], MlpWeights]) -> Alter:
-    """Other matrices for expert e of layer i, made when it is asked for."""
-
-    def alter(decoder: Decoder, layer: int | None) -> Decoder:
-        def expert(i: int, e: int) -> MlpWeights:
-            return change(decoder, i, e) if layer in (None, i) else decoder.experts[i](e)
-
-        return decoder.with_experts(expert)
-
-    return alter
-
-
-def stored(form: type, change: Callable[[Any], Matrix]) -> Alter:
-    """Every matrix of one format decoded differently."""
-
-    def each(w: Any) -> Any:
-        if isinstance(w, form):
-            return change(w)
-        if w is None or isinstance(w, np.ndarray | BF16 | Int4 | Fp8Block):
-            return w
-        return type(w)(*map(each, w))
-
-    def alter(decoder: Decoder, layer: int | None) -> Decoder:
-        layers = [each(w) if layer in (None, i) else w for i, w in enumerate(decoder.layers)]
-        changed = experts(lambda d, i, e: each(d.experts[i](e)))(decoder, layer)
-        return replace(changed, layers=layers)
-
-    return alter
-
-
-Reroute = Callable[[np.ndarray, Routing, GateWeights, Config, Numerics], Routing]
-
-
-def rerouted(change: Reroute) -> Alter:
-    """The router is right, and the experts are run on something else."""
-
-    def alter(decoder: Decoder, layer: int | None) -> Decoder:
-        def run(x: np.ndarray, routing: Routing, expert: Experts, nx: Numerics) -> np.ndarray:
-            i = _layer(nx.scope)
-            assert i is not None
-            if layer in (None, i):
-                gate = _moe(decoder.layers[i]).gate
-                routing = change(x, routing, gate, decoder.cfg, nx.watching(None))
-            return decoder.nx.experts(x, routing, expert, nx)
-
-        return decoder.using(replace(decoder.nx, experts=run))
-
-    return alter
-
-
-def plain(decoder: Decoder, m: Matrix) -> np.ndarray:
-    return dequantize(m, decoder.nx.dtype, decoder.nx.conventions.rounded_products)
-
-
-def _moe(w: LayerWeights) -> MoeWeights:
-    assert isinstance(w.mlp, MoeWeights), "no mixture in this layer"
-    return w.mlp
-
+# --- ends of points' names
 
 CHOICE, WEIGHTS = "mlp.gate#experts", "mlp.gate#weights"
-
-
-def healthy(z: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return sigmoid(z) + b
-
-
-# ------------------------------------------------------------------ experts
-
-
-def mixture(change: Change) -> Change:
-    """A change of `mlp` where it is a mixture."""
-    return lambda x, here: change(x, here) if isinstance(here.w.mlp, MoeWeights) else x
-
-
-def shared(id: str, text: str, factor: Callable[[Config], float], references: str = "") -> Fault:
-    """The shared experts are added with another weight than 1."""
-
-    def change(x: np.ndarray, here: Here) -> np.ndarray:
-        return x + (factor(here.cfg) - 1) * here["mlp.shared_experts"]
-
-    return written(
-        id,
-        text,
-        {".mlp": mixture(change)},
-        references,
-        fitted=Fitted("factor on the shared experts", factor),
-        where=has_shared,
-    )
-
-
-MAIN = ("input_layernorm", "post_attention_layernorm", "model.norm")
-LATENT = ("q_a_layernorm", "kv_a_layernorm")
-
-
-def has_groups(cfg: Config) -> bool:
-    return cfg.topk_group < cfg.n_group
-
-
-def has_half_groups(cfg: Config) -> bool:
-    G, E, K = 2 * cfg.n_group, cfg.n_routed_experts, cfg.num_experts_per_tok
-    return has_groups(cfg) and not E % G and E // G * cfg.topk_group >= K
-
-
-def has_shared(cfg: Config) -> bool:
-    return cfg.n_shared_experts > 0
-
-
-def has_int4(cfg: Config) -> bool:
-    return isinstance(cfg.quantization, Int4Scheme)
-
-
-def has_fp8(cfg: Config) -> bool:
-    return isinstance(cfg.quantization, Fp8Scheme)
-
-
-def has_low_rank_queries(cfg: Config) -> bool:
-    return cfg.q_lora_rank is not None
-
-
-def renormalises(cfg: Config) -> bool:
-    return cfg.norm_topk_prob
-
-
-def gamma(cfg: Config) -> float:
-    return cfg.routed_scaling_factor
-
-
 EXPERT = (".experts.gate_proj", ".experts.up_proj", ".experts.act", ".experts.down_proj")
 IN, OUT = EXPERT[:2], EXPERT[3:]
 ROUTED = "mlp.experts"  # their sum, all that most engines dump
 LINEAR = ("_proj", "kv_a_proj_with_mqa", ROUTED)
+MAIN = ("input_layernorm", "post_attention_layernorm", "model.norm")
+LATENT = ("q_a_layernorm", "kv_a_layernorm")
 LAYER = (*LINEAR, *MAIN[:2], *LATENT, "mlp.gate", CHOICE)
+Q, K, ROTATED = "#q_pe", "#k_pe", ("#q_pe", "#k_pe")
+SCORES, PROBS, CONTEXT = "#scores", "#probs", "#context"

@@ -1,9 +1,10 @@
-"""What an engine fuses, stacks or renames → the points of the Hugging Face graph.
+"""Tensors that an engine fuses, stacks, transposes or renames → the points of the model.
 
-Whoever dumps by module path dumps what the engine has. vLLM and SGLang multiply q_a and kv_a, and
-gate and up, as one matrix; their norms add the residual first and return both; their mixture
-returns the routed and the shared sum together; fused expert kernels and llama.cpp hold one row for
-each token and slot. Each habit is known by its name, so no engine needs to be told.
+`adapt` splits and renames. A dump by module path has the engine's own modules: vLLM and SGLang
+multiply q_a and kv_a, and gate and up, as one matrix; their norms add the residual first and return
+both; their mixture returns the routed and the shared sum together; fused expert kernels and
+llama.cpp hold one row for each token and slot. Each habit is known by its name, so that the engine
+need not be given.
 
     fused_qkv_a_proj[_with_mqa]         [T, A+C+R]   q_a_proj, kv_a_proj_with_mqa
     gate_up_proj                        [T, 2F]      gate_proj, up_proj
@@ -13,6 +14,10 @@ each token and slot. Each habit is known by its name, so no engine needs to be t
     model.norm#residual                 [T, D]       the last layer
     mla_attn.mla_attn [#q, #k_pe]       [T, H(N+R)]  #context, #q_pe, #k_pe (also attn_mqa, attn)
     experts.gate_proj, up_proj, ...     [T, K, F]    experts.E.gate_proj, ...
+
+`fit` brings an array into a point's shape: a batch axis of one is dropped, heads may be flattened
+or stand before the rows, halves of rotated channels are put back into pairs where the engine's
+conventions say so.
 
 Sources: vllm-project/vllm `model_executor/models/deepseek_v2.py`, `layers/mla.py`,
 `layers/fused_moe/runner/moe_runner.py`; sgl-project/sglang `python/sglang/srt/models/
@@ -25,13 +30,17 @@ from collections.abc import Iterator
 import numpy as np
 
 from refmoe.config import Config
+from refmoe.engines import Conventions
+from refmoe.oracle.readers.base import Arrays
 
-Arrays = dict[str, np.ndarray]
 Named = Iterator[tuple[str, np.ndarray]]
 
 
 def adapt(arrays: Arrays, cfg: Config) -> Arrays:
-    """The arrays under refmoe's names. What is no habit of these keeps its name."""
+    """Return the arrays under the names of points; what is none of the habits above keeps its name.
+
+    Where two arrays are the same point, the first is taken.
+    """
     out: Arrays = {}
     for name, x in arrays.items():
         for point, part in _points(name, x, arrays, cfg):
@@ -40,6 +49,7 @@ def adapt(arrays: Arrays, cfg: Config) -> Arrays:
 
 
 def _points(name: str, x: np.ndarray, arrays: Arrays, cfg: Config) -> Named:
+    """Yield the points that one array of the dump is, with their parts of it."""
     at, _, last = name.rpartition(".")
     layer = re.match(r"model\.layers\.(\d+)", name)
     match last:
@@ -83,7 +93,7 @@ def _points(name: str, x: np.ndarray, arrays: Arrays, cfg: Config) -> Named:
 
 
 def _slots(name: str, x: np.ndarray, chosen: np.ndarray | None) -> Named:
-    """[T, K, F] or [T·K, F] → each expert's rows, in the order of the tokens."""
+    """Split [T, K, F] or [T·K, F] into each expert's rows, in the order of the tokens."""
     at, _, last = name.rpartition(".")
     if chosen is None or x.size % chosen.size or len(x) not in (len(chosen), chosen.size):
         yield name, x
@@ -94,8 +104,29 @@ def _slots(name: str, x: np.ndarray, chosen: np.ndarray | None) -> Named:
 
 
 def _size(x: np.ndarray | None) -> int:
+    """Return how many numbers an array has, -1 for no array."""
     return -1 if x is None else x.size
 
 
 def _same(x: np.ndarray, y: np.ndarray | None) -> bool:
+    """Tell whether y has the numbers of x, in whatever shape."""
     return y is not None and x.size == y.size and bool((x.ravel() == y.ravel()).all())
+
+
+def fit(
+    name: str, x: np.ndarray, shape: tuple[int, ...], conventions: Conventions
+) -> np.ndarray | None:
+    """Return an array as the point of this name and shape has it; None where it cannot be that."""
+    heads_first = x.ndim == 4 and len(shape) == 3  # [1, H, T, ·], whatever T and H are
+    while x.ndim > len(shape) and x.shape[0] == 1:
+        x = x[0]
+    while x.ndim > 2 and x.ndim == len(shape) and x.shape[0] == 1 != shape[0]:
+        x = x[0]  # heads flattened behind a batch axis
+    if len(shape) == 3 and x.shape == (shape[1], shape[0], shape[2]):
+        x = x.transpose(1, 0, 2) if heads_first or x.shape != shape else x
+    if x.size != np.prod(shape) or not x.ndim or not x.size or x.shape[0] != shape[0]:
+        return None
+    x = x.reshape(shape)
+    if conventions.rope_layout == "halves" and name.endswith(("#q_pe", "#k_pe")):
+        x = np.stack(np.split(x, 2, axis=-1), axis=-1).reshape(shape)
+    return x

@@ -1,13 +1,13 @@
-"""What a Hugging Face model returns → the points that it is.
+"""Names of what a Hugging Face model returns → names of points.
 
-Forward (`output_hidden_states`, `output_router_logits`), and generate with
-`return_dict_in_generate`, where each of these is a tuple over steps as well:
+Of a forward pass (`output_hidden_states`, `output_router_logits`), and of generate with
+`return_dict_in_generate`, where each entry is a tuple over steps as well:
 
     hidden_states.i        model.embed_tokens, model.layers.0, ..., the last: model.norm
     last_hidden_state      model.norm
     router_logits.i        model.layers.L.mlp.gate of the last layers
     logits                 lm_head
-    hidden_states.s.i      the same of step s: a prompt, then a token at a time
+    hidden_states.s.i      hidden_states.i of step s: a prompt, then a token at a time
     logits.s               the last row of step s; `scores` are what sampling made of them
 
 hidden_states has one more entry than there are layers, and the last is what the final norm made of
@@ -20,24 +20,28 @@ from typing import NamedTuple
 
 import numpy as np
 
-Arrays = dict[str, np.ndarray]
-LIMIT = 1 << 28  # numbers of the logits, where most rows are unknown
+from refmoe.oracle.readers.base import MOST_NUMBERS, Arrays
 
 
 class Outputs(NamedTuple):
+    """A model's outputs under the names of points."""
+
     arrays: Arrays
     sequence: np.ndarray | None  # as many tokens as rows
     partial: frozenset[str]
     notes: tuple[str, ...]
 
 
-def hugging_face(arrays: Arrays, sequence: np.ndarray | None) -> Outputs:
-    """The arrays under refmoe's names. What is no such output keeps its name."""
+def name_outputs(arrays: Arrays, sequence: np.ndarray | None) -> Outputs:
+    """Return the arrays under the names of points; what is no such output keeps its name.
+
+    `sequence` are all tokens after generate, the last of which was never an input.
+    """
     left, notes = dict(arrays), []
-    hidden = _steps(left, "hidden_states") or _taken(left, "hidden_states")
-    routers = _steps(left, "router_logits") or _taken(left, "router_logits")
-    logits = _taken(left, "logits")
-    if _taken(left, "scores"):
+    hidden = _take_steps(left, "hidden_states") or _take(left, "hidden_states")
+    routers = _take_steps(left, "router_logits") or _take(left, "router_logits")
+    logits = _take(left, "logits")
+    if _take(left, "scores"):
         notes.append("scores: what sampling made of the logits; give logits (output_logits)")
     out: Arrays = {}
     last = max(hidden, default=0)
@@ -71,14 +75,17 @@ def hugging_face(arrays: Arrays, sequence: np.ndarray | None) -> Outputs:
     return Outputs(out, sequence, partial, tuple(notes))
 
 
-def _taken(arrays: Arrays, name: str) -> dict[int, np.ndarray]:
-    """The entries of a tuple, out of the arrays."""
+def _take(arrays: Arrays, name: str) -> dict[int, np.ndarray]:
+    """Take the entries NAME.i of a tuple out of the arrays: i → array."""
     found = [n for n in arrays if re.fullmatch(rf"{name}\.\d{{1,9}}", n)]
     return dict(sorted((int(n.rpartition(".")[2]), arrays.pop(n)) for n in found))
 
 
-def _steps(arrays: Arrays, name: str) -> dict[int, np.ndarray]:
-    """Those of a tuple over steps of tuples over layers, the rows of each after the others'."""
+def _take_steps(arrays: Arrays, name: str) -> dict[int, np.ndarray]:
+    """Take the entries NAME.step.i out of the arrays, and join the rows of all steps: i → array.
+
+    Nothing is taken where the shapes of the steps do not fit each other.
+    """
     found = [n for n in arrays if re.fullmatch(rf"{name}\.\d{{1,9}}\.\d{{1,9}}", n)]
     parts: dict[int, dict[int, np.ndarray]] = {}
     for n in found:
@@ -97,15 +104,19 @@ def _steps(arrays: Arrays, name: str) -> dict[int, np.ndarray]:
 
 
 def _rows(named: Arrays) -> int:
+    """Return the number of rows of these arrays, 0 where none tells."""
     return next((x.shape[-2] for x in named.values() if x.ndim > 1), 0)
 
 
 def _last_rows(steps: list[np.ndarray], rows: int) -> np.ndarray | None:
-    """[T, Z] of a row a step, NaN above; the engine's own NaN becomes infinite."""
+    """Return logits [T, Z] of which the last rows are known, one a step; the others are NaN.
+
+    The engine's own NaN becomes infinite: a fault, and no unknown number.
+    """
     if rows < len(steps) or len({x.shape for x in steps}) > 1 or steps[0].dtype.kind != "f":
         return None
     width = steps[0].shape[-1] if steps[0].ndim else 0
-    if any(x.size != width for x in steps) or not width or rows * width > LIMIT:
+    if any(x.size != width for x in steps) or not width or rows * width > MOST_NUMBERS:
         return None
     out = np.full((rows, width), np.nan, steps[0].dtype)
     for t, x in enumerate(steps, rows - len(steps)):

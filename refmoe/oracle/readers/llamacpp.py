@@ -1,16 +1,18 @@
-"""llama.cpp's `llama-eval-callback` (ggml-org/llama.cpp, common/debug.cpp): corners of tensors.
+"""A print of llama.cpp's `llama-eval-callback`: the corners of every tensor of the graph.
 
     common_debug_cb_eval:   attn_norm-3 = (f32)  MUL(norm-3{..}, blk.3.attn_norm.weight{..}}) = {..}
         [ [ [   0.1234,   ..., ] ] ]        three first and three last of each axis, four decimals
         sum = 12.345678                     in float32, one after another: not used
 
-ne has the innermost axis first, [D, T] for most. What was not printed is NaN in the arrays, and a
-printed NaN is infinite. Older prints say `ggml_debug`; some show the three first alone. Names:
-src/models/deepseek2.cpp and src/llama-graph.cpp (build_moe_ffn); a product whose name tells nothing
-is known by its weight. The last layer's MLP and what follows hold the rows that were asked for, in
-a prompt only the last. Choices of experts are read where every one is printed, and the weights with
-them: their order, that of the scores, is nobody's promise otherwise. The tool logs the ids of its
-tokens first (examples/eval-callback).
+The shape `ne` has the innermost axis first, [D, T] for most. What was not printed is NaN in the
+arrays, and a printed NaN is infinite. Older prints say `ggml_debug`; some show only the three first
+of an axis. A product whose name does not tell its place is known by its weight. The last layer's
+MLP and what follows hold only the rows whose logits were asked for, in a prompt the last one.
+Choices of experts, and the weights of the chosen, are read only where every one is printed: with
+holes, nothing says which weight belongs to which expert. The tool logs the ids of its tokens first.
+
+Sources: ggml-org/llama.cpp common/debug.cpp (the print), examples/eval-callback (the tokens),
+src/models/deepseek2.cpp and src/llama-graph.cpp, build_moe_ffn (the names).
 """
 
 import re
@@ -22,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from refmoe.files import InputError
+from refmoe.oracle.readers.base import MOST_NUMBERS, Arrays, Dump, Reader, register
 
 HEADER = re.compile(
     r"(?:ggml_debug|common_debug_cb_eval):\s+(\S.*?) = \((\w+)\)\s+(\w+)\((.*)\) = \{([\d, ]+)\}"
@@ -68,37 +71,31 @@ PRODUCTS = {
     "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
     "ffn_up_shexp": "mlp.shared_experts.up_proj",
 }
-LIMIT = 1 << 28  # numbers of all arrays: 2 GB of float64
 LINE = 4096  # characters; a header has at most some 400
 PRINTED = 6**3  # numbers of one tensor
 
 
-class Printed(NamedTuple):
-    arrays: dict[str, np.ndarray]
-    tokens: list[int] | None
-    step: float  # half of the last decimal
-    notes: tuple[str, ...]
-
-
 class Block(NamedTuple):
+    """One printed tensor."""
+
     name: str
     point: str
     shape: tuple[int, ...]  # four axes, the outermost first
     numbers: list[str]
 
 
-def read_llamacpp(path: Path) -> Printed:
-    """Every tensor whose name is a point's. `InputError` if nothing in the file is."""
+def recognise(path: Path) -> bool:
+    """Tell whether this is a .txt or .log file."""
+    return path.is_file() and path.suffix in (".txt", ".log")
+
+
+def read(path: Path) -> Dump:
+    """Read every tensor whose name is a point's; raise `InputError` if none is.
+
+    Of several forward passes the one with most rows is read.
+    """
     tokens: list[int] = []
-    passes: list[dict[str, Block]] = []
-    seen: set[tuple[str, str]] = set()
-    for block in _blocks(path, tokens):
-        key = block.name, block.point
-        if not passes or key in seen:  # the graph from its beginning
-            passes.append({})
-            seen.clear()
-        seen.add(key)
-        passes[-1][block.point] = block
+    passes = _passes(_blocks(path, tokens))
     if not passes:
         raise InputError(
             f"{path}: no tensor of llama-eval-callback in it that is a point of K2's; expected "
@@ -107,39 +104,74 @@ def read_llamacpp(path: Path) -> Printed:
     longest = max(passes, key=_rows)
     total, first = _rows(longest), longest is passes[0]
     size = sum(total * prod(b.shape) // _rows({"": b}) for b in longest.values())
-    if size > LIMIT:
+    if size > MOST_NUMBERS:
         raise InputError(
-            f"{path}: {size} numbers in {total} rows, of which six are printed; at most {LIMIT} "
-            "are read: print a shorter prompt"
+            f"{path}: {size} numbers in {total} rows, of which six are printed; at most "
+            f"{MOST_NUMBERS} are read: print a shorter prompt"
         )
     notes = []
     if len(passes) > 1:
         notes.append(f"{len(passes)} forward passes; that with most rows, {total}, is read")
     arrays = {point: _array(path, block) for point, block in longest.items()}
-    digits = [n for b in longest.values() for n in b.numbers if "." in n]
-    step = 0.5 * 10.0 ** -len(digits[0].partition(".")[2]) if digits else 0.0
-    short = {point: len(x) for point, x in arrays.items() if len(x) < total}
-    for point, rows in short.items():  # the rows that logits were asked of: the last ones
-        x, arrays[point] = arrays[point], np.full((total, *arrays[point].shape[1:]), np.nan)
-        arrays[point][total - rows :] = x
-    notes += _whole_choices(arrays)
+    short = _pad_rows(arrays, total)
+    notes += _drop_partial_choices(arrays)
     notes += [f"{p}: {short[p]} of {total} rows, taken as the last" for p in arrays if p in short]
     known = tokens[:total] if first else tokens
-    return Printed(arrays, known if len(known) == total else None, step, tuple(notes))
+    partial = frozenset(n for n, x in arrays.items() if np.isnan(x).any())
+    found = known if len(known) == total else None
+    step = _half_of_last_decimal(longest)
+    return Dump(path, arrays, found, "float32", partial, step, notes=tuple(notes))
+
+
+def _passes(blocks: Iterator[Block]) -> list[dict[str, Block]]:
+    """Return each forward pass as its blocks by point: a name seen before begins the next one."""
+    passes: list[dict[str, Block]] = []
+    seen: set[tuple[str, str]] = set()
+    for block in blocks:
+        key = block.name, block.point
+        if not passes or key in seen:  # the graph from its beginning
+            passes.append({})
+            seen.clear()
+        seen.add(key)
+        passes[-1][block.point] = block
+    return passes
+
+
+def _pad_rows(arrays: Arrays, total: int) -> dict[str, int]:
+    """Put NaN before the rows of arrays that have fewer than `total`: point → its own rows.
+
+    Such arrays hold the rows whose logits were asked for, which are the last ones.
+    """
+    short = {point: len(x) for point, x in arrays.items() if len(x) < total}
+    for point, rows in short.items():
+        x, arrays[point] = arrays[point], np.full((total, *arrays[point].shape[1:]), np.nan)
+        arrays[point][total - rows :] = x
+    return short
+
+
+def _half_of_last_decimal(blocks: dict[str, Block]) -> float:
+    """Return half a unit of the last decimal that was printed."""
+    first = next((n for b in blocks.values() for n in b.numbers if "." in n), None)
+    return 0.5 * 10.0 ** -len(first.partition(".")[2]) if first else 0.0
 
 
 def _rows(blocks: dict[str, Block]) -> int:
+    """Return the largest number of rows of these tensors."""
     return max(b.shape[1] if _turned(b) else b.shape[2] for b in blocks.values())
 
 
 def _turned(block: Block) -> bool:
-    """[.., T, H, R], [.., T, 1, R] or [.., T, K, 1]; others are [.., T, D]."""
+    """Tell whether the rows are the last axis but two: [.., T, H, R], [.., T, 1, R], [.., T, K, 1].
+
+    Those of other tensors are the last but one, [.., T, D].
+    """
     one_each = block.point.endswith("#weights") and block.shape[3] == 1
     return one_each or block.point.endswith(("#q_pe", "#k_pe"))
 
 
 def _array(path: Path, block: Block) -> np.ndarray:
-    x = _placed(block.shape, block.numbers)
+    """Return a tensor [T, ...] with NaN where it was not printed."""
+    x = _place(block.shape, block.numbers)
     if x is None:
         raise InputError(
             f"{path}: {block.name} is {list(reversed(block.shape))} and {len(block.numbers)} "
@@ -151,8 +183,11 @@ def _array(path: Path, block: Block) -> np.ndarray:
     return x.reshape((a, b * c) if _turned(block) else (b, c))
 
 
-def _whole_choices(arrays: dict[str, np.ndarray]) -> list[str]:
-    """Choices with holes tell nothing, and weights in their order no more."""
+def _drop_partial_choices(arrays: Arrays) -> list[str]:
+    """Remove choices of experts that are not all printed, and the weights in their order.
+
+    Returns notes of what was removed.
+    """
     gates = [p.removesuffix("#experts") for p in arrays if p.endswith("gate#experts")]
     holes = [g for g in gates if np.isnan(arrays[f"{g}#experts"]).any()]
     lost = [p for p in arrays if p.endswith("gate#weights") and p[:-8] not in set(gates)]
@@ -167,7 +202,7 @@ def _whole_choices(arrays: dict[str, np.ndarray]) -> list[str]:
 
 
 def _blocks(path: Path, tokens: list[int]) -> Iterator[Block]:
-    """Headers with the numbers that follow, in order; `tokens` is filled with their ids."""
+    """Yield the printed tensors in order; `tokens` is filled with the ids that the tool logs."""
     head: Block | None = None
     numbers: list[str] = []
     expected = 0
@@ -197,6 +232,7 @@ def _blocks(path: Path, tokens: list[int]) -> Iterator[Block]:
 
 
 def _block(head: re.Match[str], numbers: list[str]) -> Block | None:
+    """Return the tensor of a header; None where it is no point, or of no shape that is known."""
     ne = [int(n) for n in head[5].split(",") if n.strip().isdecimal() and len(n) < 15]
     point = _point(head[1].strip(), head[3], head[4])
     if point is None or not 2 <= len(ne) <= 4 or min(ne) < 1 or ne[3:] not in ([], [1]):
@@ -206,7 +242,7 @@ def _block(head: re.Match[str], numbers: list[str]) -> Block | None:
 
 
 def _point(name: str, op: str, sources: str) -> str | None:
-    """None for what is no point: also views and reshapes, `q-0 (view)`."""
+    """Return the point's name; None for what is no point, as views and reshapes, `q-0 (view)`."""
     base, _, layer = name.rpartition("-")
     if not layer.isdecimal():
         found = NAMES.get(name)
@@ -221,8 +257,11 @@ def _point(name: str, op: str, sources: str) -> str | None:
     return f"model.layers.{int(layer)}" + (end if end[:1] in ("", "#") else f".{end}")
 
 
-def _placed(shape: tuple[int, ...], numbers: list[str]) -> np.ndarray | None:
-    """The printed numbers where they stand; None if their count is that of no way to print."""
+def _place(shape: tuple[int, ...], numbers: list[str]) -> np.ndarray | None:
+    """Return the tensor with the printed numbers in their places, NaN elsewhere.
+
+    None if there are as many numbers as no way to print this shape would give.
+    """
     for tail in (3, 0):  # newer prints show the last three as well
         axes = [
             list(range(n)) if n <= 3 + tail else [*range(3), *range(n - tail, n)] for n in shape
@@ -233,3 +272,6 @@ def _placed(shape: tuple[int, ...], numbers: list[str]) -> np.ndarray | None:
             out[np.ix_(*axes)] = np.where(np.isnan(values), np.inf, values)  # a fault, no hole
             return out
     return None
+
+
+register(Reader("llama.cpp", ".txt", recognise, read))

@@ -1,6 +1,4 @@
-"""SGLang's dumper (sgl-project/sglang, python/sglang/srt/debug_utils/dumper.py).
-
-A folder with a file for each tensor, named by its tags:
+"""A folder of SGLang's dumper, with a file for each tensor, named by its tags.
 
     step=0___rank=0___dump_index=7___name=NAME___layer_id=3.pt    {"value": tensor, "meta": {...}}
 
@@ -10,9 +8,11 @@ what the user called it, with `layer_id` beside it. The server's head is called 
 logits are those of each pass' last row (`next_token_logits`).
 
 Steps are forward passes. Those of one prompt follow each other, as `positions` tell, and are read
-as one sequence; without positions all of them are. Ranks that hold the same are one. Parts are put
-together along the axis that `dims` names in `meta`: "t h[tp]" (comparator/dims_spec), older
+as one sequence; without positions all steps are. Ranks that hold equal tensors are read once. Parts
+are put together along the axis that `dims` names in `meta`: "t h[tp]" (comparator/dims_spec), older
 "t h(tp)". Parts without `dims` are not read, and the notes say so.
+
+Source: sgl-project/sglang, python/sglang/srt/debug_utils/dumper.py.
 """
 
 import os
@@ -24,35 +24,62 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refmoe.files import InputError
-from refmoe.oracle.readers.torch_file import ForeignError, read_torch
+from refmoe.oracle.readers.arrays import dump_of_arrays
+from refmoe.oracle.readers.base import MOST_NUMBERS, Arrays, Dump, Reader, register
+from refmoe.oracle.readers.torch_file import ForeignError, load_torch
 
 INPUTS = {"o_proj": "#context", "down_proj": ".act"}  # a module's input that is a point
 FIRST = ("0", "x", "input", "input_", "hidden_states")
 FIELDS = ("seq_lens", "req_pool_indices", "rids", "position_ids", "cu_seqlens_q", "cu_seqlens_kv")
 LOGITS = "next_token_logits"
-LIMIT = 1 << 28  # numbers of the logits, where most rows are unknown
 DIM = re.compile(r"(?:\w+|\([\w*]+\))(?:\[(\S+)\]|\((\S+)\))?")
 
 Files = dict[str, dict[int, dict[int, Path]]]  # name → step → rank
 
 
-class Folder(NamedTuple):
-    arrays: dict[str, np.ndarray]
-    tokens: np.ndarray | None
-    partial: frozenset[str]
-    notes: tuple[str, ...]
+class _Whole(NamedTuple):
+    """Tensors whose parts and steps are put together."""
+
+    arrays: Arrays
+    lengths: dict[int, int]  # step → rows, where input_ids or positions tell
+    unread: dict[str, str]  # name → why it could not be put together
 
 
-def read_sglang(folder: Path) -> Folder:
-    """Every tensor of the folder, a name at a time. `InputError` where a file cannot be read."""
-    found, notes = _files(folder)
-    steps, said = _steps(folder, found)
+def recognise(path: Path) -> bool:
+    """Tell whether this is a folder; `read` says whether it is one of the dumper's."""
+    return path.is_dir()
+
+
+def read(path: Path) -> Dump:
+    """Read every tensor of the folder, a name at a time.
+
+    Raises `InputError` where a file cannot be read, or holds several prompts.
+    """
+    found, notes = _find_files(path)
+    steps, said = _steps_of_prompt(path, found)
     if steps is not None:
         found = {n: {s: by[s] for s in by.keys() & steps} for n, by in found.items()}
-    arrays: dict[str, np.ndarray] = {}
-    lengths: dict[int, int] = {}  # step → rows
-    unread: dict[str, str] = {}
+    arrays, lengths, unread = _put_together(found)
     partial = frozenset[str]()
+    if LOGITS in found and "lm_head" not in arrays:
+        logits = _logits(found[LOGITS], lengths)
+        if isinstance(logits, str):
+            unread[LOGITS] = logits
+        else:
+            arrays["lm_head"], partial = logits, frozenset({"lm_head"})
+    notes += said + _grouped(unread)
+    used = {step for by_step in found.values() for step in by_step}
+    if len(used) > 1:
+        notes.append(f"{len(used)} steps are read as one sequence")
+    tokens, _ = arrays.pop("input_ids", None), arrays.pop("positions", None)
+    return dump_of_arrays(path, arrays, tokens, tuple(notes), partial)
+
+
+def _put_together(found: Files) -> _Whole:
+    """Join the parts of each tensor's ranks and the rows of its steps."""
+    arrays: Arrays = {}
+    lengths: dict[int, int] = {}
+    unread: dict[str, str] = {}
     for name, by_step in found.items():
         if name == LOGITS or not by_step:
             continue
@@ -68,22 +95,11 @@ def read_sglang(folder: Path) -> Folder:
             unread[name] = "its shape is another in each step"
         else:
             arrays[name] = joined
-    if LOGITS in found and "lm_head" not in arrays:
-        logits = _logits(found[LOGITS], lengths)
-        if isinstance(logits, str):
-            unread[LOGITS] = logits
-        else:
-            arrays["lm_head"], partial = logits, frozenset({"lm_head"})
-    notes += said + _grouped(unread)
-    used = {step for by_step in found.values() for step in by_step}
-    if len(used) > 1:
-        notes.append(f"{len(used)} steps are read as one sequence")
-    tokens, _ = arrays.pop("input_ids", None), arrays.pop("positions", None)
-    return Folder(arrays, tokens, partial, tuple(notes))
+    return _Whole(arrays, lengths, unread)
 
 
-def _files(folder: Path) -> tuple[Files, list[str]]:
-    """The files by name, step and rank, in the order of dumping; nothing is opened."""
+def _find_files(folder: Path) -> tuple[Files, list[str]]:
+    """Return the files by name, step and rank, in the order of dumping, and notes; open none."""
     listed, others = [], 0
     with os.scandir(folder) as scan:
         entries = list(scan)
@@ -120,6 +136,7 @@ def _files(folder: Path) -> tuple[Files, list[str]]:
 
 
 def _number(file: str, tags: dict[str, str], key: str) -> int:
+    """Return the number that a tag of a file's name has."""
     text = tags.get(key, "0")
     if not text.isdecimal() or len(text) > 18:
         raise InputError(f"{file}: {key} is {text!r}, expected a number; was the file renamed?")
@@ -127,12 +144,13 @@ def _number(file: str, tags: dict[str, str], key: str) -> int:
 
 
 def _layer(name: str) -> str | None:
+    """Return the number of the layer in a module path."""
     found = re.search(r"(?:^|\.)layers\.(\d+)(?:\.|$)", name)
     return found[1] if found else None
 
 
 def _point(tags: dict[str, str]) -> str | None:
-    """The engine's name for it, as adapters.py knows it; None for what is no result of a module."""
+    """Return a tensor's name as adapt.py knows it; None for what is no result of a module."""
     name = tags["name"]
     if name in ("input_ids", "positions"):
         return name  # also from within a layer
@@ -163,8 +181,12 @@ def _point(tags: dict[str, str]) -> str | None:
     return f"{module}#residual" if key == "1" and last.endswith("norm") else None
 
 
-def _steps(folder: Path, found: Files) -> tuple[set[int] | None, list[str]]:
-    """The steps of one prompt; None for all of them, where no positions tell."""
+def _steps_of_prompt(folder: Path, found: Files) -> tuple[set[int] | None, list[str]]:
+    """Return the steps of the prompt to read, the longest, and notes on the others.
+
+    The steps are None where no positions tell which belong together. Raises `InputError` where a
+    step holds several prompts, or no prompt is there from its beginning.
+    """
     prompts: list[list[int]] = []
     late: list[int] = []
     following: int | None = None
@@ -207,13 +229,14 @@ def _steps(folder: Path, found: Files) -> tuple[set[int] | None, list[str]]:
 
 
 def _rows(found: Files, steps: list[int]) -> int:
+    """Return the number of positions in these steps."""
     by_step = found["positions"]
     return sum(_load(by_step[s][min(by_step[s])])[0].size for s in steps)
 
 
 def _load(file: Path) -> tuple[Any, dict[str, Any]]:
-    """The value, lists of numbers as arrays, and the meta."""
-    saved = read_torch(file)
+    """Return the value of a file, lists of integers as arrays, and its meta."""
+    saved = load_torch(file)
     if not isinstance(saved, dict) or "value" not in saved:
         return saved, {}
     value, meta = saved["value"], saved.get("meta")
@@ -223,7 +246,7 @@ def _load(file: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def _whole(ranks: dict[int, Path]) -> np.ndarray | str:
-    """What all ranks hold together, or why that is not known."""
+    """Return what all ranks hold together, or in words why that is not known."""
     first, split, size = None, None, 0
     parts: dict[int, np.ndarray] = {}
     for rank, file in sorted(ranks.items()):
@@ -257,7 +280,10 @@ def _whole(ranks: dict[int, Path]) -> np.ndarray | str:
 
 
 def _split(dims: Any) -> tuple[int, str] | None:
-    """The axis that is split and by what kind of rank: "t h[tp]" → 1, tp. None: none, or not so."""
+    """Return the axis that is split, and by what kind of rank: "t h[tp]" → 1, tp.
+
+    None where no axis is split, several are, or one is in another way than in order.
+    """
     if not isinstance(dims, str):
         return None
     found = []
@@ -275,11 +301,15 @@ def _split(dims: Any) -> tuple[int, str] | None:
 
 
 def _same(x: np.ndarray, y: np.ndarray) -> bool:
+    """Tell whether two tensors are equal, NaN to NaN."""
     return x is y or (x.shape == y.shape and np.array_equal(x, y, equal_nan=x.dtype.kind == "f"))
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray | None:
-    """Rows of one step after those of another, behind a batch axis of one too."""
+    """Put the rows of one step after those of another, behind a batch axis of one too.
+
+    None where the shapes do not fit each other.
+    """
     if len(parts) == 1:
         return parts[0]
     if parts[0].ndim and len({x.shape[1:] for x in parts}) == 1:
@@ -290,7 +320,7 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray | None:
 
 
 def _logits(by_step: dict[int, dict[int, Path]], lengths: dict[int, int]) -> np.ndarray | str:
-    """[T, Z], NaN but for the last row of each step."""
+    """Return logits [T, Z], NaN but for the last row of each step, or in words why not."""
     out = None
     total = sum(lengths.values())
     end = 0
@@ -302,7 +332,7 @@ def _logits(by_step: dict[int, dict[int, Path]], lengths: dict[int, int]) -> np.
         if x is None or x.ndim != 2 or x.dtype.kind != "f" or len(x) > length:
             continue
         if out is None:
-            if total * x.shape[1] > LIMIT:
+            if total * x.shape[1] > MOST_NUMBERS:
                 return f"too many numbers for {total} rows; use a shorter prompt"
             out = np.full((total, x.shape[1]), np.nan, x.dtype)
         if x.shape[1] == out.shape[1]:  # NaN is "unknown" here: the engine's own becomes infinite
@@ -311,7 +341,7 @@ def _logits(by_step: dict[int, dict[int, Path]], lengths: dict[int, int]) -> np.
 
 
 def _grouped(reasons: dict[str, str]) -> list[str]:
-    """A line for all layers, or as many experts, of which the same is to be said."""
+    """Return a line for each reason, which stands for all layers and experts that it is said of."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name, why in reasons.items():
         groups.setdefault((re.sub(r"\.\d+(?=\W|$)", ".*", name), why), []).append(name)
@@ -322,4 +352,8 @@ def _grouped(reasons: dict[str, str]) -> list[str]:
 
 
 def _listed(steps: list[int]) -> str:
+    """Return the first of these numbers, and how many more there are."""
     return ", ".join(map(str, steps[:5])) + (f" and {len(steps) - 5} more" if steps[5:] else "")
+
+
+register(Reader("sglang", "or a folder of SGLang's dumper", recognise, read))

@@ -1,8 +1,9 @@
-"""What torch.save wrote, read without torch: no code of the pickle runs.
+"""A .pt or .pth file: what torch.save wrote, read without torch. No code of the pickle runs.
 
-A zip with data.pkl and one file a storage (torch.save since 1.6; pytorch/pytorch,
-torch/serialization.py). The pickle is interpreted by pickle's own machine, which can reach the
-names of `find_class` and nothing else.
+What was saved is a dict of tensors, or dicts and lists of them. The file is a zip with
+data.pkl and one file a storage (torch.save since 1.6; pytorch/pytorch, torch/serialization.py).
+The pickle is interpreted by pickle's own machine, which can reach the names of `find_class` and
+nothing else.
 """
 
 import io
@@ -19,9 +20,11 @@ import numpy as np
 
 from refmoe.files import InputError
 from refmoe.model.matrix import widen_bf16
+from refmoe.oracle.readers.arrays import dump_of_arrays, flatten
+from refmoe.oracle.readers.base import Dump, Reader, register
 
 PICKLE_LIMIT = 100_000_000  # bytes of data.pkl; tensors lie beside it
-EXPANDED = 1024  # a saved view may repeat its storage (one rotated key for 128 heads), not for ever
+EXPANDED = 1024  # times its storage: a view may repeat it (one rotated key for 128 heads)
 SMALL = 1 << 20  # numbers that any tensor may have
 
 _STORAGES: dict[str, Any] = {
@@ -42,14 +45,33 @@ class ForeignError(InputError):
     """A whole file, whose pickle asks for something that is no plain data."""
 
 
+def recognise(path: Path) -> bool:
+    """Tell whether this is a .pt or .pth file."""
+    return path.is_file() and path.suffix in (".pt", ".pth")
+
+
+def read(path: Path) -> Dump:
+    """Read every tensor of nested dicts and lists."""
+    value = load_torch(path)
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: a {type(value).__name__}, expected a dict of tensors")
+    return dump_of_arrays(path, flatten(path, value))
+
+
 @dataclass(frozen=True)
 class _Storage:
+    """The bytes that a tensor is a view of, and the name of their type."""
+
     kind: str
     data: bytes
 
 
-def read_torch(path: Path) -> Any:
-    """What was saved, tensors as arrays. `InputError` if it holds anything but plain data."""
+def load_torch(path: Path) -> Any:
+    """Return what was saved, tensors as arrays.
+
+    Raises `ForeignError` if the pickle asks for anything but plain data, `InputError` for a file
+    that is damaged or too large.
+    """
     try:
         with zipfile.ZipFile(path) as file:
             top = next((n for n in file.namelist() if n.endswith("/data.pkl")), None)
@@ -78,11 +100,11 @@ def read_torch(path: Path) -> Any:
 
 
 class _ForeignNameError(Exception):
-    pass
+    """The pickle asks for a name that `find_class` does not give."""
 
 
 class _Tensors(pickle.Unpickler):
-    """pickle's own machine with few names in reach; the API asks for a subclass."""
+    """Pickle's own machine with few names in reach; its API asks for a subclass."""
 
     def __init__(self, file: zipfile.ZipFile, prefix: str):
         raw = file.read(prefix + "data.pkl")
@@ -113,6 +135,7 @@ class _Tensors(pickle.Unpickler):
 
 
 def _tensor(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> np.ndarray:
+    """Return the tensor that `torch._utils._rebuild_tensor_v2` would make, as an array."""
     flat = np.frombuffer(storage.data, _STORAGES[storage.kind])
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
     if min(offset, *size, *stride, 0) < 0 or (prod(size) and last >= flat.size):
@@ -122,3 +145,6 @@ def _tensor(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> 
     steps = [s * flat.itemsize for s in stride]
     x = np.lib.stride_tricks.as_strided(flat[offset:], tuple(size), steps, writeable=False).copy()
     return widen_bf16(x) if storage.kind == "BFloat16Storage" else x
+
+
+register(Reader("torch", ".pt", recognise, read))

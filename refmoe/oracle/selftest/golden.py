@@ -32,7 +32,7 @@ import safetensors.numpy
 
 from refmoe.files import InputError
 from refmoe.oracle.trace import trace
-from refmoe.run.generate import prefill, working
+from refmoe.run.generate import generation_decoder, prefill
 from refmoe.run.load import Model, golden_folder, load
 from refmoe.weights.synthetic.members import write_member
 from refmoe.weights.synthetic.random import write_random
@@ -160,7 +160,7 @@ def _greedy(model: Model, prompt: Sequence[int], wanted: dict[str, Any]) -> floa
 
     Token by token over the cache, as generation goes, and along the witness's tokens.
     """
-    decoder = working(model)
+    decoder = generation_decoder(model)
     memory = decoder.caches()
     tie = 2 * BOUNDS[model.nx.name] * wanted["largest_logit"]
     logits = prefill(decoder, prompt, memory)

@@ -34,14 +34,15 @@ from typing import Any
 
 import numpy as np
 
+from refmoe.engines import PROFILES, Profile
 from refmoe.model.decoder import Decoder
 from refmoe.model.points import kind
-from refmoe.oracle.cause import inside
-from refmoe.oracle.check import Case
+from refmoe.oracle.cause import judged_points
+from refmoe.oracle.check import judge_dump
 from refmoe.oracle.faults.base import Fault, altered
-from refmoe.oracle.faults.dictionary import BY_ID, FAULTS, equivalent
-from refmoe.oracle.noise import PROFILES, Profile
-from refmoe.oracle.readers.dump import Dump
+from refmoe.oracle.faults.dictionary import BY_ID, same_as, select
+from refmoe.oracle.judge import Judgement
+from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.selftest.power import really_rounding
 from refmoe.oracle.trace import Recorder
 from refmoe.run.load import Model, load
@@ -83,7 +84,7 @@ class Mutant:
     checkpoint: str
     profile: str
     layer: int | None
-    case: Case
+    case: Judgement
 
     @property
     def detected(self) -> bool:
@@ -92,7 +93,7 @@ class Mutant:
     @property
     def placed(self) -> bool:
         point = self.case.report.point or ""
-        found = (point, *inside(point, self.case.report.judged_with(point)))
+        found = (point, *judged_points(point, self.case.report.judged_with(point)))
         at = rf"model\.layers\.{self.layer}(?!\d)"
         here = [p for p in found if self.layer is None or re.match(at, p)]
         return any(kind(p).endswith(self.fault.points) for p in here)
@@ -100,7 +101,7 @@ class Mutant:
     @property
     def named(self) -> bool:
         cause = self.case.report.cause
-        same = next((ids for ids in equivalent if self.fault.id in ids), (self.fault.id,))
+        same = same_as(self.fault.id)
         return cause is not None and bool({cause.id, *cause.equivalent} & set(same))
 
     def __str__(self) -> str:
@@ -140,8 +141,8 @@ def mutate(
     folder: Path, quick: bool = False, ids: Sequence[str] = (), seeds: int = 1, jobs: int = 1
 ) -> Iterator[tuple[Fault, Score]]:
     """Each fault with its score, in order; `jobs` processes of one thread each share them."""
+    wanted = select(ids)
     models = checkpoints(folder)
-    wanted = [f for f in FAULTS if not ids or f.id in ids]
     if jobs == 1:
         healthy = Healthy(models, quick)
         for fault in wanted:
@@ -247,13 +248,13 @@ class Healthy:
         """None where the fault is inert: judged by its effect in float64 if it was not detected."""
         model, profile = self.models[checkpoint], PROFILES[name]
         dump = self.dump(checkpoint, profile, fault, layer=layer, seed=seed)
-        case = Case(model, dump, profile=profile)
+        case = judge_dump(model, dump, profile=profile)
         if case.report.verdict != "fault":
             same = self.dump(checkpoint, profile, None, seed=seed).arrays
             if all(np.array_equal(x, same[name]) for name, x in dump.arrays.items()):
                 return None  # in this run it changed no bit
             exact = self.dump(checkpoint, PROFILES["float64"], fault, layer=layer, seed=seed)
-            effect = Case(model, exact, profile=profile).report
+            effect = judge_dump(model, exact, profile=profile).report
             most = max((p.multiple for p in effect.points), default=0.0)
             if most < EFFECT and not effect.router["unexplained"]:
                 return None
@@ -285,7 +286,8 @@ class Healthy:
             while strength > LEAST:
                 where = {"layer": first.layer, "strength": strength / 4}
                 dump = self.dump("tiny-k2", profile, fault, **where)
-                if Case(model, dump, profile=profile, explain=False).report.verdict != "fault":
+                found = judge_dump(model, dump, profile=profile, explain=False)
+                if found.report.verdict != "fault":
                     break
                 strength /= 4
             score.smallest[name] = strength

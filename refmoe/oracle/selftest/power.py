@@ -22,15 +22,15 @@ from typing import Any
 
 import numpy as np
 
+from refmoe.engines import PROFILES, Profile
 from refmoe.files import InputError
 from refmoe.model.decoder import Decoder, policy
 from refmoe.model.formats.fp8_block import E4M3, Fp8Block
 from refmoe.model.matrix import Matrix, dequantize, round_bf16
 from refmoe.model.numerics import round_float16
-from refmoe.oracle.cause import Cause
 from refmoe.oracle.check import check
-from refmoe.oracle.noise import PROFILES, Profile
-from refmoe.oracle.readers.dump import Dump
+from refmoe.oracle.judge import Cause
+from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.trace import Recorder
 from refmoe.run.load import Model, golden_folder, load
 from refmoe.weights.synthetic.members import write_member

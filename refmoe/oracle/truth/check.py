@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refmoe.engines import CONVENTIONS
+from refmoe.engines import CONVENTIONS, PROFILES, Profile, profile_of
 from refmoe.files import InputError
 from refmoe.oracle.judge import Report
-from refmoe.oracle.noise import PROFILES, UNIT, Profile, profile_of, rms
-from refmoe.oracle.readers.adapt import adapt
-from refmoe.oracle.readers.dump import Dump, fit
+from refmoe.oracle.noise import UNIT, rms
+from refmoe.oracle.readers.adapt import adapt, fit
+from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.replay import TOP
-from refmoe.oracle.statistics import ALPHA, SLACK, WIDE, Point
+from refmoe.oracle.statistics import ALPHA, SLACK, WIDE, PointResult
 from refmoe.oracle.trace import sketch
 from refmoe.oracle.truth.envelope import _tie, statistics
 from refmoe.oracle.truth.errors import differences, errors, lost, reached
@@ -293,7 +293,7 @@ class _Check:
         deviation = deviation * max(1.0, np.sqrt(len(self.truth.tokens) / rows.sum()))
         return _Row(error[rows], level[rows], mean, deviation, kind == "same")
 
-    def holm(self, rows: Mapping[str, _Row]) -> tuple[list[str], dict[str, Point]]:
+    def holm(self, rows: Mapping[str, _Row]) -> tuple[list[str], dict[str, PointResult]]:
         """The points outside, and every point with its share of what is explained."""
         normal, chance, judged = NormalDist(), {}, {}
         reach = -normal.inv_cdf(self.alpha / (2 * max(1, len(rows))))
@@ -304,7 +304,9 @@ class _Check:
             explained = np.exp(r.mean + log(SLACK) + reach * r.deviation)
             error, level = (float(np.sqrt((x**2).mean())) for x in (r.error, r.level))
             multiple = float((np.exp(found) / explained).max())
-            judged[path] = Point(str(_said(path)), error, level * float(explained[0]), multiple, ())
+            judged[path] = PointResult(
+                str(_said(path)), error, level * float(explained[0]), multiple, ()
+            )
         outside = []
         for i, path in enumerate(sorted(chance, key=lambda p: chance[p])):
             if chance[path] > self.alpha / (len(chance) - i):
@@ -344,7 +346,7 @@ class _Check:
 
     # --- words
 
-    def within(self, first: str, judged: Mapping[str, Point]) -> str:
+    def within(self, first: str, judged: Mapping[str, PointResult]) -> str:
         """Between which points the fault is."""
         before = self.names[: self.names.index(first)]
         good = [p for p in before if p in judged and judged[p].multiple <= 1]

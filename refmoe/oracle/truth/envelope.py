@@ -7,11 +7,12 @@ from math import log
 import numpy as np
 
 from refmoe.config import Config
+from refmoe.engines import Profile
 from refmoe.model.decoder import (
     Decoder,
 )
 from refmoe.model.points import kind
-from refmoe.oracle.noise import Profile, emulated
+from refmoe.oracle.noise import emulated
 from refmoe.oracle.statistics import LEAST_SPREAD
 from refmoe.oracle.truth.errors import _known_rms, differences, errors, reached
 from refmoe.oracle.truth.forward import Pass, Seen

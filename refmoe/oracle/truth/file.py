@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from refmoe.config import Config
-from refmoe.engines import Conventions
+from refmoe.engines import Conventions, Profile
 from refmoe.files import InputError
 from refmoe.model.decoder import (
     check_tokens,
 )
 from refmoe.model.numerics import PRECISIONS
-from refmoe.oracle.noise import UNIT, Profile
+from refmoe.oracle.noise import UNIT
 from refmoe.oracle.truth.layout import (
     COLUMNS,
     KEY,

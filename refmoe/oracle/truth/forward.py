@@ -5,21 +5,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refmoe.model.cache import LatentCache
-from refmoe.model.decoder import (
-    Decoder,
-    add_mlp,
-    attend,
-    embed,
-    mix,
-    mlp_input,
-)
-from refmoe.model.experts import ExpertsFrom, MoeWeights, add_shared_expert
+from refmoe.model.decoder import Decoder, LayerWeights
+from refmoe.model.experts import MoeWeights
 from refmoe.model.matrix import dequantize
-from refmoe.model.mla import Segment
-from refmoe.model.router import GateWeights, Routing, limit_groups, route, sigmoid
+from refmoe.model.router import GateWeights, limit_groups, sigmoid
 from refmoe.oracle.trace import sketch
 from refmoe.oracle.truth.layout import BLOCK, LOGITS, REFUSED, SMALL, TOTAL, WIDTH, Values
+from refmoe.run.layerwise import MemoryGroup, run_layer
 
 # --- what is kept of one forward pass -----------------------------------------------------------
 
@@ -121,65 +113,30 @@ class Pass(NamedTuple):
 
 
 def forward(passes: Sequence[Pass]) -> None:
-    """All of them at once, layer by layer; the logits in blocks of rows.
+    """Compute all passes at once, layer by layer, and the logits in blocks of rows.
 
     Every weight is asked for once for all passes, and of a layer's experts those that some pass
-    chose. Each pass does what it would alone, in that order, whatever the others do.
+    chose (`run/layerwise.py`). Each pass does what it would alone, whatever the others do.
     """
     first = passes[0].decoder
     with np.errstate(over="ignore", invalid="ignore"):  # points name what is not finite
-        rows = [_embedded(p) for p in passes]
+        groups = [_SeenGroup(p) for p in passes]
         for i in range(first.cfg.num_hidden_layers):
-            rows = _layer(i, passes, rows)
+            run_layer(i, first, groups)
         step = max(1, BLOCK // first.cfg.vocab_size)
-        for p, x in zip(passes, rows, strict=True):
-            for start in range(0, len(x), step):
-                p.decoder.head(x[start : start + step])
+        for group in groups:
+            for start in range(0, len(group.x), step):
+                group.decoder.head(group.x[start : start + step])
 
 
-def _embedded(p: Pass) -> np.ndarray:
-    ids = np.concatenate([np.asarray(tokens, np.intp) for tokens in p.prompts])
-    return embed(ids, p.decoder.embed_tokens, p.decoder.nx)
+class _SeenGroup(MemoryGroup):
+    """The rows of a pass, whose watcher is told the router of the layer at work."""
 
+    def __init__(self, p: Pass):
+        super().__init__(p.decoder, p.prompts)
+        self.seen = p.seen
 
-def _layer(i: int, passes: Sequence[Pass], rows: list[np.ndarray]) -> list[np.ndarray]:
-    """Layer i of all passes: x [T, D] of each → x' [T, D]."""
-    first = passes[0].decoder
-    cfg, w, experts = first.cfg, first.layers[i], first.experts[i]
-    scopes = [p.decoder.nx.within(f"model.layers.{i}.") for p in passes]
-    h, inputs, choices = [], [], []
-    for p, x, nx in zip(passes, rows, scopes, strict=True):
-        h.append(attend(x, w, list(_segments(p)), cfg, nx))
+    def begin_layer(self, i: int, w: LayerWeights) -> None:
         if isinstance(w.mlp, MoeWeights):
-            p.seen.gate = w.mlp.gate
-            inputs.append(mlp_input(h[-1], w, cfg, nx))
-            choices.append(route(inputs[-1], w.mlp.gate, cfg, nx.within("mlp.")))
-    if not isinstance(w.mlp, MoeWeights):
-        return [mix(x, w, experts, cfg, nx) for x, nx in zip(h, scopes, strict=True)]
-    sums = [np.zeros_like(x) for x in inputs]
-    chosen = np.unique(np.concatenate([c.experts.reshape(-1) for c in choices])).tolist()
-    nothing = np.zeros((0, cfg.hidden_size), inputs[0].dtype)  # to guess other layers' by
-    for batch in experts.batches(chosen, nothing):
-        here = ExpertsFrom(batch.__getitem__, experts.streamed)
-        for e in batch:
-            for x, choice, y, nx in zip(inputs, choices, sums, scopes, strict=True):
-                own, slots = np.nonzero(choice.experts == e)
-                if len(own):
-                    weights = choice.weights[own, slots][:, None]
-                    one = Routing(np.full_like(weights, e, np.intp), weights, *choice[2:])
-                    y[own] += nx.experts(x[own], one, here, nx.within("mlp."))
-    out = []
-    for x, inside, y, nx in zip(h, inputs, sums, scopes, strict=True):
-        mlp = nx.within("mlp.")
-        y = add_shared_expert(inside, mlp.point("experts", y), w.mlp, mlp)
-        out.append(add_mlp(x, y, nx))
-    return out
-
-
-def _segments(p: Pass) -> Iterator[Segment]:
-    """The prompts' rows, and a memory that is this layer's alone."""
-    start, nx = 0, p.decoder.nx
-    for tokens in p.prompts:
-        rows = slice(start, start + len(tokens))
-        yield Segment(rows, LatentCache(p.decoder.cfg, nx.dtype, p.decoder.cache_options.bf16))
-        start = rows.stop
+            self.seen.gate = w.mlp.gate
+        super().begin_layer(i, w)

@@ -11,12 +11,12 @@ import numpy as np
 
 import refmoe
 from refmoe.config import Config
+from refmoe.engines import PROFILES
 from refmoe.files import InputError
 from refmoe.model.decoder import (
     check_tokens,
     policy,
 )
-from refmoe.oracle.noise import PROFILES
 from refmoe.oracle.statistics import RUNS
 from refmoe.oracle.trace import write
 from refmoe.oracle.truth.envelope import each_run, emulation, sample

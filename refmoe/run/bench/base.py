@@ -1,4 +1,10 @@
-"""Measure how fast memory is read, and time a function."""
+"""Time functions, and measure the rate at which memory is read meanwhile.
+
+Rates of a shared machine change by half from one second to the next. So reading and measuring take
+turns, a ratio is of neighbours, and the middle one of all ratios counts; rates are the middle ones
+too, and the best is given beside them. Reading adds up 64-bit words, which the compiler makes as
+wide as the machine.
+"""
 
 import platform
 import time
@@ -12,18 +18,14 @@ import numpy as np
 
 from refmoe.fast import threads
 from refmoe.fast.kernels import VNNI, kernel
-from refmoe.fast.linear import Inputs, kernel_view, multiply
-from refmoe.model import matrix
-from refmoe.model.matrix import (
-    Matrix,
-    dequantize,
-)
+from refmoe.model.matrix import Matrix, dequantize
 
 READ = 1 << 29  # bytes: far beyond any cache
-ROUNDS = 15
+ROUNDS = 15  # measurements whose middle one counts
 
 
-def machine() -> str:
+def describe_machine() -> str:
+    """Return the processor, the threads in use, the form of the kernels, and Numba's version."""
     model = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -43,7 +45,7 @@ def _read(words):  # type: ignore
 
 
 class Stream:
-    """The rate at which this many threads read memory, in GB/s."""
+    """Measures the rate, in GB/s, at which the threads in use read memory."""
 
     def __init__(self) -> None:
         words = np.ones(READ // 8, np.uint64)
@@ -54,32 +56,31 @@ class Stream:
         self.rates = [self.measure()]
 
     def measure(self) -> float:
-        rate = self.nbytes / timed(partial(threads.pool().run, self.pieces)) / 1e9
+        """Read once, and return and keep the rate."""
+        rate = self.nbytes / time_call(partial(threads.pool().run, self.pieces)) / 1e9
         self.rates.append(rate)
         return rate
 
-    def beside(self, run: Callable[[], float]) -> float:
-        """`run`'s rate over that of reading before and after it."""
+    def compare(self, run: Callable[[], float]) -> float:
+        """Return the rate that `run` returns over that of reading before and after it."""
         before = self.rates[-1]
         rate = run()
         return 2 * rate / (before + self.measure())
 
     @property
     def rate(self) -> float:
+        """The middle one of all rates so far."""
         return float(np.median(self.rates))
 
 
-def timed(run: Callable[[], Any]) -> float:
+def time_call(run: Callable[[], Any]) -> float:
+    """Call a function and return the seconds that it took."""
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
 
 
-def _relative_error(name: str, m: Matrix, x: np.ndarray) -> float:
-    """RMS against float64 over 128 rows."""
-    few = matrix.rows(m, slice(0, 128))
-    known = kernel_view(few, fast=name.endswith("-fast"))
-    assert known is not None
-    (y,) = multiply([(Inputs(x), known)])
-    truth = x.astype(np.float64) @ dequantize(few, np.float64).T
+def relative_error(y: np.ndarray, x: np.ndarray, m: Matrix) -> float:
+    """Return the RMS error of y [T, O] against float64's x [T, I] times m [O, I], over its RMS."""
+    truth = x.astype(np.float64) @ dequantize(m, np.float64).T
     return float(np.sqrt(((y - truth) ** 2).mean() / (truth**2).mean()))

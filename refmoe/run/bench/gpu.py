@@ -1,9 +1,9 @@
-"""`refmoe bench gpu`: kernels beside a copy on the device, and tokens a second by placement.
+"""Measure a card: kernels beside a copy on the device, and tokens a second by placement.
 
 A kernel multiplies one token with eight matrices of K2's experts, which lie together as one, in
 four places one after another, so that no cache holds them; launches follow each other without
 waiting. Its rate is of weights. A copy reads and writes, and both count. Copy and kernel take
-turns, and the middle ratio of neighbours counts, as in `bench.py`.
+turns, and the middle ratio of neighbours counts.
 """
 
 import gc
@@ -20,20 +20,22 @@ from refmoe.fast.gpu.card import Card
 from refmoe.fast.gpu.kernels import FORMS
 from refmoe.fast.gpu.placement import Request
 from refmoe.model import matrix
-from refmoe.model.matrix import dequantize
+from refmoe.run.bench.base import relative_error
 from refmoe.run.bench.kernels import EIGHT, SHAPES, draw
-from refmoe.run.generate import prefill, step, working
+from refmoe.run.generate import generation_decoder, prefill, step
 from refmoe.run.load import Model, load
 from refmoe.weights.placement import on_card, parts_of
 
-COPIED = 1 << 28  # bytes
-PLACES = 4
-TIMES = 5  # each place, in one measurement
-ROUNDS = 11
-PROMPT, WARM, STEPS = 16, 4, 16
+COPIED = 1 << 28  # bytes of a copy: far beyond the card's cache
+PLACES = 4  # copies of a matrix, so that no cache holds what comes next
+TIMES = 5  # that each place is used in one measurement
+ROUNDS = 11  # measurements whose middle one counts
+ROWS = 128  # of which the error is measured
+PROMPT, WARM, STEPS = 16, 4, 16  # tokens: of the prompt, then not counted, then counted
 
 
-def _seconds(card: Card, run: Callable[[], Any]) -> float:
+def _time_on_card(card: Card, run: Callable[[], Any]) -> float:
+    """Return the seconds until the card has done what a function asks of it."""
     card.device.wait()
     began = time.perf_counter()
     run()
@@ -41,8 +43,8 @@ def _seconds(card: Card, run: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def kernels(card: Card, names: tuple[str, ...] = tuple(FORMS)) -> dict[str, Any]:
-    """GB/s of one token's products, over those of a copy just before and after."""
+def measure_kernels(card: Card, names: tuple[str, ...] = tuple(FORMS)) -> dict[str, Any]:
+    """Measure GB/s of one token's products, over those of a copy just before and after."""
     xp, rng = card.device.xp, np.random.default_rng(0)
     a, b = (xp.empty(COPIED // 4, np.float32) for _ in range(2))
 
@@ -50,7 +52,7 @@ def kernels(card: Card, names: tuple[str, ...] = tuple(FORMS)) -> dict[str, Any]
         b[...] = a
 
     def rate() -> float:
-        return 2 * COPIED / _seconds(card, copy) / 1e9
+        return 2 * COPIED / _time_on_card(card, copy) / 1e9
 
     rate()
     copies, rows = [rate()], []
@@ -66,10 +68,10 @@ def kernels(card: Card, names: tuple[str, ...] = tuple(FORMS)) -> dict[str, Any]
                     for m in places:
                         card.linear(there, m)
 
-            _seconds(card, all_places)  # compiled
+            _time_on_card(card, all_places)  # compiled
             rates, ratios = [], []
             for _ in range(ROUNDS):
-                seconds = _seconds(card, all_places)
+                seconds = _time_on_card(card, all_places)
                 rates.append(TIMES * PLACES * eight.nbytes / seconds / 1e9)
                 copies.append(rate())
                 ratios.append(2 * rates[-1] / (copies[-2] + copies[-1]))
@@ -80,7 +82,7 @@ def kernels(card: Card, names: tuple[str, ...] = tuple(FORMS)) -> dict[str, Any]
                     "cols": I,
                     "gbs": float(np.median(rates)),
                     "ratio": float(np.median(ratios)),
-                    "rel_error": _relative_error(card, there, places[0], x, eight),
+                    "rel_error": _error(card, there, places[0], x, eight),
                 }
             )
             card.forget()
@@ -88,17 +90,15 @@ def kernels(card: Card, names: tuple[str, ...] = tuple(FORMS)) -> dict[str, Any]
     return {"copy_gbs": float(np.median(copies)), "kernels": rows}
 
 
-def _relative_error(card: Card, there: Any, m: Any, x: np.ndarray, host: Any) -> float:
-    """RMS against float64 over 128 rows."""
-    y = card.fetch(card.linear(there, m))[0][:, :128]
-    few = matrix.rows(host, slice(0, 128))
-    truth = x.astype(np.float64) @ dequantize(few, np.float64).T
-    return float(np.sqrt(((y - truth) ** 2).mean() / (truth**2).mean()))
+def _error(card: Card, there: Any, m: Any, x: np.ndarray, host: Any) -> float:
+    """Return the relative error of the card's product over the first rows."""
+    y = card.fetch(card.linear(there, m))[0][:, :ROWS]
+    return relative_error(y, x, matrix.rows(host, slice(0, ROWS)))
 
 
-def decode(model: Model) -> float:
-    """Tokens a second, the middle of the steps after a prompt."""
-    decoder = working(model)
+def decode_rate(model: Model) -> float:
+    """Return tokens a second, the middle of the steps after a prompt."""
+    decoder = generation_decoder(model)
     memory = decoder.caches()
     rng = np.random.default_rng(1)
     count = PROMPT + WARM + STEPS
@@ -112,11 +112,14 @@ def decode(model: Model) -> float:
     return 1 / float(np.median(seconds[WARM:]))
 
 
-def placements(folder: Path | None, dense: str, vram: int | None) -> list[dict[str, Any]]:
-    """CPU alone; what every token uses on the card; experts as well, as many as fit."""
+def measure_placements(folder: Path | None, dense: str, vram: int | None) -> list[dict[str, Any]]:
+    """Measure decoding without the card; with what every token uses there; with experts as well.
+
+    As many experts go there as fit in `vram` bytes.
+    """
     model = load(folder, dense=dense)
     parts = parts_of(model.checkpoint, dense)
-    rows = [{"placement": "CPU only", "tok_s": decode(model), "vram_peak": None}]
+    rows = [{"placement": "CPU only", "tok_s": decode_rate(model), "vram_peak": None}]
     budget = gpu_placement.budget_of(vram, gpu_device.open_device())
     most = on_card(parts, budget, gpu_placement.CONTEXT, 4, parts.all_experts).experts
     del model
@@ -124,7 +127,7 @@ def placements(folder: Path | None, dense: str, vram: int | None) -> list[dict[s
         gc.collect()
         there = load(folder, dense=dense, gpu=Request(vram, experts))
         assert there.card is not None
-        rate = decode(there)
+        rate = decode_rate(there)
         name = "all on card" if experts == parts.all_experts else f"dense and {experts} experts"
         placement = name if experts else "dense on card"
         row = {"placement": placement, "tok_s": rate, "vram_peak": there.card.device.peak()}
@@ -133,17 +136,23 @@ def placements(folder: Path | None, dense: str, vram: int | None) -> list[dict[s
     return rows
 
 
-def bench_gpu(folder: Path | None, dense: str = "exact", vram: int | None = None) -> dict[str, Any]:
+def measure_gpu(
+    folder: Path | None, dense: str = "exact", vram: int | None = None
+) -> dict[str, Any]:
+    """Measure a card's kernels, and a checkpoint with nothing, much or all of it on the card.
+
+    `vram` is the budget in bytes; None: what is free. Raises `InputError` without a card.
+    """
     device = gpu_device.open_device()
     card = Card(device, gpu_placement.budget_of(vram, device))
-    found = kernels(card)
+    found = measure_kernels(card)
     del card
     gc.collect()
-    return {"device": device.name, **found, "decode": placements(folder, dense, vram)}
+    return {"device": device.name, **found, "decode": measure_placements(folder, dense, vram)}
 
 
-def gpu_table(document: dict[str, Any]) -> list[str]:
-    """For people."""
+def format_gpu(document: dict[str, Any]) -> list[str]:
+    """Return the lines that show a document of `measure_gpu` to people."""
     out = [f"{document['device']}: a copy reads and writes {document['copy_gbs']:.1f} GB/s"]
     out.append(f"{'kernel':<8}{'rows':>6}{'cols':>6}{'GB/s':>9}{'ratio':>7}  rel error")
     for r in document["kernels"]:

@@ -7,21 +7,24 @@ import numpy as np
 
 from refmoe.fast import threads
 from refmoe.fast.linear import Inputs, kernel_view, multiply
+from refmoe.model import matrix
 from refmoe.model.formats.bf16 import BF16
 from refmoe.model.formats.fp8_block import E4M3, Fp8Block
 from refmoe.model.formats.int4 import Int4
 from refmoe.model.formats.q8_0 import Q8
 from refmoe.model.matrix import Matrix
-from refmoe.run.bench.base import ROUNDS, Stream, _relative_error, machine, timed
+from refmoe.run.bench import base
+from refmoe.run.bench.base import Stream, describe_machine, relative_error, time_call
 from refmoe.run.export import q4_of
 
 NAMES = ("bf16", "q8", "int4-fast", "int4-exact", "q4-fast", "q4", "fp8", "f16", "f32")
 SHAPES = ((2048, 7168), (7168, 2048))  # K2's experts: gate and up, down
 EIGHT = 8  # matrices at once, as many as a token has experts
+ROWS = 128  # of which the error is measured
 
 
 def draw(name: str, O: int, I: int, rng: np.random.Generator) -> Matrix:
-    """A random matrix in this format."""
+    """Return a random matrix [O, I] in the format of one of `NAMES`."""
     if name.startswith("q4"):
         m = draw("int4", O, I, rng)
         assert isinstance(m, Int4)
@@ -42,13 +45,16 @@ def draw(name: str, O: int, I: int, rng: np.random.Generator) -> Matrix:
     return w.astype(np.float16) if name == "f16" else w
 
 
-def kernels(
+def measure_kernels(
     names: Sequence[str] = NAMES,
     counts: Sequence[int] = (),
     tokens: Sequence[int] = (1, 4),
     shapes: Sequence[tuple[int, int]] = SHAPES,
 ) -> dict[str, Any]:
-    """A row for each format, shape, number of threads and of tokens."""
+    """Measure each format, shape, number of tokens and of threads → a document with a row each.
+
+    `counts` are numbers of threads; none: one, and all there are.
+    """
     counts = list(counts) or sorted({1, threads.available()})
     rng = np.random.default_rng(0)
     streams: dict[int, Stream] = {}
@@ -61,7 +67,10 @@ def kernels(
             each = [draw(name, O, I, rng) for _ in range(EIGHT)]
             for T in tokens:
                 x = rng.standard_normal((T, I)).astype(np.float32)
-                error = _relative_error(name, each[0], x)
+                few = matrix.rows(each[0], slice(0, ROWS))
+                known = kernel_view(few, fast=name.endswith("-fast"))
+                assert known is not None
+                error = relative_error(multiply([(Inputs(x), known)])[0], x, few)
                 for count in counts:
                     threads.use(count)
                     rates, ratios = _rates(name, each, x, streams[count])
@@ -73,7 +82,7 @@ def kernels(
                     rows.append({**row, "rel_error": error})
     threads.use(threads.available())
     reading = {str(count): s.rate for count, s in streams.items()}
-    return {"machine": machine(), "stream_gbs": reading, "kernels": rows}
+    return {"machine": describe_machine(), "stream_gbs": reading, "kernels": rows}
 
 
 def _format(m: Matrix) -> str:
@@ -83,7 +92,7 @@ def _format(m: Matrix) -> str:
 def _rates(
     name: str, each: Sequence[Matrix], x: np.ndarray, stream: Stream
 ) -> tuple[list[float], list[float]]:
-    """GB/s of weights, and its ratios to reading."""
+    """Measure rates in GB/s of weights, and each one's ratio to that of reading."""
     known = [kernel_view(m, fast=name.endswith("-fast")) for m in each]
     here = [m for m in known if m is not None]
     nbytes = sum(m.nbytes for m in each)
@@ -91,10 +100,24 @@ def _rates(
 
     def run() -> float:
         inputs = Inputs(x)
-        rates.append(nbytes / timed(lambda: multiply([(inputs, m) for m in here])) / 1e9)
+        rates.append(nbytes / time_call(lambda: multiply([(inputs, m) for m in here])) / 1e9)
         return rates[-1]
 
     run()
     stream.measure()
     rates.clear()
-    return rates, [stream.beside(run) for _ in range(ROUNDS)]
+    return rates, [stream.compare(run) for _ in range(base.ROUNDS)]
+
+
+def format_kernels(document: dict[str, Any]) -> list[str]:
+    """Return the lines that show a document of `measure_kernels` to people."""
+    out = [document["machine"]]
+    for count, rate in document["stream_gbs"].items():
+        out.append(f"{count} threads read {rate:.1f} GB/s")
+    out.append(f"{'kernel':<12}{'rows':>6}{'cols':>6}{'tokens':>8}{'threads':>8}")
+    out[-1] += f"{'GB/s':>8}{'ratio':>7}  rel error"
+    for r in document["kernels"]:
+        shape = f"{r['rows']:>6}{r['cols']:>6}{r['tokens']:>8}{r['threads']:>8}"
+        rest = f"{r['gbs']:>8.1f}{r['ratio']:>7.2f}  {r['rel_error']:.1e}"
+        out.append(f"{r['name']:<12}{shape}{rest}")
+    return out

@@ -15,42 +15,50 @@ import numpy as np
 from refmoe.fast import threads
 from refmoe.files import InputError, read_object
 from refmoe.model import matrix
-from refmoe.model.matrix import (
-    bf16_bits,
-    dequantize,
-)
-from refmoe.run.bench.base import machine, timed
-from refmoe.run.bench.decode import decode, random_tokens
-from refmoe.run.bench.prefill import prompt
+from refmoe.model.matrix import bf16_bits, dequantize
+from refmoe.run.bench.base import describe_machine, time_call
+from refmoe.run.bench.decode import measure_decode
+from refmoe.run.bench.model import random_tokens
+from refmoe.run.bench.prefill import measure_prefill
 from refmoe.run.export import to_gguf
-from refmoe.run.generate import working
+from refmoe.run.generate import generation_decoder
 from refmoe.run.load import Model, load
 from refmoe.version import __version__ as refmoe_version
 from refmoe.weights.checkpoint import Checkpoint, expected
 from refmoe.weights.synthetic.random import SINGLE
 from refmoe.weights.writer import Spec, write_stream
 
+Row = tuple[str, str, float, float]  # engine, version, tok/s decoding and of a prompt
 
-def peers(
+
+def measure_peers(
     folder: Path | None, scratch: Path | None = None, steps: int = 8, length: int = 128
 ) -> dict[str, Any]:
-    """refmoe, transformers (bf16, eager, cached) and llama.cpp (Q4_0 experts, the rest Q8_0) on one
-    checkpoint, in one run: those of them that are installed."""
+    """Measure refmoe, transformers and llama.cpp on one checkpoint, in one run.
+
+    transformers computes in bf16, eager, cached; llama.cpp has experts in Q4_0 and the rest in
+    Q8_0. Those that are not installed are left out.
+
+    scratch  a folder for the files that the others need; None: the system's
+    steps    tokens that are decoded; length: of the prompt
+    Raises `InputError` if none of the others is installed.
+    """
     rows: list[Row] = []
     for dense in ("exact", "q8"):
         model = load(folder, dense=dense)
-        decoder = working(model)
-        one, many = decode(model, decoder, 16, steps), prompt(model, decoder, length)
+        decoder = generation_decoder(model)
+        one = measure_decode(model, decoder, 16, steps)
+        many = measure_prefill(model, decoder, length)
         rows.append((f"refmoe, {dense}", refmoe_version, one["tok_s"], many["tok_s"]))
     ids = random_tokens(model, length)
-    for engine, run in (("transformers", _transformers), ("llama_cpp", _llamacpp)):
+    for engine, run in (("transformers", _measure_transformers), ("llama_cpp", _measure_llamacpp)):
         if importlib.util.find_spec(engine) is not None:
             rows.append(run(model, scratch, ids, steps))
     if len(rows) == 2:
         raise InputError("no peer is installed: pip install 'refmoe[peers]', or llama-cpp-python")
     (_, _, base_decode, base_prefill), *_ = rows
     return {
-        "machine": machine(),
+        "machine": describe_machine(),
         "rows": [
             {
                 "engine": engine,
@@ -65,11 +73,18 @@ def peers(
     }
 
 
-Row = tuple[str, str, float, float]  # engine, version, tok/s decoding and of a prompt
+def format_peers(document: dict[str, Any]) -> list[str]:
+    """Return the lines that show a document of `measure_peers` to people."""
+    out = [f"{'engine':<14}{'version':<12}{'decode':>9}{'prefill':>9}{'ratios':>14}"]
+    for r in document["rows"]:
+        ratios = f"{r['ratio_decode']:.2f}, {r['ratio_prefill']:.2f}"
+        speeds = f"{r['decode_tok_s']:>9.2f}{r['prefill_tok_s']:>9.1f}"
+        out.append(f"{r['engine']:<14}{r['version']:<12}{speeds}{ratios:>14}")
+    return out
 
 
-def _llamacpp(model: Model, scratch: Path | None, ids: list[int], steps: int) -> Row:
-    """Exported, and with the cache and batch it comes with."""
+def _measure_llamacpp(model: Model, scratch: Path | None, ids: list[int], steps: int) -> Row:
+    """Measure llama.cpp on the exported checkpoint, with the cache and batch it comes with."""
     llama: Any = importlib.import_module("llama_cpp")
     with tempfile.TemporaryDirectory(dir=scratch) as tmp:
         file = Path(tmp) / "model.gguf"
@@ -79,16 +94,16 @@ def _llamacpp(model: Model, scratch: Path | None, ids: list[int], steps: int) ->
         engine.reset()
         first = []
         for _ in range(2):
-            first.append(timed(partial(engine.eval, ids)))
+            first.append(time_call(partial(engine.eval, ids)))
             engine.reset()
         engine.eval(ids[:16])
-        each = [timed(partial(engine.eval, [token])) for token in ids[16 : 16 + 2 * steps]]
+        each = [time_call(partial(engine.eval, [token])) for token in ids[16 : 16 + 2 * steps]]
         engine.close()
     return "llama.cpp", str(llama.__version__), 1 / min(each[steps:]), len(ids) / min(first)
 
 
-def _transformers(model: Model, scratch: Path | None, ids: list[int], steps: int) -> Row:
-    """On the same values, routed experts dequantised to bf16: four times the bytes."""
+def _measure_transformers(model: Model, scratch: Path | None, ids: list[int], steps: int) -> Row:
+    """Measure transformers on the same values, routed experts in bf16: four times the bytes."""
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
     with tempfile.TemporaryDirectory(dir=scratch) as tmp:
@@ -104,12 +119,12 @@ def _transformers(model: Model, scratch: Path | None, ids: list[int], steps: int
         with torch.inference_mode():
             prompt = torch.tensor([ids])
             peer(prompt, logits_to_keep=1)
-            first = [timed(lambda: peer(prompt, logits_to_keep=1)) for _ in range(2)]
+            first = [time_call(lambda: peer(prompt, logits_to_keep=1)) for _ in range(2)]
             past = peer(prompt[:, :16], use_cache=True).past_key_values
             each = []
             for token in ids[16 : 16 + 2 * steps]:
                 one = torch.tensor([[token]])
-                each.append(timed(partial(peer, one, past_key_values=past, use_cache=True)))
+                each.append(time_call(partial(peer, one, past_key_values=past, use_cache=True)))
     return (
         "transformers",
         str(transformers.__version__),
@@ -119,7 +134,7 @@ def _transformers(model: Model, scratch: Path | None, ids: list[int], steps: int
 
 
 def _write_bf16(folder: Path, out: Path) -> None:
-    """The checkpoint without quantisation, every matrix rounded to bf16, as `deepseek_v3`."""
+    """Write the checkpoint as `deepseek_v3`, without quantisation, every matrix in bf16."""
     checkpoint = Checkpoint.open(folder)
     raw = read_object(folder / "config.json")
     raw = {k: v for k, v in raw.items() if k != "quantization_config"}

@@ -1,44 +1,32 @@
-"""Measure how fast a prompt is taken in."""
+"""Measure prefill: how fast a prompt is taken in."""
 
-import time
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from refmoe.fast import threads
 from refmoe.model.decoder import Decoder
-from refmoe.run.bench.base import Stream, timed
-from refmoe.run.bench.decode import Clock, random_tokens
+from refmoe.run.bench.base import Stream, time_call
+from refmoe.run.bench.model import random_tokens, summarize, watch_clock
 from refmoe.run.generate import prefill
 from refmoe.run.load import Model
 
 
-def prompt(model: Model, decoder: Decoder, count: int = 128, runs: int = 5) -> dict[str, Any]:
-    """A whole prompt at once; the head of its last token alone."""
+def measure_prefill(
+    model: Model, decoder: Decoder, count: int = 128, runs: int = 5
+) -> dict[str, Any]:
+    """Measure a prompt of `count` random tokens, taken whole, with the head of its last token.
+
+    Its bytes are those of all weights, once, whatever the router chooses.
+    """
     stream, ids = Stream(), random_tokens(model, count)
     prefill(decoder, ids, decoder.caches())
     nbytes = sum(t.nbytes for n, t in model.checkpoint.tensors.items() if "embed_tokens" not in n)
     rates: list[float] = []
 
     def once() -> float:
-        rates.append(count / timed(lambda: prefill(decoder, ids, decoder.caches())))
+        rates.append(count / time_call(lambda: prefill(decoder, ids, decoder.caches())))
         return nbytes / count * rates[-1] / 1e9
 
     stream.measure()
-    ratios = [stream.beside(once) for _ in range(runs)]
-    clock = Clock()
-    watched = decoder.using(replace(decoder.nx, watch=clock))
-    clock.last = time.perf_counter()
+    ratios = [stream.compare(once) for _ in range(runs)]
+    watched, clock = watch_clock(decoder)
     prefill(watched, ids, watched.caches())
-    rate = float(np.median(rates))
-    return {
-        "tok_s": rate,
-        "tok_s_best": max(rates),
-        "bytes_per_token": nbytes // count,
-        "gbs": nbytes / count * rate / 1e9,
-        "stream_gbs": stream.rate,
-        "ratio": float(np.median(ratios)),
-        "threads": threads.pool().threads,
-        "parts": {part: s / count for part, s in clock.seconds.items()},
-    }
+    return summarize(rates, ratios, stream, nbytes / count, clock, count)

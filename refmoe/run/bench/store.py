@@ -1,4 +1,4 @@
-"""How well weights larger than memory are streamed: `refmoe bench store`.
+"""Measure how well weights larger than memory are streamed.
 
     ratio = tok/s · bytes read a token / the disk's own rate for such reads
 
@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 
 from refmoe.files import InputError
-from refmoe.run.bench.base import timed
-from refmoe.run.bench.decode import random_tokens
-from refmoe.run.generate import prefill, step, working
+from refmoe.run.bench.base import time_call
+from refmoe.run.bench.model import random_tokens
+from refmoe.run.generate import generation_decoder, prefill, step
 from refmoe.run.load import load
 from refmoe.weights.streaming.reader import high_water
 
 WARM = 2  # tokens before counting begins
 
 
-def bench_store(
+def measure_store(
     path: str | Path | None,
     ram: int | None,
     steps: int = 12,
@@ -31,28 +31,32 @@ def bench_store(
     dense: str = "exact",
     reads: str | None = None,
 ) -> dict[str, Any]:
-    """Decode under a budget. Raises `InputError` without one, or where all fits into it."""
+    """Measure decoding with `ram` bytes for weights.
+
+    steps   tokens that are decoded, after a prompt of `prompt` tokens
+    Raises `InputError` without a budget, and where everything fits into it.
+    """
     if ram is None:
         raise InputError("--ram BYTES: the budget, like 4GB")
     model = load(path, dense=dense, ram=ram, reads=reads)
     store = model.store
     if store is None:
         raise InputError(f"{ram / 1e9:.1f} GB: all fits, or lies in memory; nothing is streamed")
-    decoder = working(model, int4)
+    decoder = generation_decoder(model, int4)
     memory = decoder.caches()
     ids = random_tokens(model, prompt + WARM + steps)
     prefill(decoder, ids[:prompt], memory)
     for token in ids[prompt : prompt + WARM]:
         step(decoder, token, memory)
     sample = max(256 << 20, store.slot)
-    rates = [store.read_rate(sample)]
+    rates = [store.arena.measure_read_rate(sample)]
     store.reset()
     seconds = [
-        timed(lambda token=token: step(decoder, token, memory))  # type: ignore[misc]
+        time_call(lambda token=token: step(decoder, token, memory))  # type: ignore[misc]
         for token in ids[prompt + WARM :]
     ]
     counters = store.counters
-    rates.append(store.read_rate(sample))
+    rates.append(store.arena.measure_read_rate(sample))
     kept = sum(c.stored[0].nbytes + c.stored[1].nbytes for c in memory)
     total, disk = float(np.sum(seconds)), float(np.mean(rates))
     missed = counters.bytes_read / steps
@@ -75,8 +79,9 @@ def bench_store(
     }
 
 
-def store_table(d: dict[str, Any]) -> list[str]:
-    """For people."""
+def format_store(document: dict[str, Any]) -> list[str]:
+    """Return the lines that show a document of `measure_store` to people."""
+    d = document
     hit = "none" if d["hit_rate"] is None else f"{d['hit_rate']:.1%}"
     guess = "none made" if d["guess_rate"] is None else f"{d['guess_rate']:.1%} right"
     return [

@@ -1,12 +1,11 @@
-"""Keep a sweep's state in files, so that a killed one goes on."""
+"""Keep the rows and points of a sweep in files, and hold the folder that they lie in."""
 
 import errno
 import importlib
-import json
 import mmap
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -14,14 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.files import InputError, write_atomically
-from refmoe.run.sweep.work import COPIED, Work
+from refmoe.files import InputError
+from refmoe.run.sweep.plan import SweepPlan
 
-# --- files --------------------------------------------------------------------------------------
+COPIED = 1 << 24  # bytes that are copied at once
 
 
 class Rows:
-    """A file of rows, mapped while some of them are read or written: its pages are given back."""
+    """A file of rows, mapped while some are read or written; its pages are then given back.
+
+    A file of another size is laid out anew. Raises OSError where the disk has no room for it.
+    """
 
     def __init__(self, file: Path, shape: tuple[int, ...], dtype: Any):
         size = prod(shape) * np.dtype(dtype).itemsize
@@ -45,20 +47,20 @@ class Rows:
         self.release()
 
     def release(self) -> None:
-        """Let go of the pages; what is in them stays in the file."""
+        """Give the pages back to the system; what is in them stays in the file."""
         pages: Any = self.map._mmap  # type: ignore[attr-defined]
         if hasattr(mmap, "MADV_DONTNEED"):
             pages.madvise(mmap.MADV_DONTNEED)
 
     def flush(self) -> None:
-        """To the disk."""
+        """Wait until all rows are on the disk."""
         self.map.flush()
         with self.file.open("rb+") as raw:
             os.fsync(raw.fileno())
 
 
 def _allocate(fd: int, size: int) -> None:
-    """Place for so many bytes, now: a mapped file that runs out of it later kills the process."""
+    """Make room for so many bytes now: a mapped file that has none later kills the process."""
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(fd, 0, size)
@@ -74,15 +76,16 @@ def _allocate(fd: int, size: int) -> None:
 
 
 class Points:
-    """A watcher that appends what is wanted to a file for each point, rows in order."""
+    """A watcher that appends the points wanted to a file each, rows in order."""
 
     def __init__(self, folder: Path, wanted: frozenset[str], experts: int):
         self.folder, self.wanted = folder, wanted
         self.ids = np.int16 if experts <= 1 << 15 else np.int32
-        self.kept: dict[str, list[Any]] = {}  # name → dtype, shape of a row
-        self.rows: np.ndarray | None = None  # those of an expert's batch among all
+        self.kept: dict[str, list[Any]] = {}  # name → dtype, shape of a row; in this layer
+        self.rows: np.ndarray | None = None  # of all rows, those that an expert is computing
 
     def wants(self, path: str) -> bool:
+        """Return whether a point is one of those wanted, whatever the prompt."""
         return path.partition("@")[0] in self.wanted
 
     def __call__(self, path: str, x: np.ndarray) -> np.ndarray:
@@ -97,6 +100,7 @@ class Points:
         return x
 
     def append(self, name: str, x: np.ndarray) -> None:
+        """Append rows to a point's file, which a new layer begins anew."""
         mode = "ab" if name in self.kept else "wb"
         self.folder.mkdir(exist_ok=True)
         with (self.folder / name).open(mode) as file:  # they may be thousands: none stays open
@@ -104,7 +108,7 @@ class Points:
         self.kept[name] = [x.dtype.name, list(x.shape[1:])]
 
     def finish(self) -> dict[str, list[Any]]:
-        """All to the disk → what they are."""
+        """Wait until all files are on the disk → name, and dtype and shape of a row."""
         for name in self.kept:
             with (self.folder / name).open("rb+") as file:
                 os.fsync(file.fileno())
@@ -113,8 +117,11 @@ class Points:
 
 
 @contextmanager
-def _locked(folder: Path, restart: bool) -> Iterator[None]:
-    """One process at a time; `restart` empties the folder."""
+def lock_folder(folder: Path, restart: bool) -> Iterator[None]:
+    """Hold a folder, made if it is not there, for this process alone; `restart` empties it.
+
+    Raises `InputError` if another process holds it, or if it is no sweep's.
+    """
     there = folder.is_dir() and any(folder.iterdir())
     if there and not (folder / "lock").is_file():
         raise InputError(f"{folder} is there and no sweep's; move it away, or choose another --out")
@@ -130,12 +137,12 @@ def _locked(folder: Path, restart: bool) -> Iterator[None]:
                 f"{folder}: another process is at work there; wait for it, or choose another --out"
             ) from None
         if restart:
-            _empty(folder)
+            empty_folder(folder)
         yield
 
 
-def _empty(folder: Path) -> None:
-    """The state first: without it the rest is nothing."""
+def empty_folder(folder: Path) -> None:
+    """Remove all files but the lock; the state first, for without it the rest is nothing."""
     (folder / "state.json").unlink(missing_ok=True)
     for file in folder.iterdir():
         if file.is_dir():
@@ -144,15 +151,16 @@ def _empty(folder: Path) -> None:
             file.unlink()
 
 
-def _clear(folder: Path) -> None:
-    _empty(folder)
+def remove_folder(folder: Path) -> None:
+    """Remove the folder of a sweep that is done."""
+    empty_folder(folder)
     (folder / "lock").unlink()
     folder.rmdir()
 
 
 @contextmanager
-def _explained(work: Work, folder: Path) -> Iterator[None]:
-    """What a person can do about a full disk or a shard that is gone; nothing is lost by them."""
+def explain_errors(plan: SweepPlan, folder: Path) -> Iterator[None]:
+    """Turn a full disk or a lost shard into an `InputError` that says what to do about it."""
     try:
         yield
     except OSError as e:
@@ -160,13 +168,8 @@ def _explained(work: Work, folder: Path) -> Iterator[None]:
         if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise InputError(
                 f"{folder}: no room left on the disk ({e.strerror}); this sweep takes "
-                f"{work.needed / 1e9:.3f} GB there. Make room; {kept}"
+                f"{plan.needed / 1e9:.3f} GB there. Make room; {kept}"
             ) from None
-        if not work.model.checkpoint.path.exists() or e.errno == errno.ENOENT:
+        if not plan.model.checkpoint.path.exists() or e.errno == errno.ENOENT:
             raise InputError(f"{e}; {kept}") from None
         raise
-
-
-def _replaced(file: Path, document: Mapping[str, Any]) -> None:
-    with write_atomically(file, to_disk=True) as part:
-        part.write_text(json.dumps(document), "utf-8")

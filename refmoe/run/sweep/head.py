@@ -1,49 +1,46 @@
-"""Compute and keep the logits that were asked for."""
+"""Compute the logits that were asked for, tile by tile of the head, and keep them."""
 
 import numpy as np
 
 from refmoe.model import matrix
-from refmoe.model.decoder import (
-    final_norm,
-    vocabulary,
-)
+from refmoe.model.decoder import final_norm, vocabulary
 from refmoe.run.sweep.files import Rows
-from refmoe.run.sweep.layers import Run, _at, _size, _unchanged
-from refmoe.run.sweep.work import LOGITS, TILE
+from refmoe.run.sweep.plan import LOGITS
+from refmoe.run.sweep.run import Run, count_rows_from, size_of
 
-# --- the head -----------------------------------------------------------------------------------
+TILE = 1 << 22  # elements of a tile of the head: 16 MB of it are wide at once
 
 
-def _head(run: Run) -> None:
-    """Norm of all rows; the wanted logits, each tile of the head with all of them."""
-    work, decoder, cfg = run.work, run.work.decoder, run.work.cfg
-    _unchanged(run)
-    run.bar.set_description("sweep head", refresh=False)
+def sweep_head(run: Run) -> None:
+    """Compute the last norm of all rows, and the wanted logits, each tile with all rows."""
+    plan, decoder, cfg = run.plan, run.plan.decoder, run.plan.cfg
+    run.check_checkpoint()
+    run.bar.rename("sweep head")
     nx = decoder.nx.watching(run.points)
     x = run.x[cfg.num_hidden_layers % 2]
-    for begin in range(0, work.T, work.chunk):
-        rows = slice(begin, min(begin + work.chunk, work.T))
-        with _at(begin):
+    for begin in range(0, plan.T, plan.chunk):
+        rows = slice(begin, min(begin + plan.chunk, plan.T))
+        with count_rows_from(begin):
             run.h[rows] = final_norm(x[rows], decoder.norm, cfg, nx)
-    if work.logits != "none":
-        keep = _Top(run) if work.top else _All(run)
+    if plan.logits != "none":
+        keep = _Top(run) if plan.top else _All(run)
         for columns, tile in matrix.tiles(decoder.lm_head, TILE):
-            for begin in range(0, keep.n, work.chunk):
-                rows = slice(begin, min(begin + work.chunk, keep.n))
-                which = rows if work.picked is None else work.picked[rows]
-                with _at(begin):
+            for begin in range(0, keep.n, plan.chunk):
+                rows = slice(begin, min(begin + plan.chunk, keep.n))
+                which = rows if plan.picked is None else plan.picked[rows]
+                with count_rows_from(begin):
                     keep.take(rows, columns, vocabulary(run.h[which], tile, nx))
-            run.read(_size(tile), _size(tile))
+            run.count_read(size_of(tile), size_of(tile))
         keep.finish()
     run.finish(cfg.num_hidden_layers + 1)
 
 
 class _All:
-    """Logits as they are."""
+    """Keeps logits as they are."""
 
     def __init__(self, run: Run):
-        self.n = sum(run.work.counts)
-        Z, dtype = run.work.cfg.vocab_size, run.work.decoder.nx.dtype
+        self.n = sum(run.plan.counts)
+        Z, dtype = run.plan.cfg.vocab_size, run.plan.decoder.nx.dtype
         run.points.folder.mkdir(exist_ok=True)
         self.rows = Rows(run.points.folder / LOGITS, (self.n, Z), dtype)
         run.points.kept[LOGITS] = [np.dtype(dtype).name, [Z]]
@@ -56,16 +53,19 @@ class _All:
 
 
 class _Top:
-    """The likeliest of what came so far, of equals the lower index; Σ exp(logit - the largest)."""
+    """Keeps the likeliest tokens of the tiles so far, and Σ exp(logit - the largest).
+
+    Of equal logits the lower id counts as likelier.
+    """
 
     def __init__(self, run: Run):
-        self.run, self.n, K = run, sum(run.work.counts), run.work.top
+        self.run, self.n, K = run, sum(run.plan.counts), run.plan.top
         files = [run.folder / name for name in ("top", "ids", "sums")]
-        self.best = Rows(files[0], (self.n, K), run.work.decoder.nx.dtype)
+        self.best = Rows(files[0], (self.n, K), run.plan.decoder.nx.dtype)
         self.ids = Rows(files[1], (self.n, K), np.int32)
         self.sums = Rows(files[2], (self.n, 2), np.float64)  # largest, Σ
-        for begin in range(0, self.n, run.work.chunk):
-            rows = slice(begin, begin + run.work.chunk)
+        for begin in range(0, self.n, run.plan.chunk):
+            rows = slice(begin, begin + run.plan.chunk)
             self.best[rows], self.ids[rows], self.sums[rows] = -np.inf, -1, (-np.inf, 0)
 
     def take(self, rows: slice, columns: slice, logits: np.ndarray) -> None:
@@ -82,8 +82,8 @@ class _Top:
         self.sums[rows] = np.concatenate((most, total), axis=1)
 
     def finish(self) -> None:
-        for begin in range(0, self.n, self.run.work.chunk):
-            rows = slice(begin, begin + self.run.work.chunk)
+        for begin in range(0, self.n, self.run.plan.chunk):
+            rows = slice(begin, begin + self.run.plan.chunk)
             sums = self.sums[rows]
             total = sums[:, :1] + np.log(sums[:, 1:])
             logprobs = (self.best[rows].astype(np.float64) - total).astype(np.float32)

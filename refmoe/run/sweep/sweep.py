@@ -1,4 +1,4 @@
-"""Many prompts, layer by layer: each weight is asked for once, and no expert that nobody chose.
+"""Sweep: compute many prompts layer by layer; each weight is asked for once.
 
     x  = embed(tokens)                                       rows of all prompts      [T, D]
     for each layer
@@ -7,11 +7,11 @@
         x' = mix(h, y)                                       rows in any order        [T, D]
     logits = norm(x) lm_headᵀ                                tile by tile of the head [T, Z]
 
-The formulas are those of model/; here is only the order. Rows go through in chunks of `chunk`, a
-long prompt in several, over the latent cache of this layer, which then is dropped. Experts are
-asked for in index order, each with all rows that chose it, and the routed sum is added up in that
-order, as the definition of the `nx.experts` seam has it: what the chunks are, and whether a sweep
-was interrupted, changes no bit but those that BLAS makes depend on how many rows it multiplies.
+The order is that of `run/layerwise.py`, and the formulas are those of model/. Rows go through in
+chunks of `chunk`, a long prompt in several, over the latent cache of this layer, which then is
+dropped. The routed sum is added up in index order of the experts, as the definition of
+`nx.experts` has it: what the chunks are, and whether a sweep was interrupted, changes no bit but
+those that BLAS makes depend on how many rows it multiplies.
 
 Hidden states lie in files, mapped where they are worked on. Beside the weights, which are the
 decoder's affair, and the tokens, memory is bounded whatever T is. With b bytes a number, c rows a
@@ -37,16 +37,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refmoe.run.generate import CHUNK, alone
+from refmoe.run.generate import CHUNK, single_blas_thread
 from refmoe.run.load import Model
-from refmoe.run.sweep.files import _clear, _explained, _locked
-from refmoe.run.sweep.head import _head
-from refmoe.run.sweep.layers import _begin, _embedding, _layer
-from refmoe.run.sweep.result import _result
-from refmoe.run.sweep.work import _prepared
+from refmoe.run.sweep.files import explain_errors, lock_folder, remove_folder
+from refmoe.run.sweep.head import sweep_head
+from refmoe.run.sweep.layers import embed_rows, sweep_layer
+from refmoe.run.sweep.plan import plan_sweep
+from refmoe.run.sweep.result import write_result
+from refmoe.run.sweep.run import begin_run
 
 
 class Swept(NamedTuple):
+    """What a sweep wrote, and what it took."""
+
     out: Path
     tensors: dict[str, tuple[str, tuple[int, ...]]]  # dtype as safetensors spells it, shape
     rows: int
@@ -67,39 +70,43 @@ def sweep(
     restart: bool = False,
     how: Mapping[str, Any] | None = None,
 ) -> Swept:
-    """Write what a forward pass over each prompt makes, as `refmoe trace` names it.
+    """Write the logits and points of a forward pass over each prompt, as `refmoe trace` names them.
 
     logits     all: `lm_head` [T, Z]; top:K: `lm_head#ids` and `#logprobs` [T, K], likeliest first,
                `#logsumexp` [T, 1], logit = log-probability + this; none
-    positions  of which there are logits: all; last; a list for every prompt, from the end where
-               negative; or a list for each. Then also `lm_head#positions`
-    points     names or patterns, beside hidden states of the last layer, `gate#experts`,
-               `gate#weights` and `gate#margin` of all, which are always written; `lm_head` is not
-               among them
+    positions  whose logits are written: all; last; one list for every prompt, where negative
+               numbers count from the end; or a list for each. Other than all, the result also has
+               `lm_head#positions`
+    points     names or patterns of points to write as well. The last layer's output, and of every
+               layer `gate#experts`, `gate#weights` and `gate#margin`, are always written; `lm_head`
+               is asked for by `logits`
     chunk      rows at a time. A point that is not of single rows (`#scores`, `#probs`, `kv_b_proj`)
                needs prompts no longer than it
     restart    forget what an earlier run left
-    how        what else a second run must have in common with the first
+    how        what else two runs must have in common for the second to go on from the first
 
     Names begin with `0/`, `1/` … where prompts are several. Raises `InputError` for a second run
     that is not of the same computation, for a disk that is or becomes too full, for a checkpoint
     that changes, and where another process sweeps to the same file.
     """
     out = Path(out)
-    work = _prepared(model, prompts, out, logits, positions, points, chunk, how or {})
+    plan = plan_sweep(model, prompts, out, logits, positions, points, chunk, how or {})
     folder = out.with_name(out.name + ".part")
-    with _locked(folder, restart), _explained(work, folder), np.errstate(over="ignore"):
+    with lock_folder(folder, restart), explain_errors(plan, folder), np.errstate(over="ignore"):
         began = time.perf_counter()
-        with np.errstate(invalid="ignore"), alone(model.decoder):  # points name what is not finite
-            run = _begin(work, folder)
+        with (
+            np.errstate(invalid="ignore"),
+            single_blas_thread(model.decoder),
+        ):  # points name what is not finite
+            run = begin_run(plan, folder)
             before, read = run.state["done"], run.state["bytes_read"]
             with run.bar:
-                _embedding(run)
-                while run.state["done"] < work.cfg.num_hidden_layers:
-                    _layer(run, run.state["done"])
-                if run.state["done"] == work.cfg.num_hidden_layers:
-                    _head(run)
-        tensors = _result(run, out)
-        _clear(folder)
+                embed_rows(run)
+                while run.state["done"] < plan.cfg.num_hidden_layers:
+                    sweep_layer(run, run.state["done"])
+                if run.state["done"] == plan.cfg.num_hidden_layers:
+                    sweep_head(run)
+        tensors = write_result(run, out)
+        remove_folder(folder)
     seconds = time.perf_counter() - began
-    return Swept(out, tensors, work.T, max(0, before), run.state["bytes_read"] - read, seconds)
+    return Swept(out, tensors, plan.T, max(0, before), run.state["bytes_read"] - read, seconds)

@@ -1,11 +1,12 @@
-"""Bytes of files into given places, by a few threads: large reads, the urgent ones first.
+"""Read bytes of files into given places, by a few threads: large reads, the urgent ones first.
 
-    ticket = reader.read(pieces, URGENT)     returns at once
+    ticket = reader.read(places, URGENT)     returns at once
     ticket.wait()                            seconds stalled; `InputError` where a file is not whole
 
 A read goes past the page cache (O_DIRECT, F_NOCACHE on macOS) or through it, whichever is quicker
-for this file on this machine: measured (`choose`), for neither always is. What the cache would keep
-is kept in the arena anyway, so that going past it saves a copy; but not every file system lets one.
+for this file on this machine: `choose_way` measures it, for neither always is. What the cache would
+keep is kept in the arena anyway, so that going past it saves a copy; but not every file system
+allows it.
 """
 
 import errno
@@ -26,28 +27,28 @@ from refmoe.files import InputError
 
 PAGE = 4096  # bytes: direct reads begin, end and land at whole ones
 PIECE = 4 << 20  # bytes of one read
-THREADS = 4
+THREADS = 4  # that read: enough to keep a disk's queue filled
 URGENT, SOON, MAYBE = range(3)  # needed now; needed next; guessed
 SAMPLE = 48 << 20  # bytes that are read to choose a way
-WAYS = ("direct", "cached")
-TRIES = 2
+WAYS = ("direct", "cached")  # past the page cache, or through it
+TRIES = 2  # of each way, of which the better counts
 
 
 class Extent(NamedTuple):
-    """Bytes of a file, `needed` of them; whole pages, of which the last may lie beyond its end."""
+    """A range of a file in whole pages, of which the last may lie beyond the file's end."""
 
     file: Path
     start: int
     nbytes: int
-    needed: int
+    needed: int  # bytes of these that are in the file and wanted
 
 
 class CalledOff(Exception):
-    """Nobody wanted it any more."""
+    """A read was cancelled before it began."""
 
 
 class Ticket:
-    """Reads under way. `done` says that their bytes are there."""
+    """Reads under way, as one thing to wait for."""
 
     def __init__(self, pieces: int):
         self.left = pieces
@@ -58,10 +59,11 @@ class Ticket:
 
     @property
     def done(self) -> bool:
+        """Whether all reads have ended, well or not."""
         return self.event.is_set()
 
     def wait(self) -> float:
-        """Until all is there → seconds that took. Raises what went wrong."""
+        """Wait until all is there, and return the seconds that took. Raises what went wrong."""
         began = time.perf_counter()
         self.event.wait()
         if self.error is not None:
@@ -70,7 +72,7 @@ class Ticket:
 
 
 class Reader:
-    """Threads that read. Close it, or leave it to the end of the process."""
+    """Threads that read files one way. Close it, or leave it to the end of the process."""
 
     def __init__(self, way: str = "cached", threads: int = THREADS):
         if way not in WAYS:
@@ -87,7 +89,7 @@ class Reader:
             thread.start()
 
     def read(self, what: Sequence[tuple[Extent, np.ndarray]], urgency: int = URGENT) -> Ticket:
-        """Each extent into its place, uint8 [nbytes]."""
+        """Begin to read each extent into its place, uint8 [nbytes]."""
         pieces = [
             (Extent(e.file, e.start + at, len(to), max(0, min(len(to), e.needed - at))), to)
             for e, whole in what
@@ -103,14 +105,17 @@ class Reader:
         return ticket
 
     def hurry(self, ticket: Ticket) -> None:
-        """What was guessed, or for later, is needed now."""
+        """Make reads urgent that were guessed, or for later."""
         with self._lock:
             if not ticket.done:
                 self._queue = [(URGENT if q[2] is ticket else q[0], *q[1:]) for q in self._queue]
                 heapq.heapify(self._queue)
 
     def cancel(self, ticket: Ticket) -> int:
-        """Forget what has not begun → its bytes. The ticket is done once no thread is at it."""
+        """Cancel the reads that have not begun, and return their bytes.
+
+        The ticket is done once no thread is at it, with `CalledOff` as its error.
+        """
         with self._lock:
             mine = [q for q in self._queue if q[2] is ticket]
             if not mine:
@@ -124,6 +129,7 @@ class Reader:
             return sum(extent.needed for _, _, _, extent, _ in mine)
 
     def close(self) -> None:
+        """End the threads and close the files; what is queued is not read."""
         with self._lock:
             self._open = False
             self._queue.clear()
@@ -183,12 +189,15 @@ class Reader:
         with self._lock:
             fd = self._files.get(file)
             if fd is None:
-                fd = self._files[file] = opened(file, self.way)
+                fd = self._files[file] = open_for_reading(file, self.way)
             return fd
 
 
-def opened(file: Path, way: str) -> int:
-    """A descriptor for reading this way."""
+def open_for_reading(file: Path, way: str) -> int:
+    """Open a file for reading one of the `WAYS`, and return its descriptor.
+
+    Raises OSError where the system or the file system has no such reads.
+    """
     flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     if way == "cached":
         return os.open(file, flags)
@@ -205,6 +214,7 @@ def opened(file: Path, way: str) -> int:
 
 
 def _read_at(fd: int, to: np.ndarray, at: int) -> int:
+    """Read into `to` from a position of the file on, and return the bytes that came."""
     if hasattr(os, "preadv"):
         return os.preadv(fd, [to.data], at)
     with _one:  # a system with one place per descriptor
@@ -217,8 +227,8 @@ def _read_at(fd: int, to: np.ndarray, at: int) -> int:
 _one = threading.Lock()
 
 
-def arena(nbytes: int) -> np.ndarray:
-    """Memory that begins at a page and takes none until it is written: uint8 [nbytes]."""
+def allocate(nbytes: int) -> np.ndarray:
+    """Return memory that begins at a page and takes none until it is written: uint8 [nbytes]."""
     size = max(PAGE, -(-nbytes // PAGE) * PAGE)
     memory = mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -228,7 +238,7 @@ def arena(nbytes: int) -> np.ndarray:
 
 
 def in_memory(file: Path) -> bool:
-    """Whether the file lies in memory already: tmpfs, or a DAX mount of persistent memory."""
+    """Return whether a file lies in memory already: tmpfs, or a DAX mount of persistent memory."""
     best, found = -1, False
     try:
         where = file.resolve().as_posix()
@@ -256,13 +266,13 @@ def forget(file: Path, start: int = 0, nbytes: int = 0) -> None:
             os.close(fd)
 
 
-def rate(file: Path, way: str, start: int, nbytes: int, threads: int = THREADS) -> float:
-    """Bytes a second at which this much of a file, not cached, is read this way."""
+def measure_rate(file: Path, way: str, start: int, nbytes: int, threads: int = THREADS) -> float:
+    """Return the bytes a second at which `nbytes` of a file, not cached, are read this way."""
     forget(file, start, nbytes)
     reader = Reader(way, threads)
     try:
         places: list[tuple[Extent, np.ndarray]] = []
-        memory = arena(min(nbytes, SAMPLE))
+        memory = allocate(min(nbytes, SAMPLE))
         for at in range(0, nbytes, PIECE):
             count = min(PIECE, nbytes - at)
             place = at % len(memory)
@@ -276,8 +286,8 @@ def rate(file: Path, way: str, start: int, nbytes: int, threads: int = THREADS) 
         reader.close()
 
 
-def choose(file: Path) -> tuple[str, dict[str, float]]:
-    """The quicker way for this file, and bytes a second of each that works: the best of `TRIES`.
+def choose_way(file: Path) -> tuple[str, dict[str, float]]:
+    """Return the quicker way for a file, and bytes a second of each way that works.
 
     Direct reads count as quicker up to a quarter below the others: they spare the processor a copy.
     """
@@ -288,7 +298,7 @@ def choose(file: Path) -> tuple[str, dict[str, float]]:
     for n in range(TRIES * len(WAYS)):
         way = WAYS[n % len(WAYS)]
         try:
-            found = rate(file, way, n * part * PAGE, each * PAGE) if each else 0.0
+            found = measure_rate(file, way, n * part * PAGE, each * PAGE) if each else 0.0
             if way in rates:
                 rates[way] = max(rates[way], found)
         except (OSError, InputError):  # direct reads are refused by some file systems
@@ -298,7 +308,7 @@ def choose(file: Path) -> tuple[str, dict[str, float]]:
 
 
 def high_water() -> int:
-    """Bytes: the most memory that this process ever had resident."""
+    """Return the bytes of the most memory that this process ever had resident."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

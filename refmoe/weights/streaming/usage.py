@@ -13,8 +13,11 @@ def usage_file(checkpoint: Checkpoint) -> Path:
     return cache_folder("usage") / f"{checkpoint.identity}.npy"
 
 
-def usage(checkpoint: Checkpoint) -> np.ndarray | None:
-    """How much experts were used in earlier runs under a budget, [layers, experts] float32."""
+def read_usage(checkpoint: Checkpoint) -> np.ndarray | None:
+    """Return how much experts were used in earlier runs under a budget, [layers, experts] float32.
+
+    None if no run kept it, or if the file is damaged.
+    """
     try:
         use: np.ndarray = np.load(usage_file(checkpoint), allow_pickle=False)
     except (OSError, ValueError, EOFError):  # none yet, or damaged: it only saves reads

@@ -1,4 +1,4 @@
-"""A checkpoint of K2-Thinking's size that takes little disk: real headers, mostly holes.
+"""Write a checkpoint of K2-Thinking's size that takes little disk: real headers, mostly holes.
 
     real     every header, the index and config.json: 208,215 tensors, their names, offsets, shapes
              routers and their biases, norms, every weight_shape
@@ -30,18 +30,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from refmoe.config import Config
 from refmoe.files import InputError, write_atomically
 from refmoe.model.matrix import bf16_bits
+from refmoe.progress import Progress
 from refmoe.weights.checkpoint import INDEX, expected
-from refmoe.weights.synthetic.k2_slice import SHAPE, YARN, Numbers, scaled, weight_shape
+from refmoe.weights.synthetic.k2_slice import SHAPE, YARN, Numbers, scale_numbers, weight_shape
 from refmoe.weights.synthetic.random import FIXED, INT4_CONFIG
 from refmoe.weights.writer import Spec, header
 
 NAME = "k2-full"
-ROWS = 4096  # of embedding and head
+ROWS = 4096  # of embedding and head that are real
 HEAD = 300  # bytes of header and index to a tensor, at most
 BLOCK = 4096  # bytes, of most file systems
 GROUP = 32  # columns to a scale
@@ -68,18 +68,18 @@ Prompts are ids, below {ROWS:,}; there is no vocabulary."""
 
 
 class Full(NamedTuple):
-    """What lies in the folder, in bytes."""
+    """What lies in the folder."""
 
-    apparent: int  # of the shards
-    disk: int  # of their blocks
+    apparent: int  # bytes of the shards
+    disk: int  # bytes of the disk's blocks that they take
     shards: int
 
 
 def k2_full(folder: Path, shape: Mapping[str, Any] | None = None, seed: int = 0) -> Full:
-    """Write it as `folder`, all or nothing; where it is already, nothing is written.
+    """Write the checkpoint as `folder`, all or nothing; if it is there already, write nothing.
 
-    `shape` replaces fields of config.json. Raises `InputError` where the folder holds anything
-    else, the file system knows no holes or no files of this size, or the disk is too full.
+    `shape` replaces fields of config.json. Raises `InputError` if the folder holds anything else,
+    the file system knows no holes or no files of this size, or the disk is too full.
     """
     raw = {**CONFIG, **(shape or {})}
     raw["num_key_value_heads"] = raw["num_attention_heads"]
@@ -119,7 +119,7 @@ def k2_full(folder: Path, shape: Mapping[str, Any] | None = None, seed: int = 0)
 
 
 def _layout(cfg: Config) -> dict[str, list[Spec]]:
-    """File → its tensors, in order."""
+    """Return for each file its tensors, in order."""
     count = cfg.num_hidden_layers + 1
     files: dict[str, list[Spec]] = {
         f"model-{i + 1:05d}-of-{count:06d}.safetensors": [] for i in range(count)
@@ -134,8 +134,8 @@ def _layout(cfg: Config) -> dict[str, list[Spec]]:
     return files
 
 
-def real(spec: Spec) -> int:
-    """How many of its numbers are written; they are the first."""
+def count_real(spec: Spec) -> int:
+    """Return how many of a tensor's numbers are written; they are its first."""
     name, _, shape = spec
     whole = ("norm.weight", ".mlp.gate.weight", "e_score_correction_bias", "weight_shape")
     if name.endswith(whole):
@@ -148,8 +148,10 @@ def real(spec: Spec) -> int:
 
 
 def _check_disk(part: Path, files: Mapping[str, list[Spec]]) -> int:
-    """What it will take of the disk, at most; `InputError` unless the disk has holes, takes the
-    largest shard, and has room."""
+    """Return the bytes of disk that it will take at most.
+
+    Raises `InputError` unless the file system has holes, takes the largest shard, and has room.
+    """
     probe = part / "probe"
     with probe.open("wb") as out:
         out.truncate(PROBE)
@@ -184,20 +186,25 @@ def _check_disk(part: Path, files: Mapping[str, list[Spec]]) -> int:
 
 
 def _need(files: Mapping[str, list[Spec]], block: int) -> int:
-    """Bytes on a disk of such blocks, at most: every run of real numbers in blocks of its own."""
+    """Return the bytes that it takes at most of a disk of such blocks.
+
+    Each run of real numbers then has blocks of its own.
+    """
     blocks = 0
     for specs in files.values():
         blocks += HEAD * len(specs) // block + 2
         for spec in specs:
-            nbytes = real(spec) * spec.nbytes // prod(spec.shape)
+            nbytes = count_real(spec) * spec.nbytes // prod(spec.shape)
             blocks += nbytes // block + 2 if nbytes else 0
     return blocks * block
 
 
 def _write(part: Path, files: Mapping[str, list[Spec]], seed: int) -> None:
     numbers, drawn = Numbers(seed), dict[tuple[str, tuple[int, ...]], np.ndarray]()
-    total = sum(real(s) * s.nbytes // prod(s.shape) for specs in files.values() for s in specs)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=NAME) as bar:
+    total = sum(
+        count_real(s) * s.nbytes // prod(s.shape) for specs in files.values() for s in specs
+    )
+    with Progress(total, name=NAME) as bar:
         for name, specs in files.items():
             head = header(specs, {"format": "pt"})
             at = len(head)
@@ -207,9 +214,9 @@ def _write(part: Path, files: Mapping[str, list[Spec]], seed: int) -> None:
                 out.write(head)
                 for spec in specs:
                     out.seek(at)
-                    for piece in _pieces(spec, packed, numbers, drawn) if real(spec) else ():
+                    for piece in _pieces(spec, packed, numbers, drawn) if count_real(spec) else ():
                         out.write(piece.data)
-                        bar.update(piece.nbytes)
+                        bar.advance(piece.nbytes)
                     at += spec.nbytes
 
 
@@ -219,7 +226,7 @@ def _pieces(
     numbers: Numbers,
     drawn: dict[tuple[str, tuple[int, ...]], np.ndarray],
 ) -> Iterator[np.ndarray]:
-    """The real numbers of a tensor; `drawn` keeps those that its likes of other layers use."""
+    """Yield the real numbers of a tensor; `drawn` keeps those that other layers use as well."""
     name, dtype, shape = spec
     if name.endswith("weight_shape"):
         yield weight_shape(packed[name.replace("_shape", "_packed")])
@@ -230,9 +237,9 @@ def _pieces(
             few = 1 + np.float32(0.1) * numbers.normal[: 2 * prod(shape)]
             plain = few / np.float32(16 * sqrt(GROUP * shape[1]))
         else:
-            plain = scaled(name, shape, numbers.normal)
+            plain = scale_numbers(name, shape, numbers.normal)
         drawn[key] = bf16_bits(plain) if dtype == "BF16" else plain
-    yield from numbers.repeated(drawn[key], real(spec))
+    yield from numbers.repeat(drawn[key], count_real(spec))
 
 
 def _holds(file: Path, text: str) -> bool:
@@ -245,5 +252,5 @@ def _sizes(folder: Path, files: Mapping[str, list[Spec]]) -> Full:
 
 
 def on_disk(file: Path) -> int:
-    """Bytes of the blocks a file has."""
+    """Return the bytes of the disk's blocks that a file takes."""
     return file.stat().st_blocks * 512

@@ -1,4 +1,4 @@
-"""A random INT4 checkpoint of K2's dimensions with one dense layer and one or more MoE layers.
+"""Write a random INT4 checkpoint of K2's dimensions: one dense layer, one or more MoE layers.
 
 What a token costs in it is a known part of what it costs in K2, and it fits into memory: 15.5 GB
 with K2's 384 experts and 163,840 words, 3 GB with 32 and 32,768. Written as a stream, one matrix in
@@ -53,13 +53,13 @@ YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
 }
-DRAWN = 1 << 24  # numbers that repeat
+DRAWN = 1 << 24  # numbers that are drawn, and then repeated
 
 
 def k2_slice(folder: Path, experts: int = 384, vocab: int = 163840, layers: int = 2) -> Path:
-    """The checkpoint's folder inside `folder`, written if it is not there.
+    """Return the checkpoint's folder inside `folder`; it is written if it is not there.
 
-    Raises `InputError` where there is not enough space.
+    Raises `InputError` if the disk has not enough space.
     """
     path = folder / f"k2-slice-{experts}-{vocab}{f'-{layers}' if layers != 2 else ''}"
     if (path / SINGLE).is_file():
@@ -92,7 +92,7 @@ def k2_slice(folder: Path, experts: int = 384, vocab: int = 163840, layers: int 
 
 
 def _chunks(specs: list[Spec]) -> Iterator[np.ndarray]:
-    """Every tensor's bytes in order, at most `DRAWN` numbers at a time."""
+    """Yield every tensor's numbers in order, at most `DRAWN` at a time."""
     numbers = Numbers(0)
     words = numbers.rng.integers(-(2**31), 2**31, DRAWN, np.int32)
     shapes = {spec.name: spec.shape for spec in specs}
@@ -100,25 +100,25 @@ def _chunks(specs: list[Spec]) -> Iterator[np.ndarray]:
         if dtype == "I32" and name.endswith("_shape"):
             yield weight_shape(shapes[name.replace("_shape", "_packed")])
             continue
-        plain = words if dtype == "I32" else scaled(name, shape, numbers.normal)
+        plain = words if dtype == "I32" else scale_numbers(name, shape, numbers.normal)
         plain = bf16_bits(plain) if dtype == "BF16" else plain
-        yield from numbers.repeated(plain, prod(shape))
+        yield from numbers.repeat(plain, prod(shape))
 
 
 def weight_shape(packed: tuple[int, ...]) -> np.ndarray:
-    """What `weight_shape` says of a `weight_packed` [O, I/8]."""
+    """Return the tensor `weight_shape` that belongs to a `weight_packed` [O, I/8]."""
     return np.array([packed[0], 8 * packed[1]], np.int32)
 
 
 class Numbers:
-    """`DRAWN` normal numbers, and how they are used again: from random places."""
+    """Draws `DRAWN` normal numbers, and repeats them from random places on."""
 
     def __init__(self, seed: int) -> None:
         self.rng = np.random.Generator(np.random.SFC64(seed))
         self.normal = self.rng.standard_normal(DRAWN, np.float32)
 
-    def repeated(self, plain: np.ndarray, left: int) -> Iterator[np.ndarray]:
-        """Pieces of `plain`, `left` numbers together."""
+    def repeat(self, plain: np.ndarray, left: int) -> Iterator[np.ndarray]:
+        """Yield pieces of `plain`, `left` numbers in all."""
         while left:
             at = int(self.rng.integers(0, max(1, len(plain) - min(left, DRAWN // 2) + 1)))
             piece = plain[at : at + left]
@@ -126,8 +126,8 @@ class Numbers:
             left -= len(piece)
 
 
-def scaled(name: str, shape: tuple[int, ...], normal: np.ndarray) -> np.ndarray:
-    """Sizes that keep every activation near 1."""
+def scale_numbers(name: str, shape: tuple[int, ...], normal: np.ndarray) -> np.ndarray:
+    """Return normal numbers scaled for a tensor so that every activation stays near 1."""
     few = normal[: max(1, min(DRAWN, 2 * prod(shape)))]
     if name.endswith("_scale"):  # of codes of variance 21
         return (1 + 0.1 * few) / np.float32(sqrt(21 * 32 * shape[-1]))

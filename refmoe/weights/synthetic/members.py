@@ -1,10 +1,13 @@
-"""Tiny random checkpoints in exactly the layout a member of the family was published in.
+"""Write tiny random checkpoints in exactly the layout a member of the family was published in.
 
 Names, dtypes, shard names and config.json are the published ones, only the sizes are reduced; so
-what opens these opens the real ones. Sources, in members/*.json: moonshotai/Kimi-K2-Instruct and
-moonshotai/Kimi-K2.5 `config.json` (K2.6 differs in eos_token_id alone), deepseek-ai/DeepSeek-V3
-and moonshotai/Moonlight-16B-A3B-Instruct `config.json`; names and dtypes from listings of the
-published tensors. K2-Thinking's own config.json was not at hand: it is K2.5's text config with the
+what opens these opens the real ones. A member is one entry of `MEMBERS`: to add one, add an entry
+(and, if no known config.json is near enough to edit, its own in members/).
+
+Sources, in members/*.json: moonshotai/Kimi-K2-Instruct and moonshotai/Kimi-K2.5 `config.json`
+(K2.6 differs in eos_token_id alone), deepseek-ai/DeepSeek-V3 and
+moonshotai/Moonlight-16B-A3B-Instruct `config.json`; names and dtypes from listings of the published
+tensors. K2-Thinking's own config.json was not at hand: it is K2.5's text config with the
 values that differ (beta_fast 1, eos_token_id 163586), and its shards are laid out as K2.5's.
 Moonlight's shard names are those of K2-Instruct, unverified.
 """
@@ -24,16 +27,16 @@ from refmoe.weights.synthetic.random import RESERVED, SHAPE, Tensors, draw, writ
 
 HERE = Path(__file__).with_name("members")
 K2_RANKS = 163_584  # ids from here on are special, and move with the vocabulary
+ROPE_TABLE = 56  # numbers of a left-over rotary table, whatever the sizes: nobody reads them
 
-# FP8 blocks are 128 x 128: sizes with several blocks and a partial last one
-FP8_SIZES = {
+FP8_SIZES = {  # blocks are 128 x 128: sizes with several blocks and a partial last one
     **SHAPE,
     "hidden_size": 160,
     "intermediate_size": 288,
     "q_lora_rank": 136,
     "moe_intermediate_size": 144,
 }
-VISION_SIZES = {
+VISION_SIZES = {  # of the vision tower, which the text model never reads
     "vt_num_hidden_layers": 1,
     "vt_hidden_size": 24,
     "vt_num_attention_heads": 2,
@@ -45,50 +48,50 @@ VISION_SIZES = {
 
 
 class Member(NamedTuple):
-    config: str  # the file it starts from
-    edit: Callable[[dict[str, Any]], dict[str, Any]]  # what the published config has instead
-    sizes: dict[str, Any]
-    prefix: str  # before `model.` and `lm_head.`
+    """How a member was published, and the sizes of its tiny twin."""
+
+    config: str  # the file in members/ that holds its config.json, or one near it
+    sizes: dict[str, Any]  # fields of config.json, of the tiny twin
     shard: str  # file name of shard i of n
-    vision: bool = False
-    nextn: bool = False  # a multi-token prediction layer behind the last one
-    inv_freq: bool = False  # left-over rotary tables
-    words: bool = True  # K2's vocabulary format
+    edit: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # that file → its config.json
+    prefix: str = ""  # before `model.` and `lm_head.`
+    vision: bool = False  # it has a vision tower and a projector
+    nextn: bool = False  # it has a multi-token prediction layer behind the last one
+    inv_freq: bool = False  # it has left-over rotary tables
+    words: bool = True  # its vocabulary has K2's format
+
+    def published(self) -> dict[str, Any]:
+        """Return its config.json, of full size."""
+        raw: dict[str, Any] = json.loads((HERE / f"{self.config}.json").read_text("utf-8"))
+        return self.edit(raw) if self.edit else raw
 
 
-def _k2_thinking(raw: dict[str, Any]) -> dict[str, Any]:
+def _edit_k2_thinking(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return K2-Thinking's config.json, given K2.5's."""
     text: dict[str, Any] = raw["text_config"]
     text["rope_scaling"]["beta_fast"] = 1.0
     return {**text, "eos_token_id": 163586, "transformers_version": "4.51.3"}
 
 
-def _k26(raw: dict[str, Any]) -> dict[str, Any]:
+def _edit_k26(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return K2.6's config.json, given K2.5's."""
     raw["text_config"]["eos_token_id"] = raw["eos_token_id"] = 163586
-    return raw
-
-
-def _as_it_is(raw: dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
 PLAIN, PADDED = "model-{i}-of-{n}.safetensors", "model-{i:05d}-of-{n:06d}.safetensors"
 ONE = {**SHAPE, "n_shared_experts": 1}
+WRAPPED = "language_model."  # K2.5 and later: the text model is a part of another
 MEMBERS = {
     "k2-instruct": Member(
-        "k2-instruct",
-        _as_it_is,
-        {**FP8_SIZES, "n_shared_experts": 1},
-        "",
-        PLAIN,
-        inv_freq=True,
+        "k2-instruct", {**FP8_SIZES, "n_shared_experts": 1}, PLAIN, inv_freq=True
     ),
-    "k2-thinking": Member("k2.5", _k2_thinking, ONE, "", PADDED),
-    "k2.5": Member("k2.5", _as_it_is, ONE, "language_model.", PADDED, vision=True),
-    "k2.6": Member("k2.5", _k26, ONE, "language_model.", PADDED, vision=True),
-    "moonlight": Member("moonlight", _as_it_is, {**SHAPE, "q_lora_rank": None}, "", PLAIN),
+    "k2-thinking": Member("k2.5", ONE, PADDED, edit=_edit_k2_thinking),
+    "k2.5": Member("k2.5", ONE, PADDED, prefix=WRAPPED, vision=True),
+    "k2.6": Member("k2.5", ONE, PADDED, edit=_edit_k26, prefix=WRAPPED, vision=True),
+    "moonlight": Member("moonlight", {**SHAPE, "q_lora_rank": None}, PLAIN),
     "deepseek-v3": Member(
         "deepseek-v3",
-        _as_it_is,
         {
             **FP8_SIZES,
             "n_shared_experts": 1,
@@ -97,7 +100,6 @@ MEMBERS = {
             "n_routed_experts": 32,
             "num_experts_per_tok": 8,
         },
-        "",
         PADDED,
         nextn=True,
         words=False,
@@ -106,7 +108,11 @@ MEMBERS = {
 
 
 def write_member(folder: str | Path, like: str, seed: int = 0) -> None:
-    """Write a tiny random checkpoint in the published layout of a member into a new folder."""
+    """Write a tiny random checkpoint in the published layout of a member into a new folder.
+
+    The same member and seed give the same bytes. Raises `InputError` for an unknown member, and
+    for a folder that is not empty.
+    """
     if like not in MEMBERS:
         raise InputError(f"no member {like!r}; known: {', '.join(MEMBERS)}")
     folder, member = Path(folder), MEMBERS[like]
@@ -114,14 +120,14 @@ def write_member(folder: str | Path, like: str, seed: int = 0) -> None:
     cfg = Config.from_dict(raw)
     tensors = draw(cfg, "bfloat16", seed)
     if member.nextn:
-        tensors |= _nextn(cfg, seed)
+        tensors |= _draw_nextn(cfg, seed)
     if member.inv_freq:
-        table = ("bfloat16", bf16_bits(10000.0 ** (-np.arange(56) / 56)))
+        table = ("bfloat16", bf16_bits(10000.0 ** (-np.arange(ROPE_TABLE) / ROPE_TABLE)))
         names = (f"model.layers.{i}.self_attn" for i in range(cfg.num_hidden_layers))
         tensors |= {f"{name}.rotary_emb.inv_freq": table for name in names}
     files = {
         file: {member.prefix + name: tensors[name] for name in names}
-        for file, names in _shards(member, cfg, list(tensors)).items()
+        for file, names in _deal_to_shards(member, cfg, list(tensors)).items()
     }
     if member.vision:
         _add_vision(files, raw["vision_config"], seed)
@@ -131,15 +137,13 @@ def write_member(folder: str | Path, like: str, seed: int = 0) -> None:
 
 
 def published(name: str) -> dict[str, Any]:
-    """A member's config.json, of full size."""
-    member = MEMBERS[name]
-    return member.edit(json.loads((HERE / f"{member.config}.json").read_text("utf-8")))
+    """Return a member's config.json, of full size."""
+    return MEMBERS[name].published()
 
 
 def reduced(member: Member) -> dict[str, Any]:
-    """The published config.json with reduced sizes, special ids moved with the vocabulary."""
-    raw = member.edit(json.loads((HERE / f"{member.config}.json").read_text("utf-8")))
-    raw = copy.deepcopy(raw)
+    """Return the published config.json with reduced sizes, special ids moved accordingly."""
+    raw = copy.deepcopy(member.published())
     text = raw.get("text_config", raw)
     text |= {key: value for key, value in member.sizes.items() if key != "first_k_dense_replace"}
     text["num_key_value_heads"] = text["num_attention_heads"]
@@ -153,8 +157,8 @@ def reduced(member: Member) -> dict[str, Any]:
     return raw
 
 
-def _shards(member: Member, cfg: Config, names: list[str]) -> dict[str, list[str]]:
-    """Which file holds which tensors, as published."""
+def _deal_to_shards(member: Member, cfg: Config, names: list[str]) -> dict[str, list[str]]:
+    """Return which file holds which tensors, as published."""
     L = cfg.num_hidden_layers
     if member.nextn:  # cut by size: a weight and its scale may be in different shards
         n = 2 * L + 1
@@ -172,8 +176,8 @@ def _shards(member: Member, cfg: Config, names: list[str]) -> dict[str, list[str
     return files
 
 
-def _nextn(cfg: Config, seed: int) -> Tensors:
-    """DeepSeek-V3's layer 61: a whole decoder layer, two norms, a projection, the shared ends."""
+def _draw_nextn(cfg: Config, seed: int) -> Tensors:
+    """Draw DeepSeek-V3's layer 61: a decoder layer, two norms, a projection, the shared ends."""
     L, D = cfg.num_hidden_layers, cfg.hidden_size
     raw = draw(cfg, "bfloat16", seed + 1)
     at, last = f"model.layers.{L}.", f"model.layers.{L - 1}."
@@ -188,7 +192,7 @@ def _nextn(cfg: Config, seed: int) -> Tensors:
 
 
 def _add_vision(files: dict[str, Tensors], vision: dict[str, Any], seed: int) -> None:
-    """MoonViT and the projector, in the last two shards; the text model never reads them."""
+    """Add MoonViT and the projector, in the last two shards; the text model never reads them."""
     W, M, P = vision["vt_hidden_size"], vision["vt_intermediate_size"], vision["patch_size"]
     merged, D = 4 * vision["mm_hidden_size"], vision["text_hidden_size"]
     shapes: dict[str, dict[str, tuple[int, ...]]] = {

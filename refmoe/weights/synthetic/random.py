@@ -1,4 +1,4 @@
-"""Random checkpoints in Hugging Face layout, small, finite, and with no two axes alike.
+"""Write random checkpoints in Hugging Face layout, small, finite, and with no two axes alike.
 
 What equal axes hide (a transposed matrix, two swapped heads) cannot pass on these. The same
 shape, format and seed give the same bytes on every machine: PCG64 and a fixed order.
@@ -114,10 +114,14 @@ def write_random(
     shape: Mapping[str, Any] | None = None,
     shards: int = 1,
 ) -> None:
-    """Write a random checkpoint into a new folder; `shape` replaces fields of config.json.
+    """Write a random checkpoint into a new folder.
 
-    format: bf16, f16, f32, int4 (routed experts packed, the rest bf16), or fp8 (blocks). The
-    vocabulary is the 256 bytes, then pairs of bytes, then K2's special tokens.
+    format  bf16, f16, f32, int4 (routed experts packed, the rest bf16), or fp8 (blocks)
+    shape   fields of config.json that differ from `SHAPE` and `FIXED`
+    shards  files that the layers are dealt to
+
+    The vocabulary is the 256 bytes, then pairs of bytes, then K2's special tokens. Raises
+    `InputError` for an unknown format, a shape that the network cannot have, a used folder.
     """
     folder = Path(folder)
     if format not in FORMATS:
@@ -145,7 +149,7 @@ def write_random(
 
 
 def draw(cfg: Config, dtype: str, seed: int) -> Tensors:
-    """Every tensor the config calls for, at random; `dtype` of what is not quantised."""
+    """Return every tensor the config calls for, at random; `dtype` is of what is not quantised."""
     rng = np.random.Generator(np.random.PCG64(seed))
     tensors: Tensors = {}
     for name, size, dtypes in expected(cfg):
@@ -162,12 +166,12 @@ def draw(cfg: Config, dtype: str, seed: int) -> Tensors:
             tensors[name] = ("float8_e4m3fn", bits)
             tensors[name + "_scale_inv"] = ("float32", scale)
         elif name not in tensors:
-            tensors[name] = _encode(_values(name, size, cfg, rng), name, dtype)
+            tensors[name] = _encode(_draw_values(name, size, cfg, rng), name, dtype)
     return tensors
 
 
 def axes(cfg: Config) -> dict[str, int]:
-    """The sizes along which an array may be laid out, derived ones included."""
+    """Return the sizes along which an array may be laid out, derived ones included."""
     H, N, R, V = (
         cfg.num_attention_heads,
         cfg.qk_nope_head_dim,
@@ -199,7 +203,9 @@ def pack_fp8(w: np.ndarray, block: tuple[int, int]) -> tuple[np.ndarray, np.ndar
     return bits, scale
 
 
-def _values(name: str, size: tuple[int, ...], cfg: Config, rng: np.random.Generator) -> np.ndarray:
+def _draw_values(
+    name: str, size: tuple[int, ...], cfg: Config, rng: np.random.Generator
+) -> np.ndarray:
     z = rng.standard_normal(size)
     if name.endswith("e_score_correction_bias"):
         return 0.1 * z
@@ -215,11 +221,14 @@ def _encode(x: np.ndarray, name: str, dtype: str) -> tuple[str, np.ndarray]:
 
 
 def write(folder: Path, raw: Mapping[str, Any], files: Mapping[str, Tensors]) -> None:
-    """config.json, the shards by file name, and their index if there are several."""
+    """Write config.json, the shards by file name, and their index if there are several.
+
+    Raises `InputError` for a folder that is not empty.
+    """
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} exists and is not empty; give a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    _dump(folder / "config.json", raw)
+    _write_json(folder / "config.json", raw)
     for file, tensors in files.items():
         specs = {
             name: TensorSpec(dtype=dtype, shape=x.shape, data_ptr=x.ctypes.data, data_len=x.nbytes)
@@ -229,10 +238,11 @@ def write(folder: Path, raw: Mapping[str, Any], files: Mapping[str, Tensors]) ->
     if len(files) > 1:
         size = sum(x.nbytes for tensors in files.values() for _, x in tensors.values())
         weight_map = {name: file for file, tensors in files.items() for name in tensors}
-        _dump(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
 def write_vocabulary(folder: Path, ranks: int) -> None:
+    """Write a vocabulary of single bytes, then of pairs of bytes, with K2's special tokens."""
     single = [bytes([b]) for b in range(256)]
     pairs = [a + b for a in single[97:] + single[:97] for b in single[97:] + single[:97]]
     lines = (base64.b64encode(t) + b" %d\n" % i for i, t in enumerate((single + pairs)[:ranks]))
@@ -240,12 +250,12 @@ def write_vocabulary(folder: Path, ranks: int) -> None:
     names = {0: "[BOS]", 1: "[EOS]", 2: "<|im_end|>", 3: "<|im_user|>", 4: "<|im_assistant|>"}
     names |= {10: "<|im_system|>", 17: "<|im_middle|>", 254: "[UNK]", 255: "[PAD]"}
     added = {str(ranks + i): {"content": name, "special": True} for i, name in names.items()}
-    _dump(
+    _write_json(
         folder / "tokenizer_config.json",
         {"added_tokens_decoder": added, "bos_token": "[BOS]", "eos_token": "[EOS]"},
     )
 
 
-def _dump(file: Path, value: object) -> None:
+def _write_json(file: Path, value: object) -> None:
     with write_atomically(file) as part:
         part.write_text(json.dumps(value, indent=2) + "\n", "utf-8")

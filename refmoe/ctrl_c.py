@@ -1,0 +1,78 @@
+"""Ctrl-C from a command's first line to its last.
+
+    leave    the process ends at once with 130: so at first, while there is nothing to clean up
+    raise    KeyboardInterrupt wherever the command is, as Python has it; it ends with 130
+    once     the same, and the next ones wait: at a prompt
+    wait     it is remembered until `look()`, which is called where a computation can be stopped
+    (ended)  nothing happens; the command ends with the code that it has
+
+An exception can be raised so between any two lines, also between two handlers of exceptions, and
+inside code that loses it or does not survive it: Numba while it compiles, `input` while it leaves.
+So a conversation, which goes on afterwards, never raises in a reply; it waits, and looks.
+
+`does` is set by plain assignment: Python runs handlers of signals at calls and at jumps backwards,
+and there is neither between `except KeyboardInterrupt:` and an assignment.
+
+Only a command listens (`refmoe/__main__.py`). In a program that uses refmoe as a library Ctrl-C is
+that program's affair, and what is set here has no effect.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, Literal
+
+CODE = 130  # as shells have it: 128 + SIGINT
+
+
+class CtrlC:
+    """Holds what a Ctrl-C does now, and whether one waits."""
+
+    does: Literal["leave", "raise", "once", "wait"] = "leave"
+    came = False
+
+    def listen(self) -> None:
+        """Take Ctrl-C over from Python, unless whoever started the process has it ignored."""
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._handle)
+
+    def _handle(self, *_: Any) -> None:
+        if self.does == "wait":
+            self.came = True
+        elif self.does == "leave":
+            os.write(sys.stderr.fileno(), b"\n")
+            os._exit(CODE)
+        else:
+            if self.does == "once":
+                self.does = "wait"
+            raise KeyboardInterrupt
+
+    def look(self) -> None:
+        """Raise the one that waits, if any."""
+        if self.came:
+            self.came = False
+            raise KeyboardInterrupt
+
+    def end(self) -> None:
+        """Ignore it until the process has ended, also while Python takes itself down."""
+        self.does = "wait"
+        if signal.getsignal(signal.SIGINT) == self._handle:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+ctrl_c = CtrlC()
+
+
+def command(run: Callable[[], int]) -> int:
+    """Run the whole of a command and return its exit code, whenever Ctrl-C comes."""
+    code = CODE
+    try:
+        ctrl_c.does = "raise"
+        code = run()
+    except KeyboardInterrupt:  # between two handlers of `run`, or in one
+        pass
+    finally:
+        ctrl_c.does = "wait"
+        ctrl_c.end()
+    return code

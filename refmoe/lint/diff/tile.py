@@ -1,3 +1,0 @@
-"""Tile matrices of two checkpoints alike."""
-
-TILE = 1 << 20

@@ -1,0 +1,105 @@
+"""What a dump is, and how a file becomes one: the registry of readers.
+
+A reader is one file of this folder. It says which paths it reads and how:
+
+    def recognise(path: Path) -> bool:
+        return path.is_file() and path.suffix == ".mine"
+
+    def read(path: Path) -> Dump:
+        arrays, tokens = ...                                 by point or module path, rows first
+        return dump_of_arrays(path, arrays, tokens)          arrays.py: names, tokens, precision
+
+    register(Reader("mine", ".mine", recognise, read))
+
+`read_dump` (dump.py) imports every file of the folder and asks the readers in turn, so that a new
+reader is a new file and nothing else. `read` raises `InputError` for a file that is damaged, too
+large or something else; nothing in a file is ever executed.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refmoe.files import InputError
+
+Arrays = dict[str, np.ndarray]
+
+MOST_NUMBERS = 1 << 28  # of arrays that are mostly unknown: 2 GB of float64, more is an error
+
+
+@dataclass(frozen=True)
+class Dump:
+    """Another engine's tensors of one sequence, and what else its file says."""
+
+    path: Path
+    arrays: Arrays  # by name; those that are points of the model are compared
+    tokens: list[int] | None
+    rounded: str  # the narrowest type that holds every value: bfloat16, float16, float32, float64
+    partial: frozenset[str] = frozenset()  # NaN where unknown: compared where known, never fed back
+    step: float = 0.0  # half of the last decimal, where numbers were printed
+    top: tuple[np.ndarray, np.ndarray] | None = None  # ids [T, K], -1: none; log-probabilities
+    notes: tuple[str, ...] = ()  # what was not read, and why
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A kind of dump: which paths are of this kind, and how one is read."""
+
+    name: str
+    files: str  # as an error message lists what is supported: ".npz", "or a folder of ..."
+    recognise: Callable[[Path], bool]  # by the path's name and whether it is a folder
+    read: Callable[[Path], Dump]
+
+
+READERS: dict[str, Reader] = {}
+
+
+def register(reader: Reader) -> None:
+    """Add a reader; one of the same name is replaced."""
+    READERS[reader.name] = reader
+
+
+def read_ids(where: str, value: Any) -> list[int]:
+    """Return the token ids of one sequence, whatever axes of length one stand before them.
+
+    `where` begins the message of the `InputError` that anything else raises.
+    """
+    x = value if isinstance(value, np.ndarray) else None
+    if x is None and isinstance(value, list) and all(type(i) is int for i in value):
+        x = np.array(value)  # of ids too large: objects, refused below
+    if x is None or x.dtype.kind not in "iu" or not x.size:
+        found = "no list of integers" if x is None else f"{x.dtype} {list(x.shape)}"
+        raise InputError(f"{where} is {found}, expected the token ids of one sequence")
+    if x.ndim and x.size != x.shape[-1]:
+        raise InputError(f"{where} is {list(x.shape)}, several sequences; dump one at a time")
+    ids: list[int] = x.reshape(-1).tolist()
+    return ids
+
+
+def narrowest_type(arrays: Iterable[np.ndarray]) -> str:
+    """Return the narrowest type that holds the values of most arrays, whatever they are stored in.
+
+    Only most, because some (router logits) are wide in every engine.
+    """
+    votes = {"bfloat16": 0, "float16": 0, "float32": 0, "float64": 0}
+    for x in arrays:
+        if x.dtype.kind != "f" or not x.size:
+            continue
+        some = x.reshape(-1)
+        some = some[~np.isnan(some)][:4096]
+        if not some.size:
+            continue
+        if x.dtype == np.float16:
+            votes["float16"] += 1
+        elif (some.astype(np.float32) != some).any():
+            votes["float64"] += 1
+        elif not (some.astype(np.float32).view(np.uint32) & 0xFFFF).any():
+            votes["bfloat16"] += 1
+        elif (some.astype(np.float32).astype(np.float16) == some).all():
+            votes["float16"] += 1
+        else:
+            votes["float32"] += 1
+    return max(votes, key=lambda name: votes[name])

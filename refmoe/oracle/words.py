@@ -1,0 +1,101 @@
+"""A report as lines of text, as `refmoe check` prints it."""
+
+from collections.abc import Iterator
+
+from refmoe.oracle.check import Arbitration
+from refmoe.oracle.judge import Report
+
+SHOWN = 5  # points, the worst first, unless all are asked for
+UNMATCHED = 10  # names of the dump that are no points
+THROUGH = 5  # points that are judged with the first wrong one
+COLUMNS = (
+    "rel error: measured, against float64; explained: the largest error that rounding explains;",
+    "multiple: their ratio, over all tokens or for the worst one; above 1 it is more than rounding",
+)
+
+
+def report_lines(report: Report, every: bool = False, truth: bool = False) -> Iterator[str]:
+    """Yield the lines of a report.
+
+    every  all points, in the order of computation, instead of the worst
+    truth  the report is of `check_truth`, end to end
+    """
+    how = "end to end" if truth else "each operation on the engine's own inputs"
+    yield (
+        f"{report.compared} tensors compared, {how}; "
+        f"profile {report.profile}, conventions of {report.engine}"
+    )
+    for name, value in report.conventions.items():
+        yield f"  convention: {convention_text(name, value)}"
+    yield ""
+    yield f"{'rel error':>10} {'explained':>10} {'multiple':>9}  point"
+    worst = sorted(report.points, key=lambda p: -p.multiple)
+    for p in report.points if every else worst[:SHOWN]:
+        yield f"{p.rel_error:10.1e} {p.envelope:10.1e} {p.multiple:9.2f}  {p.name}"
+    if report.points:
+        yield from (f"  {line}" for line in COLUMNS)
+    yield ""
+    flips = report.router
+    yield f"router: {flips['flips']} choices differ, {flips['explained']} explained by noise"
+    if report.missing:
+        yield f"not in the dump: {len(report.missing)} points, first {report.missing[0]}"
+    for name, why in list(report.unmatched.items())[:UNMATCHED]:
+        yield f"not compared: {name}: {why}"
+    yield ""
+    at = f"{report.point}, " if report.point else ""
+    yield f"{report.verdict.upper()}: {at}{report.reason}"
+    through = report.judged_with(report.point)
+    if through:
+        more = f" and {len(through) - THROUGH + 1} more" if len(through) > THROUGH else ""
+        first = through[: THROUGH - 1] if more else through
+        yield f"judged together with {', '.join(first)}{more}, which the dump lacks"
+    yield from cause_lines(report)
+    yield f"nominal chance of a false alarm in the whole report: {report.alpha:g}"
+
+
+def cause_lines(report: Report) -> Iterator[str]:
+    """Yield the lines that name the cause of a fault, or describe an unknown one."""
+    cause = report.cause
+    if cause is None:
+        if report.verdict == "fault":
+            yield f"CAUSE: no known fault fits{f'; {report.shape}' if report.shape else ''}"
+        return
+    yield f"CAUSE: {cause.text} [{cause.id}]"
+    if cause.references:
+        yield f"  as in {', '.join(cause.references)}"
+    if cause.fitted:
+        yield f"  {cause.fitted}"
+    if cause.equivalent:
+        yield f"  cannot be told apart here from: {', '.join(cause.equivalent)}"
+    if cause.runner_up:
+        worse = f", {cause.times_worse:.3g} times worse" if cause.times_worse else ""
+        yield f"  next best: {cause.runner_up}{worse}"
+
+
+def arbitration_lines(both: Arbitration, a: str, b: str) -> Iterator[str]:
+    """Yield the lines that compare two dumps; `a` and `b` are their names."""
+    for name, r in ((a, both.a), (b, both.b)):
+        where = f" at {r.point}" if r.point else ""
+        yield f"{name}: {r.verdict}{where} under profile {r.profile}; {r.reason}"
+    if both.ratio is not None:
+        yield f"errors of the first over the second: {both.ratio:.3g} at {both.shared} points"
+    at = both.first_difference
+    yield f"the same bits at {both.equal}{f'; they part at {at}' if at else ''}"
+    further = {"a": a, "b": b}.get(both.further, "neither")
+    yield f"further from float64: {further}"
+
+
+def convention_text(name: str, value: str) -> str:
+    """Return a convention of a report as a phrase: NAME from config.json (refmoe: 1e-06).
+
+    A report of `check_truth` says the engine's value alone.
+    """
+    theirs, ours = split_convention(value)
+    taken = "from config.json" if theirs in ("the config's", "None") else f"= {theirs}"
+    return f"{name} {taken}{f' (refmoe: {ours})' if ours else ''}"
+
+
+def split_convention(value: str) -> tuple[str, str]:
+    """Return the engine's value and refmoe's of one of `Report.conventions`."""
+    theirs, found, ours = value.rpartition(" (here ")
+    return (theirs, ours.removesuffix(")")) if found else (value, "")
