@@ -5,7 +5,10 @@ import re
 import numpy as np
 
 from refmoe.config import Fp8Scheme
-from refmoe.model.matrix import BF16, Fp8Block, Int4, Matrix, dequantize
+from refmoe.model.formats.bf16 import BF16
+from refmoe.model.formats.fp8_block import Fp8Block
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.matrix import Matrix, dequantize
 from refmoe.weights.checkpoint import Checkpoint
 from refmoe.weights.gguf import Gguf
 

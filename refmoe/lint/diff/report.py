@@ -24,7 +24,9 @@ from refmoe.lint.facts.settings import SHAPE, compare_configs
 from refmoe.lint.facts.shards import gather
 from refmoe.lint.matrices import keys_of, matrix_of, parts_of, values_of
 from refmoe.lint.registry import select as select_rules
-from refmoe.model.matrix import Fp8Block, Int4, Matrix
+from refmoe.model.formats.fp8_block import Fp8Block
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.matrix import Matrix
 from refmoe.weights.checkpoint import Checkpoint, expected, known_extra, tensor_class
 from refmoe.weights.gguf import Gguf, is_gguf
 
