@@ -21,13 +21,13 @@ from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.readers.dump import read_dump
 from refmoe.oracle.selftest.power import rounded_run
 from refmoe.oracle.trace import write
-from refmoe.oracle.truth import envelope as truths_envelope
-from refmoe.oracle.truth import forward as truths_forward
-from refmoe.oracle.truth import layout as truths_layout
-from refmoe.oracle.truth import make as truths_make
+from refmoe.oracle.truth import envelope as truth_envelope
+from refmoe.oracle.truth import forward as truth_forward
+from refmoe.oracle.truth import layout as truth_layout
+from refmoe.oracle.truth import make as truth_make
 from refmoe.oracle.truth.check import check_truth
 from refmoe.oracle.truth.file import read_truth
-from refmoe.oracle.truth.layout import layout, points, size
+from refmoe.oracle.truth.layout import judged_points, layout, size
 from refmoe.oracle.truth.make import make
 from refmoe.run.load import golden_folder
 from refmoe.weights.streaming.store import Store
@@ -93,7 +93,7 @@ def run(truth, folder, numerics, patterns=("model.layers.*", "model.norm", "lm_h
 
 def logprobs(logits):
     logits = logits.astype(np.float64)
-    return logits - truths_forward.logsumexp(logits)
+    return logits - truth_forward.logsumexp(logits)
 
 
 def listed(dump, k, temperature=1.0):
@@ -137,24 +137,24 @@ def one_after_another(model, tokens, profiles, runs=12, top=64):
         x = p.decoder.hidden(p.prompts, [p.decoder.caches() for _ in p.prompts])
         p.decoder.head(x)
 
-    class Alone(truths_forward.Seen):
+    class Alone(truth_forward.Seen):
         def scores(self, path, x):
             self.gate = self.decoder.layers[int(path.split(".")[2])].mlp.gate
             return super().scores(path, x)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(truths_forward, "Seen", Alone)
+        patch.setattr(truth_envelope, "Seen", Alone)
         exact = Alone(model.decoder, top, lambda: None)
         decoder = model.decoder.using(model.nx.watching(exact))
-        whole(truths_forward.Pass(decoder, [tokens], exact))
+        whole(truth_forward.Pass(decoder, [tokens], exact))
         truth = exact.values()
-        arrays = truths_make._columns(truth, model.cfg)
+        arrays = truth_make._columns(truth, model.cfg)
         plain = model.decoder.using(policy("float64", model.nx.conventions))
         for name in profiles:
-            noisy = truths_envelope.emulation(plain, PROFILES[name], tokens, exact, runs)
+            noisy = truth_envelope.emulation(plain, PROFILES[name], tokens, exact, runs)
             whole(noisy)
-            each = truths_envelope.each_run(noisy.seen, runs)
-            arrays |= truths_envelope.sample(PROFILES[name], each, truth, model.cfg)
+            each = truth_envelope.each_run(noisy.seen, runs)
+            arrays |= truth_envelope.sample(PROFILES[name], each, truth, model.cfg)
     return arrays
 
 
@@ -238,15 +238,15 @@ def test_margins_are_those_of_the_scores(truth, model):
 
 def test_levels_survive_a_byte_to_five_percent():
     level = np.geomspace(1e-9, 10, 500)
-    assert np.abs(np.log(truths_layout.decode(truths_layout.encode(level)) / level)).max() < np.log(
+    assert np.abs(np.log(truth_layout.decode(truth_layout.encode(level)) / level)).max() < np.log(
         1.051
     )
-    assert np.isnan(truths_layout.decode(truths_layout.encode(np.array([np.nan])))).all()
+    assert np.isnan(truth_layout.decode(truth_layout.encode(np.array([np.nan])))).all()
 
 
 def test_the_same_inputs_give_the_same_bytes(file, tmp_path, random_bf16):
     code = (
-        "import sys, refmoe; from refmoe.oracle.truth import make; "
+        "import sys, refmoe; from refmoe.oracle.truth.make import make; "
         "make(refmoe.load(sys.argv[1], 'float64', True), [i * 7 % 270 for i in range(20)], "
         "sys.argv[2])"
     )
@@ -275,7 +275,7 @@ def test_sixty_kilobytes_a_token_at_the_size_of_k2(file, truth):
     """By arithmetic from the layout; and a small file obeys the same arithmetic."""
     cfg = Config.load(MEMBERS / "k2-instruct.json")
     assert (cfg.num_hidden_layers, cfg.hidden_size, cfg.num_experts_per_tok) == (61, 7168, 8)
-    assert len(points(cfg, 64)) == 309
+    assert len(judged_points(cfg, 64)) == 309
     one, two = size(layout(cfg, 1)), size(layout(cfg, 2))
     assert two - one == 58_586 <= 60_000
     assert one - (two - one) == 24_720  # spreads
@@ -312,7 +312,7 @@ def test_a_healthy_engine_passes_whatever_it_shows(truth, random_bf16, numerics)
     json.dumps(report.as_json(), allow_nan=False)
 
 
-@pytest.mark.parametrize("profile", truths_layout.KEPT)
+@pytest.mark.parametrize("profile", truth_layout.KEPT)
 def test_engines_that_really_round_pass_in_every_profile(truth, model, profile):
     for seed in range(6):
         dump = rounded_run(model, PROFILES[profile], TOKENS, seed)
@@ -522,9 +522,9 @@ def damaged(raw, change):
     """The same file with other facts."""
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
-    facts = json.loads(header["__metadata__"][truths_layout.KEY])
+    facts = json.loads(header["__metadata__"][truth_layout.KEY])
     change(header, facts)
-    header["__metadata__"] = {truths_layout.KEY: json.dumps(facts)}
+    header["__metadata__"] = {truth_layout.KEY: json.dumps(facts)}
     whole = json.dumps(header).encode()
     return len(whole).to_bytes(8, "little") + whole + raw[8 + length :]
 
@@ -575,7 +575,7 @@ def test_numbers_that_cannot_be_are_refused(file, tmp_path, name, value):
     truth = read_truth(file)
     arrays = {n: x.copy() for n, x in truth.arrays.items()}
     arrays[name].flat[0] = value
-    write(tmp_path / "t", arrays, {truths_layout.KEY: json.dumps(truth.facts)})
+    write(tmp_path / "t", arrays, {truth_layout.KEY: json.dumps(truth.facts)})
     with pytest.raises(InputError, match=name):
         read_truth(tmp_path / "t")
 

@@ -54,6 +54,7 @@ Verdict: TypeAlias = Literal["same bits", "same values", "rounded", "within a st
 LOOSE = 0.35  # relative RMS of formats without a bound for one value: two bits are off by a quarter
 NEARLY = 2.0**-6  # scales closer than this and not each other's rounding are a damaged repack
 FACTOR = 2.0**-8  # a rounded scale is off by up to 2⁻⁹ as a whole: not a factor anyone meant
+EXPONENT = np.uint64(0x7FF << 52)  # the bits of a float64 that hold its exponent
 PRECISION = {"float16": (11, -14), "float32": (24, -126), "float64": (53, -1022)}
 
 
@@ -79,6 +80,7 @@ def compare(a: Matrix, b: Matrix) -> Compared:
 
 
 def _compare_values(a: Matrix, b: Matrix) -> Compared:
+    """Compare two matrices of numbers and one shape, whose bytes differ."""
     exact = np.float32 if _fits_float32(a) and _fits_float32(b) else np.float64
     strict = same_format(a, b)
     aa = ab = dd = most = worst = 0.0
@@ -161,7 +163,10 @@ def allowed(
 def _on_one_grid(
     int4: Int4, q4: Q4, x: np.ndarray, y: np.ndarray
 ) -> tuple[np.ndarray | float, np.ndarray | float]:
-    """Return the same for INT4 x and Q4_0 y, which a repack leaves on one grid."""
+    """Return how far INT4 x and Q4_0 y may be apart, as `allowed` does.
+
+    A repack leaves both on one grid, where only the rounding of scales is allowed.
+    """
     s, d = np.abs(int4.steps()), np.abs(q4.steps())
     repacked = (s.astype(np.float16) == d) | (round_bf16(d.astype(np.float32)) == s)
     off = np.abs(s - d)
@@ -180,8 +185,9 @@ def half_unit(m: Matrix, w: np.ndarray) -> np.ndarray | float:
     if not isinstance(m, BF16 | np.ndarray):
         return 0.0
     digits, least = (8, -126) if isinstance(m, BF16) else PRECISION[m.dtype.name]
-    exponent = np.where(w == 0, least, np.frexp(w)[1] - 1)
-    return np.ldexp(1.0, np.maximum(exponent, least) - digits)
+    bits = np.ascontiguousarray(w, np.float64).view(np.uint64) & EXPONENT
+    power = np.maximum(bits.view(np.float64), 2.0**least)  # 2^⌊log2|w|⌋
+    return np.where(np.isfinite(power), power * 2.0**-digits, 0.0)
 
 
 def half_step(m: Matrix, w: np.ndarray, other: np.ndarray) -> np.ndarray | float:
@@ -244,6 +250,7 @@ def _fits_float32(m: Matrix) -> bool:
 
 
 def _same_parts(a: Matrix, b: Matrix) -> bool:
+    """Return whether two matrices are in one format and have the same bytes."""
     if type(a) is not type(b) or not same_format(a, b):
         return False
     parts = zip(_arrays(a), _arrays(b), strict=True)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import log
 
 import numpy as np
 
@@ -13,8 +12,8 @@ from refmoe.model.decoder import (
 )
 from refmoe.model.points import kind
 from refmoe.oracle.noise import emulated
-from refmoe.oracle.statistics import LEAST_SPREAD
-from refmoe.oracle.truth.errors import _known_rms, differences, errors, reached
+from refmoe.oracle.statistics import LEAST_SPREAD, log_statistics
+from refmoe.oracle.truth.errors import differences, errors, reached, rms_of_known
 from refmoe.oracle.truth.forward import Pass, Seen
 from refmoe.oracle.truth.layout import (
     FEWEST,
@@ -24,12 +23,10 @@ from refmoe.oracle.truth.layout import (
     UNSURE,
     Values,
     encode,
+    judged_points,
     ladder,
     mixtures,
-    points,
 )
-
-# --- envelopes ----------------------------------------------------------------------------------
 
 
 def emulation(
@@ -39,7 +36,7 @@ def emulation(
     truth: Seen,
     runs: int,
 ) -> Pass:
-    """The emulated runs of a profile, one pass of that many times the rows."""
+    """Return the emulated runs of a profile as one pass of that many times the rows."""
     seen = Seen(decoder, truth.top, truth.tick, truth)
     noisy = emulated(decoder, profile, len(tokens), np.random.default_rng(0), seen)
     inner = noisy.nx.watch
@@ -56,15 +53,15 @@ def emulation(
 
 
 def each_run(seen: Seen, runs: int) -> list[Values]:
-    """What is kept of each of them."""
+    """Return what is kept of each of these runs."""
     every = {n: x.reshape(runs, len(x) // runs, *x.shape[1:]) for n, x in seen.values().items()}
     return [{name: x[run] for name, x in every.items()} for run in range(runs)]
 
 
 def sample(profile: Profile, each: Sequence[Values], truth: Values, cfg: Config) -> Values:
-    """The levels and spreads of one profile from its emulated runs, as the file has them."""
+    """Return levels and spreads of one profile from its emulated runs, as the file has them."""
     T, top = truth[LOGITS].shape
-    names = points(cfg, top)
+    names = judged_points(cfg, top)
     drawn = [errors(truth, run, ladder(top)) for run in each]
     e = np.array([[d[p] for p in names] for d in drawn])  # [runs, P, T]
     differs = [differences(truth, run) for run in each]
@@ -79,7 +76,7 @@ def sample(profile: Profile, each: Sequence[Values], truth: Values, cfg: Config)
     s = np.array([[_scores(truth, run, g) for g in gates] for run in each]).reshape(before.shape)
     noise = levels(np.where(before, np.nan, s), least=1.0)  # [M, T]
     near = {
-        i: ~(_margin(truth, gate, cfg) > _tie(noise[m], NEAR))
+        i: ~(_margin(truth, gate, cfg) > tie(noise[m], NEAR))
         for m, (i, gate) in enumerate(zip(layers, gates, strict=True))
     }
     untried = np.zeros(touched.shape[1:], bool)
@@ -96,28 +93,32 @@ def sample(profile: Profile, each: Sequence[Values], truth: Values, cfg: Config)
 
 
 def _scores(truth: Values, run: Values, gate: str) -> np.ndarray:
-    """RMS over the kept experts of a score's error [T]; masked groups have none."""
+    """Return the RMS over the kept experts of a score's error [T]; masked groups have none."""
     a, b = truth[gate + "#scores"], run[gate + "#scores"]
     both = np.isfinite(a) & np.isfinite(b)
-    return _known_rms(np.where(both, np.where(both, b, 0) - np.where(both, a, 0), np.nan))
+    return rms_of_known(np.where(both, np.where(both, b, 0) - np.where(both, a, 0), np.nan))
 
 
 def _margin(truth: Values, gate: str, cfg: Config) -> np.ndarray:
-    """Of experts, or half of that of groups, whose scores are sums of two, if it is less."""
+    """Return the margin of experts, or half of that of groups if it is less.
+
+    A group's score is the sum of two experts' scores.
+    """
     score, K = truth[gate + "#scores"], cfg.num_experts_per_tok
     own = score[:, K - 1] - score[:, K] if score.shape[1] > K else np.full(len(score), np.inf)
     return np.minimum(own, truth[gate + "#groups"] / 2)
 
 
-def _tie(noise: np.ndarray, deviations: float) -> np.ndarray:
-    """Differences of scores within this are explained; NaN where no noise was sampled."""
+def tie(noise: np.ndarray, deviations: float) -> np.ndarray:
+    """Return the largest difference of scores that so many deviations explain; NaN: no noise."""
     return deviations * np.sqrt(2) * noise + 4 * 2.0**-24
 
 
 def levels(e: np.ndarray, least: float = 0.1) -> np.ndarray:
-    """e [runs, P, T], NaN where left out → RMS over runs [P, T], no less than `least` of a row's.
+    """Return the RMS over runs [P, T] of errors [runs, P, T], NaN where left out.
 
-    A row without samples has that of the point, a point without samples NaN.
+    It is no less than `least` times that of the whole point. A row without samples has that of the
+    point, a point without samples NaN.
     """
     known = ~np.isnan(e)
     count, total = known.sum(axis=0), np.where(known, e * e, 0).sum(axis=0)
@@ -129,7 +130,9 @@ def levels(e: np.ndarray, least: float = 0.1) -> np.ndarray:
 
 
 def spread(e: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """How log R and log M of one run lie against the others: [P, 2, 2], NaN where too few say.
+    """Return how log R and log M of one run lie against the others: [P, 2, 2], NaN: too few runs.
+
+    The axes are log R or log M, and mean or deviation.
 
     A point's own deviation is known from a dozen draws; it is taken at its upper bound, and as no
     less than the median of its kind.
@@ -141,7 +144,7 @@ def spread(e: np.ndarray, names: Sequence[str]) -> np.ndarray:
         for p in range(P):
             known = ratio[p][np.isfinite(ratio[p])]
             if len(known) >= FEWEST * T:
-                drawn[run, p] = statistics(known)
+                drawn[run, p] = log_statistics(known)
     out = np.full((P, 2, 2), np.nan)
     enough = np.isfinite(drawn[:, :, 0]).sum(axis=0) >= max(2, 2 * runs / 3)
     for p in np.flatnonzero(enough).tolist():
@@ -153,8 +156,3 @@ def spread(e: np.ndarray, names: Sequence[str]) -> np.ndarray:
         least = np.maximum(np.median(out[of_kind, :, 1], axis=0) / UNSURE, LEAST_SPREAD)
         out[of_kind, :, 1] = np.maximum(out[of_kind, :, 1], least)
     return out
-
-
-def statistics(ratio: np.ndarray) -> tuple[float, float]:
-    """log R and log M of the rows' errors over their levels."""
-    return log(np.sqrt((ratio**2).mean()) + 1e-12), log(ratio.max() + 1e-12)

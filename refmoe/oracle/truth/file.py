@@ -27,15 +27,15 @@ from refmoe.oracle.truth.layout import (
     Values,
     layout,
     mixtures,
-    sides,
+    network_conventions,
 )
 from refmoe.weights.checkpoint import DTYPES, read_header
-
-# --- read ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Truth:
+    """A truth file as read: where it comes from, and its tensors."""
+
     path: Path
     cfg: Config
     tokens: list[int]
@@ -51,7 +51,7 @@ class Truth:
 
     @property
     def margin(self) -> np.ndarray:
-        """[T, M]: score of the last expert taken minus the first refused; inf: none was."""
+        """Score of the last expert taken minus that of the first refused, [T, M]; inf: none was."""
         score, K = self.arrays["gate#scores"].astype(np.float64), self.cfg.num_experts_per_tok
         if score.shape[2] == K:
             return np.full(score.shape[:2], np.inf)
@@ -59,7 +59,7 @@ class Truth:
         return out
 
     def values(self, T: int) -> Values:
-        """The points of the first T tokens."""
+        """Return the points of the first T tokens."""
         a = {name: x[:T] for name, x in self.arrays.items()}
         out = {"model.norm": a["model.norm"], "lm_head#ids": a["lm_head#ids"]}
         out |= {LOGITS: a["lm_head#logprobs"], TOTAL: a["lm_head#logsumexp"][:, None]}
@@ -71,7 +71,7 @@ class Truth:
 
 
 def read_truth(path: str | Path) -> Truth:
-    """Read what `make` wrote; `InputError` says what is wrong with the file."""
+    """Read what `make` wrote; raise `InputError` that says what is wrong with the file."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
@@ -86,7 +86,7 @@ def read_truth(path: str | Path) -> Truth:
     if version != VERSION:
         raise InputError(f"{path} is version {version}, this refmoe reads {VERSION}; make it anew")
     try:
-        cfg, tokens, conventions, profiles = _understood(facts)
+        cfg, tokens, conventions, profiles = _parse_facts(facts)
         check_tokens(tokens, 0, cfg)
         sketches = stored.get("layers#sketch")
         rows = (len(tokens), cfg.num_hidden_layers, WIDTH)
@@ -101,7 +101,7 @@ def read_truth(path: str | Path) -> Truth:
         for name, t in stored.items():
             x = np.frombuffer(raw[t.start : t.start + t.nbytes], DTYPES[t.dtype])
             arrays[name] = x.reshape(t.shape)
-        _sound(arrays, cfg)
+        _check_arrays(arrays, cfg)
     except InputError as e:
         raise InputError(f"{path}: {e}") from None
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
@@ -109,9 +109,10 @@ def read_truth(path: str | Path) -> Truth:
     return Truth(path, cfg, tokens, facts["numerics"], conventions, profiles, arrays, facts)
 
 
-def _understood(
+def _parse_facts(
     facts: dict[str, Any],
 ) -> tuple[Config, list[int], Conventions, dict[str, Profile]]:
+    """Return config, tokens, conventions and profiles of the metadata; raise if one is wrong."""
     if hashlib.sha256(facts["config"].encode()).hexdigest() != facts["config_sha256"]:
         raise InputError("its config.json has not the sha256 beside it")
     cfg = Config.from_dict(json.loads(facts["config"]))
@@ -131,12 +132,12 @@ def _understood(
     conventions = Conventions(**facts["conventions"] | tuples)
     if not isinstance(conventions.name, str):
         raise InputError(f"conventions named {conventions.name!r}")
-    sides(conventions, cfg)
+    network_conventions(conventions, cfg)
     return cfg, tokens, conventions, {p.name: p for p in profiles}
 
 
-def _sound(arrays: Mapping[str, np.ndarray], cfg: Config) -> None:
-    """Numbers where numbers must be, indices inside, levels with spreads."""
+def _check_arrays(arrays: Mapping[str, np.ndarray], cfg: Config) -> None:
+    """Raise `InputError` for NaN where numbers must be, for indices outside and for bad spreads."""
     for name, x in arrays.items():
         least = {"gate#scores": -np.inf, "gate#groups": np.inf}.get(name)  # refused; none was
         bad = ~np.isfinite(x) if x.dtype.kind == "f" else np.zeros(1, bool)

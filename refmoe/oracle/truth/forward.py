@@ -1,4 +1,8 @@
-"""Run the float64 forward pass and keep what a truth file holds."""
+"""Run forward passes side by side, layer by layer, and keep what a truth file holds.
+
+`Seen` is the watcher that keeps it, `forward` the loop over layers: every weight is read once for
+the exact pass and all emulated ones.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -13,17 +17,16 @@ from refmoe.oracle.trace import sketch
 from refmoe.oracle.truth.layout import BLOCK, LOGITS, REFUSED, SMALL, TOTAL, WIDTH, Values
 from refmoe.run.layerwise import MemoryGroup, run_layer
 
-# --- what is kept of one forward pass -----------------------------------------------------------
-
-
 ENDS = (".self_attn", ".mlp", ".mlp.gate", ".gate#experts", ".gate#weights")
 
 
 class Seen:
     """A watcher that keeps of each point what a truth keeps of it.
 
-    With `truth`, an exact pass that is ahead by a layer, scores and log-probabilities are of its
-    experts and tokens, and the rows may be those of several runs.
+    truth  for an emulated pass, what the exact one has seen, which is a layer ahead: scores and
+           log-probabilities are then kept for the experts and tokens of that one, and the rows may
+           be those of several runs
+    tick   is called after each layer
     """
 
     def __init__(
@@ -36,12 +39,15 @@ class Seen:
         self.parts: dict[str, list[np.ndarray]] = {}
 
     def value(self, name: str) -> np.ndarray:
+        """Return all rows of one name."""
         return np.concatenate(self.parts[name])
 
     def values(self) -> Values:
+        """Return all rows of everything that was kept."""
         return {name: self.value(name) for name in self.parts}
 
     def wants(self, path: str) -> bool:
+        """Tell whether a truth keeps anything of this point."""
         if not path.startswith("model.layers."):
             return path in (LOGITS, "model.norm")
         return path.endswith(ENDS) or (path.count(".") == 2 and "#" not in path)
@@ -55,6 +61,7 @@ class Seen:
         return x
 
     def kept(self, path: str, x: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield name and rows of what is kept of a point."""
         if path == LOGITS:
             yield from self.logits(x)
         elif path.endswith(".gate"):
@@ -65,6 +72,7 @@ class Seen:
             yield path, x.copy()
 
     def scores(self, path: str, x: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield the experts with the best scores, these scores, and the groups' margin."""
         assert self.gate is not None
         score = sigmoid(x) + dequantize(self.gate.e_score_correction_bias, x.dtype)
         score, groups = limit_groups(score, self.cfg, self.decoder.nx)
@@ -79,6 +87,7 @@ class Seen:
         yield path + "#scores", np.take_along_axis(score, ids, axis=-1)
 
     def logits(self, x: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield the likeliest tokens, their log-probabilities, and logsumexp."""
         if self.truth is not None:
             known = self.truth.value("lm_head#ids")
             ids = known[np.arange(self.rows, self.rows + len(x)) % len(known)]
@@ -93,12 +102,12 @@ class Seen:
 
 
 def width(path: str) -> int:
-    """Of the sketch that is kept."""
+    """Return how many numbers of a point's sketch are kept."""
     return SMALL if path.endswith((".self_attn", ".mlp")) else WIDTH
 
 
 def logsumexp(x: np.ndarray) -> np.ndarray:
-    """x [T, Z] → [T, 1]."""
+    """Return ln Σ exp x of each row, [T, Z] → [T, 1]."""
     most = x.max(axis=-1, keepdims=True)
     out: np.ndarray = np.log(np.exp(x - most).sum(axis=-1, keepdims=True)) + most
     return out

@@ -1,7 +1,7 @@
 """Golden truth: what is needed to judge an engine end to end where the model is not at hand.
 
 `make` runs the model once in its own numerics (float64, if the truth is to be one) and once for
-each precision profile with the noise of noise.py, a dozen emulated runs as one batch; it keeps one
+each precision profile with the noise of noise.py, a dozen emulated runs as one batch. It writes one
 safetensors file that `check_truth` takes in the model's place. T tokens, L layers, M of them
 mixtures, K experts a token, P points (below):
 
@@ -71,19 +71,18 @@ Values = dict[str, np.ndarray]  # point → what a truth keeps of it [T, ...]
 Masks = dict[str, np.ndarray | None]  # point → rows that a flip has reached [T]; None: unknown
 
 
-# --- layout -------------------------------------------------------------------------------------
-
-
 def mixtures(cfg: Config) -> list[int]:
+    """Return the layers that have routed experts."""
     return [i for i in range(cfg.num_hidden_layers) if cfg.is_moe(i)]
 
 
 def ladder(top: int) -> list[int]:
+    """Return the numbers of likeliest tokens that are judged together, `top` the last."""
     return [*(n for n in LADDER if n < top), top]
 
 
-def points(cfg: Config, top: int) -> list[str]:
-    """What is judged, in the order it is computed in."""
+def judged_points(cfg: Config, top: int) -> list[str]:
+    """Return what is judged, in the order of computation: points, and parts of the logits."""
     out = []
     for i in range(cfg.num_hidden_layers):
         at = f"model.layers.{i}"
@@ -95,8 +94,8 @@ def points(cfg: Config, top: int) -> list[str]:
 def layout(
     cfg: Config, T: int, top: int = 64, profiles: Sequence[str] = KEPT
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Every tensor of the file: type as safetensors spells it, and shape."""
-    L, M, P = cfg.num_hidden_layers, len(mixtures(cfg)), len(points(cfg, top))
+    """Return for every tensor of the file its type, as safetensors spells it, and its shape."""
+    L, M, P = cfg.num_hidden_layers, len(mixtures(cfg)), len(judged_points(cfg, top))
     K = cfg.num_experts_per_tok
     seen = min(K + REFUSED, cfg.n_routed_experts)
     out: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -121,12 +120,12 @@ def layout(
 
 
 def size(layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
-    """Bytes of the tensors."""
+    """Return the bytes of these tensors."""
     return sum(np.dtype(DTYPES[dtype]).itemsize * prod(shape) for dtype, shape in layout.values())
 
 
 def encode(level: np.ndarray) -> np.ndarray:
-    """Levels as bytes; what is not a number is 0."""
+    """Return levels as bytes, to 5 %; what is not a number is 0."""
     known = np.isfinite(level)
     with np.errstate(divide="ignore"):
         steps = 230 + 7 * np.log2(np.where(known, level, 1))
@@ -134,6 +133,7 @@ def encode(level: np.ndarray) -> np.ndarray:
 
 
 def decode(steps: np.ndarray) -> np.ndarray:
+    """Return the levels that `encode` kept, NaN for none."""
     return np.where(steps > 0, 2.0 ** ((steps.astype(np.float64) - 230) / 7), np.nan)
 
 
@@ -148,8 +148,8 @@ COLUMNS = {  # tensor of the file → the point of each layer
 }
 
 
-def sides(conventions: Conventions, cfg: Config) -> dict[str, Any]:
-    """What of the conventions makes a difference to float64 and this config."""
+def network_conventions(conventions: Conventions, cfg: Config) -> dict[str, Any]:
+    """Return what of the conventions makes a difference to float64 under this config."""
     scheme = {Int4Scheme: "int4", Fp8Scheme: "fp8"}.get(type(cfg.quantization))
     yarn = cfg.rope_scaling
     betas = conventions.yarn_betas or (yarn and (yarn.beta_fast, yarn.beta_slow))

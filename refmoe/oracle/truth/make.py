@@ -35,8 +35,6 @@ from refmoe.oracle.truth.layout import (
 from refmoe.run.load import Model
 from refmoe.weights.checkpoint import DTYPES
 
-# --- make ---------------------------------------------------------------------------------------
-
 
 def make(
     model: Model,
@@ -97,7 +95,7 @@ def make(
 
 
 def _columns(values: Values, cfg: Config) -> Values:
-    """Points → tensors of the file."""
+    """Return the tensors of the file from the values of points."""
     out = {"model.norm": values["model.norm"], "lm_head#ids": values["lm_head#ids"]}
     out |= {"lm_head#logprobs": values[LOGITS], "lm_head#logsumexp": values[TOTAL]}
     for name, end in COLUMNS.items():
@@ -108,7 +106,7 @@ def _columns(values: Values, cfg: Config) -> Values:
 
 
 def _facts(model: Model, hash_shards: bool) -> dict[str, Any]:
-    """Where a truth comes from."""
+    """Return what a truth says of where it comes from."""
     config = (model.checkpoint.path / "config.json").read_text("utf-8")
     shards: list[dict[str, Any]] = []
     for file in sorted({t.file for t in model.checkpoint.tensors.values()}):

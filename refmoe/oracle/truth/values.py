@@ -1,0 +1,128 @@
+"""Read from a dump what a truth file keeps of each point."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from refmoe.files import InputError
+from refmoe.oracle.readers.adapt import adapt, fit
+from refmoe.oracle.readers.base import Dump
+from refmoe.oracle.replay import TOP
+from refmoe.oracle.trace import sketch
+from refmoe.oracle.truth.file import Truth
+from refmoe.oracle.truth.forward import logsumexp
+from refmoe.oracle.truth.layout import LOGITS, TOTAL, WIDTH, Values, judged_points, ladder
+
+
+class DumpValues:
+    """A dump beside a truth of its tokens: ours, theirs, and what cannot be compared.
+
+    Raises `InputError` where the dump is of other tokens than the truth, or than the first of them.
+    """
+
+    def __init__(self, truth: Truth, dump: Dump):
+        self.truth, self.cfg = truth, truth.cfg
+        self.dump = replace(dump, arrays=adapt(dump.arrays, truth.cfg))
+        self.T = len(truth.tokens) if dump.tokens is None else len(dump.tokens)
+        if dump.tokens is not None and list(dump.tokens) != truth.tokens[: self.T]:
+            raise InputError(
+                f"{dump.path} is of other tokens than {truth.path}; "
+                "expected the same, or the first of them"
+            )
+        self.ours = truth.values(self.T)
+        self.misfits: dict[str, str] = {}  # point → why it cannot be compared
+        self.suspects: dict[str, str] = {}  # point → what is wrong with it before any comparison
+        self.rungs = [truth.top]  # numbers of likeliest tokens to judge together
+        self.theirs = self._read()
+
+    def _read(self) -> Values:
+        out: Values = {}
+        for path in judged_points(self.cfg, self.truth.top):
+            x = self._point(path) if not path.startswith(LOGITS) else None
+            if x is not None:
+                out[path] = x
+        out |= self._logits() if self.dump.top is None else self._top_logprobs()
+        for path in [p for p, x in out.items() if not p.startswith(LOGITS)]:
+            if not np.isfinite(out[path]).all():
+                self.suspects[path] = "not finite"
+                del out[path]
+        return out
+
+    def _point(self, path: str) -> np.ndarray | None:
+        """Return the engine's values of a point as a truth keeps them, or None."""
+        sketched, raw = self.dump.arrays.get(path + "#sketch"), self.dump.arrays.get(path)
+        width = self.ours[path].shape[1]
+        if "gate#" not in path and path != "model.norm" and sketched is not None:
+            if sketched.shape == (self.T, WIDTH):
+                return sketched[:, :width].astype(np.float64)
+            self.misfits[path] = f"its sketch is {list(sketched.shape)} for {self.T} tokens"
+        if raw is None or sketched is not None:
+            return None
+        if path in self.dump.partial:
+            self.misfits[path] = "known in part; a truth has no more than a sketch of it"
+            return None
+        columns = self.cfg.num_experts_per_tok if "gate#" in path else self.cfg.hidden_size
+        x = fit(path, raw, (self.T, columns), self.truth.conventions)
+        if x is None:
+            shape = [self.T, columns]
+            self.misfits[path] = f"it is {list(raw.shape)}, this point is {shape}"
+        elif path.endswith("#experts"):
+            return self._choices(path, x)
+        elif "gate#" in path or path == "model.norm":
+            x = x.astype(np.float64)
+        elif np.isfinite(x).all():
+            x = sketch(path, x)[:, :width]
+        return x
+
+    def _choices(self, path: str, x: np.ndarray) -> np.ndarray | None:
+        """Return the chosen experts; None, and a suspect, where one is no expert's index."""
+        inside = (x >= 0) & (x < self.cfg.n_routed_experts) & (x % 1 == 0)
+        if inside.all():
+            return x.astype(np.int64)
+        row = int(np.argwhere(~inside)[0][0])
+        self.suspects[path] = f"token {row} chose {x[row].tolist()}, no expert's index"
+        return None
+
+    def _logits(self) -> Values:
+        """Return log-probabilities at the truth's ids, and logsumexp, of whole logits."""
+        raw = self.dump.arrays.get(LOGITS)
+        if raw is None:
+            return {}
+        shape = (self.T, self.cfg.vocab_size)
+        x = fit(LOGITS, raw, shape, self.truth.conventions)
+        if x is None or LOGITS in self.dump.partial:
+            self.misfits[LOGITS] = f"it is {list(raw.shape)}, or in part; needed: {list(shape)}"
+            return {}
+        if not np.isfinite(x).all():
+            self.suspects[f"{LOGITS}#top{self.truth.top}"] = "not finite"
+            return {}
+        x = x.astype(np.float64)
+        total = logsumexp(x)
+        at = self.ours["lm_head#ids"].astype(np.intp)
+        return {LOGITS: np.take_along_axis(x, at, axis=-1) - total, TOTAL: total}
+
+    def _top_logprobs(self) -> Values:
+        """Return log-probabilities at the truth's ids, of those that a server listed.
+
+        One that is not listed is no likelier than the last but one listed: servers list the k
+        likeliest and sometimes the token that followed.
+        """
+        assert self.dump.top is not None
+        ids, values = self.dump.top
+        if len(ids) != self.T or ids.max(initial=-1) >= self.cfg.vocab_size:
+            self.misfits[TOP] = f"of {len(ids)} positions for {self.T} tokens, or of other words"
+            return {}
+        ours, known = self.ours[LOGITS], self.ours["lm_head#ids"]
+        out = np.full(ours.shape, np.nan)
+        listed = (ids >= 0).sum(axis=1)
+        for t in np.flatnonzero(listed):
+            row = dict(zip(ids[t].tolist(), values[t].tolist(), strict=True))
+            row.pop(-1, None)
+            bound = sorted(row.values())[1] if len(row) > 1 else np.nan  # of one, nothing
+            unlisted = np.minimum(ours[t], bound)
+            out[t] = [row.get(i, unlisted[k]) for k, i in enumerate(known[t].tolist())]
+        if not listed.any():
+            return {}
+        usual = int(np.median(listed[listed > 0]))
+        self.rungs = [max(n for n in ladder(self.truth.top) if n <= max(1, usual))]
+        return {LOGITS: out}
