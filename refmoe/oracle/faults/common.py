@@ -11,6 +11,7 @@ from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import Experts, MlpWeights, MoeWeights
 from refmoe.model.matrix import BF16, Fp8Block, Int4, Matrix, dequantize
 from refmoe.model.numerics import Numerics
+from refmoe.model.points import parse
 from refmoe.model.router import GateWeights, Routing
 from refmoe.oracle.faults.base import (
     Alter,
@@ -20,7 +21,6 @@ from refmoe.oracle.faults.base import (
     Here,
     Models,
     Q,
-    layer_of,
     with_experts,
     written,
 )
@@ -29,10 +29,12 @@ from refmoe.oracle.faults.base import (
 
 
 def _limits_groups(cfg: Config) -> bool:
+    """Tell whether some groups of experts are refused."""
     return cfg.topk_group < cfg.n_group
 
 
 def _can_halve_groups(cfg: Config) -> bool:
+    """Tell whether twice as many groups could be formed and still hold the chosen experts."""
     G, E, K = 2 * cfg.n_group, cfg.n_routed_experts, cfg.num_experts_per_tok
     return _limits_groups(cfg) and not E % G and E // G * cfg.topk_group >= K
 
@@ -100,7 +102,7 @@ def rerouted(change: Reroute) -> Alter:
 
     def alter(decoder: Decoder, layer: int | None) -> Decoder:
         def run(x: np.ndarray, routing: Routing, expert: Experts, nx: Numerics) -> np.ndarray:
-            i = layer_of(nx.scope)
+            i = parse(nx.scope.rstrip(".")).layer
             assert i is not None
             if layer in (None, i):
                 gate = moe_of(decoder.layers[i]).gate
