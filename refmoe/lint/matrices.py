@@ -66,6 +66,7 @@ def matrix_of(checkpoint: Checkpoint, key: str) -> Matrix:
 
 
 def _plain(x: np.ndarray, dtype: str) -> Matrix:
+    """Return an array as a matrix; tensors of a vision tower have more than two axes."""
     x = x.reshape(len(x), -1) if x.ndim > 2 else x
     return BF16(x) if dtype == "BF16" else x
 

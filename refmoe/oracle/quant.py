@@ -68,7 +68,7 @@ def rounder(kind: str) -> Callable[[np.ndarray], np.ndarray]:
 
 
 class Cost(NamedTuple):
-    """What a format costs, tensor by tensor and end to end."""
+    """The cost of a format, tensor by tensor and end to end."""
 
     tensors: list[dict[str, Any]]  # name, and rel_rms: the relative RMS error
     kl_mean: float  # nats a position

@@ -1,4 +1,4 @@
-"""A conversation of many turns: history, the cache behind it, and the loop at a terminal.
+"""Hold a conversation of many turns: its history, its caches, and the loop at a terminal.
 
 Each turn renders the whole history anew, as the template wants it, and computes only what the
 cache does not hold: the tokens after the longest prefix that both share. A turn that is
@@ -44,7 +44,7 @@ HELP = """\
 
 @dataclass
 class Dialogue:
-    """Messages and the latent caches that hold their beginning."""
+    """A conversation: its messages, and the latent caches that hold their beginning."""
 
     model: Model
     template: ChatTemplate
@@ -60,6 +60,7 @@ class Dialogue:
         self.reset()
 
     def reset(self) -> None:
+        """Forget everything but the system message."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
         self.memory, self.remembered = self._decoder.caches(), []
 
@@ -85,7 +86,7 @@ class Dialogue:
     ) -> Generator[Event, None, None]:
         """Add a message and yield the reply as it is made; both are history once it is whole.
 
-        Raises `InputError` where the conversation with this message fills the context.
+        Raises `InputError` if the conversation with this message fills the context.
         """
         messages = [*self.messages, message]
         prompt = self.template.encode(self.model.tokenizer, messages, self.tools, **self.variables)
@@ -116,7 +117,7 @@ class Dialogue:
     def _tokens(
         self, prompt: list[int], limit: int | None, sampling: Sampling, seed: int
     ) -> Iterator[int]:
-        """New tokens, computed from where the cache and the prompt part."""
+        """Yield new tokens; only what the caches do not hold of the prompt is computed."""
         same = 0
         for a, b in zip(prompt[:-1], self.remembered, strict=False):
             if a != b:

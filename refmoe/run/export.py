@@ -47,7 +47,7 @@ TILE = 1 << 22  # elements of a matrix that are wide at once: 16 MB in float32
 
 
 class Exported(NamedTuple):
-    """What was written."""
+    """The outcome of an export."""
 
     out: Path
     tensors: int
@@ -145,9 +145,11 @@ class _Plan(NamedTuple):
 
     @property
     def blocks(self) -> bool:
+        """Whether the type stores numbers in blocks."""
         return self.type not in ("f32", "f16")
 
     def nbytes(self, gguf: Any) -> int:
+        """Return the bytes of its data."""
         elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.type.upper()]]
         return int(np.prod(self.shape)) // elements * size
 

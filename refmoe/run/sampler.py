@@ -1,4 +1,4 @@
-"""Logits → one token: greedy, or drawn after temperature, top-p and min-p.
+"""Choose a token from logits: the likeliest, or drawn after temperature, top-p and min-p.
 
     p = softmax(logits / temperature)
     kept: the fewest most likely tokens whose p sum to top_p, and of these p ≥ min_p · max p
@@ -18,7 +18,10 @@ from refmoe.files import InputError
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy; top_p 1 and min_p 0 keep every token."""
+    """How a token is drawn: temperature 0 is greedy; top_p 1 and min_p 0 keep every token.
+
+    Raises `InputError` for numbers outside their ranges.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -34,7 +37,7 @@ class Sampling:
 
 
 def sample(logits: np.ndarray, how: Sampling, rng: "np.random.Generator | None") -> int:
-    """logits [Z] → a token id; one draw from `rng`, none when greedy, which may do without it."""
+    """Return a token id for logits [Z]; takes one draw from `rng`, which greedy does without."""
     if how.temperature == 0:
         return int(logits.argmax())
     assert rng is not None

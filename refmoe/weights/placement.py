@@ -52,7 +52,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Parts:
-    """What a model is made of, in bytes and numbers.
+    """The parts that a model is made of, in bytes and numbers.
 
     A layer's norms count with its attention, and the last norm with the head.
     """
@@ -134,7 +134,7 @@ class Parts:
         return context * self.latent * number
 
 
-def parts_of(checkpoint: Checkpoint, dense: str = "exact") -> Parts:
+def count_parts(checkpoint: Checkpoint, dense: str = "exact") -> Parts:
     """Return the parts of a checkpoint, from its tensors. Raises `InputError` if some are missing.
 
     dense  exact, or q8: 8-bit weights for what every token uses
@@ -160,6 +160,7 @@ class _Build:
     experts: dict[tuple[int, int], list[int]] = field(default_factory=dict)
 
     def add(self, name: str, shape: tuple[int, ...], dtype: str, nbytes: int) -> None:
+        """Add a tensor to the part that it belongs to."""
         kind = tensor_class(name, self.cfg)
         if kind == "other":
             return
@@ -182,6 +183,7 @@ class _Build:
         total[1] += numbers
 
     def parts(self) -> Parts:
+        """Return the parts of the tensors added."""
         cfg = self.cfg
         always = [
             Part(name, kind, layer, nbytes, self._read(kind, nbytes), numbers)
@@ -226,7 +228,7 @@ def _in_8_bits(name: str, shape: tuple[int, ...], dtype: str, nbytes: int) -> in
     return nbytes if alone else prod(shape) // group * block
 
 
-def smallest(parts: Parts) -> int:
+def smallest_budget(parts: Parts) -> int:
     """Return the bytes of memory with which one token can be computed, without the caches.
 
     They hold a layer's choice of experts; and, of what streams by (each layer's dense weights, each
@@ -262,7 +264,7 @@ class Tier(NamedTuple):
 
 @dataclass(frozen=True)
 class Share:
-    """What one tier holds."""
+    """The part of a model that one tier holds."""
 
     tier: Tier
     parts: tuple[Part, ...]
@@ -288,7 +290,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where everything lives."""
+    """A model divided among tiers."""
 
     shares: tuple[Share, ...]
     homeless: int  # bytes that have no place
@@ -348,8 +350,8 @@ def place(
             stay = [p for p in weights if not streamed or p.kind != "embedding"]
             least = sum(p.nbytes for p in stay) + parts.chosen * parts.expert
             if streamed and tier is memory[-1] and least > room:  # dense weights stream, too
-                needed = max(0, smallest(parts) - room)
-                room -= smallest(parts)
+                needed = max(0, smallest_budget(parts) - room)
+                room -= smallest_budget(parts)
                 count = min(experts, parts.chosen)
             for p in stay:
                 if p.nbytes <= room:
@@ -363,7 +365,7 @@ def place(
         experts -= count
         shares.append(Share(tier, tuple(mine), tuple(held), cache, count, parts.expert))
     if streamed and not memory:
-        needed = smallest(parts)
+        needed = smallest_budget(parts)
     homeless = sum(p.nbytes for p in weights) + len(caches) * cache + experts * parts.expert
     return Placement(tuple(shares), homeless, needed)
 
@@ -386,7 +388,7 @@ def _fitting(room: int, size: int) -> int:
     return max(0, room) // size if size else 1 << 62
 
 
-def traffic(
+def bytes_per_token(
     parts: Parts, placement: Placement, depth: int, hit_rate: float | None = None, number: int = 4
 ) -> Iterator[tuple[Share, int]]:
     """Yield each share with the bytes that one token reads there, `depth` tokens in the caches.

@@ -16,7 +16,8 @@ import refmoe
 from refmoe.cli import main
 from refmoe.config import Config
 from refmoe.files import InputError
-from refmoe.lint.diff.mistakes import MISTAKES, Suspect
+from refmoe.lint.diff.mistakes import MISTAKES
+from refmoe.lint.diff.suspect import Suspect
 from refmoe.lint.diff.weights import allowed, compare, same_format
 from refmoe.lint.lint import lint_against
 from refmoe.model.matrix import (

@@ -1,92 +1,20 @@
-"""Name the mistake that turns one matrix into another: one catalogue for every comparison.
+"""List the mistakes that turn one matrix into another: one catalogue for every comparison.
 
 A mistake is one registered function. It is given a suspect, a pair that differs, and yields what
-the second matrix would hold if the mistake had been made, with the words for it. The first that is
-the second matrix, within what both formats allow, is the cause. If none is, the first that nearly
-is: codes that saturate, and formats that quantise coarsely, hide a mistake so. If none is that
-either, the difference is described.
+the second matrix would hold if the mistake had been made, with the words for it. diff/cause.py
+tries them in the order in which they stand here.
 """
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from math import prod
-from typing import NamedTuple
 
 import numpy as np
 
-from refmoe.config import Config
-from refmoe.lint.diff.weights import (
-    LOOSE,
-    Compared,
-    half_step,
-    half_unit,
-    is_float,
-    same_format,
-    steps_of,
-)
-from refmoe.lint.matrices import matrix_of, parts_of, widen
-from refmoe.model.matrix import BF16, E4M3, Q4, Q8, Coded, Fp8Block, Heads, Int4, Matrix, rows
+from refmoe.lint.diff.suspect import Cause, Seen, Suspect, see
+from refmoe.lint.diff.weights import LOOSE, steps_of
+from refmoe.lint.matrices import matrix_of, parts_of
+from refmoe.model.matrix import E4M3, Q4, Q8, Fp8Block, Int4, Matrix, rows
 from refmoe.weights.checkpoint import Checkpoint
-
-CAUSE_LIMIT = 20_000_000  # elements of a tensor whose cause is sought; K2's q_b_proj has 18.9 M
-NEARLY = 0.02  # Σ(candidate - y)² / Σ candidate²: as near as a format of four bits leaves them
-FACTOR = 1e-3  # from which on a factor is told
-UNKNOWN = "no simple cause found"
-
-
-class Cause(NamedTuple):
-    """What turns the first matrix into the second."""
-
-    category: str  # the same for one mistake, whatever numbers its text has
-    text: str
-
-
-class Seen(NamedTuple):
-    """Values, and how far the numbers meant may be from each."""
-
-    values: np.ndarray
-    bound: np.ndarray
-
-    def moved(self, move: Callable[[np.ndarray], np.ndarray]) -> "Seen":
-        """Return them in another order or shape."""
-        return Seen(move(self.values), move(self.bound))
-
-    def is_(self, other: "Seen") -> bool:
-        """Return whether both may have been made of the same numbers."""
-        if self.values.shape != other.values.shape:
-            return False
-        return bool((np.abs(self.values - other.values) <= self.bound + other.bound).all())
-
-    def off(self, other: "Seen") -> float:
-        """Return Σ(self - other)² / Σ self²; infinite if the shapes differ."""
-        if self.values.shape != other.values.shape:
-            return np.inf
-        square = float((self.values**2).sum())
-        away = float(((self.values - other.values) ** 2).sum())
-        return away / square if square > 0 and np.isfinite(away) else np.inf
-
-
-@dataclass(frozen=True)
-class Suspect:
-    """Two matrices of one key that do not hold the same weights."""
-
-    key: str
-    ours: Checkpoint
-    a: Matrix  # ours, taken to be right
-    b: Matrix
-    x: Seen = field(init=False)
-    y: Seen = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "x", see(self.a, self.b))
-        object.__setattr__(self, "y", see(self.b, self.a))
-
-    @property
-    def cfg(self) -> Config:
-        """The settings of our checkpoint."""
-        return self.ours.cfg
-
 
 Candidate = tuple[Cause, Seen]
 Mistake = Callable[[Suspect], Iterator[Candidate]]
@@ -99,77 +27,11 @@ def mistake(f: Mistake) -> Mistake:
     return f
 
 
-def see(m: Matrix, other: Matrix) -> Seen:
-    """Return the values of a matrix with the rounding that a mistake may hide behind.
-
-    Between two matrices in one format that is the rounding of scales, not of codes.
-    """
-    w = widen(m)
-    bound = half_unit(m, w)
-    if not _one_grid(m, other):
-        bound = bound + half_step(m, w, w)
-    elif not isinstance(m, BF16 | np.ndarray):
-        unit = {Int4: 2.0**-8, Fp8Block: 2.0**-24}.get(type(m), 2.0**-11)
-        bound = bound + unit * np.abs(w)
-    return Seen(w, np.broadcast_to(bound, w.shape))
-
-
-def _one_grid(a: Matrix, b: Matrix) -> bool:
-    return same_format(a, b) or (isinstance(a, Int4 | Q4) and isinstance(b, Int4 | Q4))
-
-
-def find_cause(key: str, a: Matrix, b: Matrix, ours: Checkpoint, how: Compared) -> Cause:
-    """Return the mistake that turns a into b, or in what they differ if none is known."""
-    if how.factor is not None:
-        return Cause("factor", f"the right one times {how.factor:.4g}")
-    if not is_float(a) or not is_float(b):
-        return Cause("bits", "not the same bits, and no numbers to compare")
-    if prod(b.shape) > CAUSE_LIMIT:
-        return Cause(UNKNOWN, f"{UNKNOWN}; too large to be looked into")
-    with np.errstate(all="ignore"):  # values that are not finite are equal to nothing
-        s = Suspect(key, ours, a, b)
-        if found := _search(s):
-            return found
-        described = describe_difference(a, b, s.x.values, s.y.values)
-        return (described.category == UNKNOWN and _scaled_nearly(s)) or described
-
-
-def _limit(s: Suspect) -> float:
-    """Return how far off a candidate may be that explains most of the difference."""
-    return min(LOOSE**2 if isinstance(s.b, Coded) else NEARLY, s.x.off(s.y) / 4)
-
-
-def _search(s: Suspect) -> Cause | None:
-    """Return the first mistake that is exactly the second matrix, or else nearly."""
-    if not s.y.values.any():
-        return Cause("all zero", "all zero: never loaded?")
-    limit = _limit(s)
-    nearly: Cause | None = None
-    for each in MISTAKES:
-        for cause, candidate in each(s):
-            if candidate.is_(s.y):
-                return cause
-            if nearly is None and candidate.off(s.y) <= limit:
-                nearly = cause
-    return nearly
-
-
-def _scaled_nearly(s: Suspect) -> Cause | None:
-    """Return the factor that nearly turns the first matrix into the second, if one does."""
-    x, y = s.x.values, s.y.values
-    if x.shape != y.shape:
-        return None
-    top = float((x * y).sum() / max(float((x * x).sum()), 1e-300))
-    scaled = s.x.moved(lambda w: w * top)
-    if abs(top) > FACTOR and abs(top - 1) > FACTOR and scaled.off(s.y) <= _limit(s):
-        return Cause("factor", f"the right one times {top:.4g}")
-    return None
-
-
 # --- numbers in another order
 
 
 def _in_order(s: Suspect, text: str, order: np.ndarray, axis: int = 0) -> Candidate:
+    """Return the candidate whose rows, or columns, stand in another order."""
     return Cause(text, text), s.x.moved(lambda w: np.take(w, order, axis=axis))
 
 
@@ -374,6 +236,7 @@ def another_tensor(s: Suspect) -> Iterator[Candidate]:
 
 
 def _others(key: str, ours: Checkpoint) -> Iterator[tuple[str, str]]:
+    """Yield what a tensor may have been confused with: category and key."""
     for one, two in (("gate_proj", "up_proj"), ("up_proj", "gate_proj")):
         other = key.replace(f".{one}.", f".{two}.")
         if key.endswith(f".{one}.weight") and parts_of(ours, other):
@@ -393,68 +256,3 @@ def _first_rows_alike(a: Matrix, b: Matrix) -> bool:
     p, q = rows(a, first), rows(b, first)
     one, other = see(p, q), see(q, p)
     return one.is_(other) or one.off(other) <= LOOSE**2
-
-
-# --- no mistake known
-
-
-def describe_difference(a: Matrix, b: Matrix, x: np.ndarray, y: np.ndarray) -> Cause:
-    """Return in what two matrices differ: codes, scales or values, how many, by how much."""
-    if x.shape != y.shape:
-        return Cause(UNKNOWN, UNKNOWN)
-    n = int((~((x == y) | (np.isnan(x) & np.isnan(y)))).sum())
-    unknown = Cause(UNKNOWN, f"{UNKNOWN}; {n:,} of {x.size:,} values differ")
-    if not same_format(a, b) or isinstance(a, Heads):
-        return unknown
-    if isinstance(a, Int4 | Q4 | Q8 | Fp8Block):
-        return _describe_codes(a, b, unknown)
-    if isinstance(a, Coded):
-        return unknown
-    steps = np.abs(_ordinal(a) - _ordinal(b))
-    if not np.isfinite(x).all() or not np.isfinite(y).all() or steps.max() > 1:
-        return unknown
-    return Cause("values", f"{n:,} of {x.size:,} values differ, each by one step of its format")
-
-
-def _describe_codes(a: Int4 | Q4 | Q8 | Fp8Block, b: Matrix, unknown: Cause) -> Cause:
-    assert isinstance(b, Int4 | Q4 | Q8 | Fp8Block)
-    (codes, scales), (others, their_scales) = (_codes_and_scales(m) for m in (a, b))
-    off = np.abs(codes - others)
-    wrong, most = int((off > 0).sum()), int(off.max())
-    bad = ~((scales == their_scales) | (np.isnan(scales) & np.isnan(their_scales)))
-    if wrong and bad.any():
-        return unknown
-    if not wrong:
-        ratio = np.abs(their_scales[bad] / scales[bad])
-        by = float(ratio[np.abs(np.log(ratio)).argmax()])
-        text = f"codes are equal; {int(bad.sum()):,} of {scales.size:,} scales differ, by x{by:.4g}"
-        return Cause("scales", text)
-    if most > 1:
-        return unknown
-    return Cause("codes", f"{wrong:,} of {codes.size:,} codes differ, each by one step")
-
-
-def _codes_and_scales(m: Int4 | Q4 | Q8 | Fp8Block) -> tuple[np.ndarray, np.ndarray]:
-    """Return codes as whole numbers that one step changes by one, and scales, both float64."""
-    match m:
-        case Fp8Block(bits, scale, _):
-            magnitude = (bits & 0x7F).astype(np.float64)
-            return np.where(bits & 0x80, -magnitude, magnitude), scale.astype(np.float64)
-        case Int4(packed, scale):
-            one = np.full_like(scale, 0x3F80)  # 1.0 in bf16
-            return widen(Int4(packed, one)), widen(BF16(scale))
-        case _:
-            half = np.ascontiguousarray(m.blocks[..., :2]).view(np.float16)[..., 0]
-            one = m.blocks.copy()
-            one[..., :2] = np.array([1.0], np.float16).view(np.uint8)
-            return widen(type(m)(one)), half.astype(np.float64)
-
-
-def _ordinal(m: Matrix) -> np.ndarray:
-    """Return the bits of floats as whole numbers in the order of the floats."""
-    bits = m.bits if isinstance(m, BF16) else m
-    assert isinstance(bits, np.ndarray)
-    size = bits.dtype.itemsize
-    signed = bits.reshape(-1).view(f"i{size}").astype(np.int64)
-    lowest = -(1 << (8 * size - 1))
-    return np.where(signed < 0, lowest - signed, signed)

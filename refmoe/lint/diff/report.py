@@ -16,7 +16,8 @@ from refmoe.config import Config
 from refmoe.files import InputError
 from refmoe.lint.base import Finding, Findings, Place, show_progress
 from refmoe.lint.base import as_json as findings_as_json
-from refmoe.lint.diff.mistakes import UNKNOWN, Cause, find_cause
+from refmoe.lint.diff.cause import UNKNOWN, find_cause
+from refmoe.lint.diff.suspect import Cause
 from refmoe.lint.diff.weights import Compared, compare
 from refmoe.lint.facts.router import share_of_flips
 from refmoe.lint.facts.settings import SHAPE, compare_configs
@@ -106,7 +107,7 @@ class Verdict(NamedTuple):
 
 
 class Verification(NamedTuple):
-    """What `quant verify` says: a verdict for each weight, and the findings of the comparison."""
+    """The answer of `quant verify`: a verdict for each weight, and the findings."""
 
     tensors: list[Verdict]
     findings: list[Finding]
@@ -138,6 +139,7 @@ SHORT = {"same bits": "bit-equal", "same values": "bit-equal", "within a step": 
 
 
 def _verdict(each: Pair | Damaged | OneSided) -> Verdict:
+    """Return the line of `quant verify` for one weight."""
     name = each.key.removesuffix(".weight")
     match each:
         case Pair(_, how, cause):
@@ -168,6 +170,7 @@ def open_pair(
 
 
 def _open(path: str | Path, cfg: Config | None, findings: Findings) -> Checkpoint:
+    """Open a GGUF, or a folder; cfg is taken for a folder that has no config.json."""
     if is_gguf(Path(path)):
         return Gguf.open(path)
     folder = Path(path)
@@ -223,6 +226,7 @@ def compare_checkpoints(
 
 
 def _compare(key: str, a: Checkpoint, b: Checkpoint, seek: bool) -> Pair | Damaged:
+    """Compare the weights of one key; `seek` the cause if they differ."""
     try:
         x, y = matrix_of(a, key), matrix_of(b, key)
         how = compare(x, y)

@@ -62,10 +62,11 @@ Verdict: TypeAlias = Literal["same bits", "same values", "rounded", "within a st
 LOOSE = 0.35  # relative RMS of formats without a bound for one value: two bits are off by a quarter
 NEARLY = 2.0**-6  # scales closer than this and not each other's rounding are a damaged repack
 FACTOR = 2.0**-8  # a rounded scale is off by up to 2⁻⁹ as a whole: not a factor anyone meant
-SCALE_OF_INT4 = 8 * 2.0**-8  # codes · relative rounding of a scale to bf16, in steps
-SCALE_OF_Q8 = 127 * 2.0**-11  # the same of Q8_0, to float16
+SCALE_OF_INT4 = 8 * 2.0**-8  # largest code · relative rounding of a scale to bf16, in steps
+SCALE_OF_Q8 = 127 * 2.0**-11  # largest code · relative rounding of a scale to float16, in steps
 SCALE_OF_Q4 = 8 * 2.0**-11
 TINY = 2.0**-25  # half the least float16: the rounding of a scale that is subnormal there
+EXPONENT = np.uint64(0x7FF << 52)  # the bits of a float64 that hold its exponent
 PRECISION = {"float16": (11, -14), "float32": (24, -126), "float64": (53, -1022)}
 
 
@@ -91,6 +92,7 @@ def compare(a: Matrix, b: Matrix) -> Compared:
 
 
 def _compare_values(a: Matrix, b: Matrix) -> Compared:
+    """Compare two matrices of numbers and one shape, whose bytes differ."""
     exact = np.float32 if _fits_float32(a) and _fits_float32(b) else np.float64
     strict = same_format(a, b)
     aa = ab = dd = most = worst = 0.0
@@ -173,7 +175,10 @@ def allowed(
 def _on_one_grid(
     int4: Int4, q4: Q4, x: np.ndarray, y: np.ndarray
 ) -> tuple[np.ndarray | float, np.ndarray | float]:
-    """Return the same for INT4 x and Q4_0 y, which a repack leaves on one grid."""
+    """Return how far INT4 x and Q4_0 y may be apart, as `allowed` does.
+
+    A repack leaves both on one grid, where only the rounding of scales is allowed.
+    """
     s, d = np.abs(steps_of(int4)), np.abs(steps_of(q4))
     repacked = (s.astype(np.float16) == d) | (round_bf16(d.astype(np.float32)) == s)
     off = np.abs(s - d)
@@ -192,8 +197,9 @@ def half_unit(m: Matrix, w: np.ndarray) -> np.ndarray | float:
     if isinstance(m, Int4 | Fp8Block | Q8 | Q4 | Coded | Tiled):
         return 0.0
     digits, least = (8, -126) if isinstance(m, BF16) else PRECISION[m.dtype.name]
-    exponent = np.where(w == 0, least, np.frexp(w)[1] - 1)
-    return np.ldexp(1.0, np.maximum(exponent, least) - digits)
+    bits = np.ascontiguousarray(w, np.float64).view(np.uint64) & EXPONENT
+    power = np.maximum(bits.view(np.float64), 2.0**least)  # 2^⌊log2|w|⌋
+    return np.where(np.isfinite(power), power * 2.0**-digits, 0.0)
 
 
 def half_step(m: Matrix, w: np.ndarray, other: np.ndarray) -> np.ndarray | float:
@@ -284,6 +290,7 @@ def _fits_float32(m: Matrix) -> bool:
 
 
 def _same_parts(a: Matrix, b: Matrix) -> bool:
+    """Return whether two matrices are in one format and have the same bytes."""
     if type(a) is not type(b) or not same_format(a, b):
         return False
     parts = zip(_arrays(a), _arrays(b), strict=True)
@@ -291,6 +298,7 @@ def _same_parts(a: Matrix, b: Matrix) -> bool:
 
 
 def _arrays(m: Matrix) -> list[np.ndarray]:
+    """Return the stored arrays of a matrix."""
     match m:
         case BF16(bits):
             return [bits]

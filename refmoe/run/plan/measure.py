@@ -49,7 +49,7 @@ def load_preset(name: str, model: Path | None = None) -> Hardware:
 
 
 class Flags(NamedTuple):
-    """What the command line says of the hardware; None where it says nothing.
+    """The hardware as flags of the command line describe it; None for flags that are not given.
 
     Sizes are in bytes, bandwidths and `disk` in bytes a second.
     """

@@ -46,9 +46,11 @@ class _All:
         run.points.kept[LOGITS] = [np.dtype(dtype).name, [Z]]
 
     def take(self, rows: slice, columns: slice, logits: np.ndarray) -> None:
+        """Keep a tile's logits of some rows."""
         self.rows[rows, columns] = logits
 
     def finish(self) -> None:
+        """Wait until all logits are on the disk."""
         self.rows.flush()
 
 
@@ -69,6 +71,7 @@ class _Top:
             self.best[rows], self.ids[rows], self.sums[rows] = -np.inf, -1, (-np.inf, 0)
 
     def take(self, rows: slice, columns: slice, logits: np.ndarray) -> None:
+        """Take a tile's logits of some rows into account."""
         best, ids = self.best[rows], self.ids[rows]
         here = np.broadcast_to(np.arange(columns.start, columns.stop, dtype=np.int32), logits.shape)
         best, ids = np.concatenate((best, logits), axis=1), np.concatenate((ids, here), axis=1)
@@ -82,6 +85,7 @@ class _Top:
         self.sums[rows] = np.concatenate((most, total), axis=1)
 
     def finish(self) -> None:
+        """Write the likeliest tokens, their log-probabilities and the log of the sum."""
         for begin in range(0, self.n, self.run.plan.chunk):
             rows = slice(begin, begin + self.run.plan.chunk)
             sums = self.sums[rows]

@@ -38,7 +38,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What a sweep computes; nothing of it changes while it does."""
+    """A sweep as it was asked for; nothing of it changes while it runs."""
 
     model: Model
     ids: np.ndarray  # [T], of all prompts

@@ -48,7 +48,7 @@ from refmoe.run.sweep.run import begin_run
 
 
 class Swept(NamedTuple):
-    """What a sweep wrote, and what it took."""
+    """The outcome of a sweep: its result, and the bytes and seconds it took."""
 
     out: Path
     tensors: dict[str, tuple[str, tuple[int, ...]]]  # dtype as safetensors spells it, shape

@@ -60,7 +60,7 @@ class Arena:
 
     @property
     def file(self) -> Path:
-        """Where usage is kept for the next run."""
+        """The file in which usage is kept for the next run."""
         return usage_file(self.checkpoint)
 
     def save_usage(self) -> None:

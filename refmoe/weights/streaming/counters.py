@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 
 @dataclass
 class Counters:
-    """What happened since the model was opened, or since `reset`."""
+    """Counts since the model was opened, or since `reset`."""
 
     asked: int = 0  # experts
     missed: int = 0  # of these, had to be read when they were asked for

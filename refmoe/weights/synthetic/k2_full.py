@@ -68,7 +68,7 @@ Prompts are ids, below {ROWS:,}; there is no vocabulary."""
 
 
 class Full(NamedTuple):
-    """What lies in the folder."""
+    """The sizes of a checkpoint that was written."""
 
     apparent: int  # bytes of the shards
     disk: int  # bytes of the disk's blocks that they take
