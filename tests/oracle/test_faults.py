@@ -7,7 +7,6 @@ import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -218,7 +217,7 @@ def test_a_layer_can_be_run_alone(models, healthy):
         faulty = altered(watched, BY_ID[name])
         x = faulty.nx.tap("model.layers.1", values["model.layers.1"])
         segments = [Segment(slice(0, len(x)), faulty.caches()[2])]
-        nx, experts = faulty.nx.within("model.layers.2."), partial(faulty.experts, 2)
+        nx, experts = faulty.nx.within("model.layers.2."), faulty.experts[2]
         layer(x, faulty.layers[2], experts, segments, faulty.cfg, nx)
         assert not differ(made["model.layers.1"], values["model.layers.1"])
         wanted = injected(decoder, values, lambda d, n=name: altered(d, BY_ID[n]))[1]
