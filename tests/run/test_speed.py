@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 import refmoe
 from refmoe.cli import main
 from refmoe.files import InputError
-from refmoe.model.matrix import Q8, dequantize, quantize_q8
+from refmoe.model.formats.q8_0 import Q8
+from refmoe.model.matrix import dequantize
 from refmoe.run.bench import base as bench_base
 from refmoe.run.bench import kernels as bench_kernels
 from refmoe.run.generate import generation_decoder, prefill, step
@@ -39,7 +40,7 @@ def test_a_q8_weight_is_off_by_half_a_step_and_the_rounding_of_its_scale():
     w = rng.standard_normal((30, 96)).astype(np.float32) * 10.0 ** rng.integers(-4, 4, (30, 1))
     w = w.astype(np.float32)
     w[3, 32:64] = 0
-    q = quantize_q8(w)
+    q = Q8.quantize(w)
     step = np.abs(w).reshape(30, 3, 32).max(axis=-1, keepdims=True) / 127
     off = np.abs(dequantize(q, np.float64).reshape(30, 3, 32) - w.reshape(30, 3, 32))
     # a float16 scale is off by 2⁻¹¹ of itself, or 2⁻²⁵ where it is subnormal, 127 times at most
@@ -61,7 +62,7 @@ def test_dense_q8_replaces_what_every_token_uses_and_nothing_else(small):
     assert not isinstance(moe.gate.weight, Q8)
     assert not isinstance(q8.decoder.experts[1](0).up_proj, Q8)
     assert not isinstance(q8.decoder.embed_tokens, Q8)
-    wanted = quantize_q8(dequantize(exact.decoder.lm_head))
+    wanted = Q8.quantize(dequantize(exact.decoder.lm_head))
     np.testing.assert_array_equal(q8.decoder.lm_head.blocks, wanted.blocks)
 
 

@@ -9,7 +9,11 @@ import numpy as np
 from refmoe.config import Config
 from refmoe.lint.diff.weights import half_step, half_unit, same_format
 from refmoe.lint.matrices import widen
-from refmoe.model.matrix import BF16, Q4, Fp8Block, Int4, Matrix
+from refmoe.model.formats.bf16 import BF16
+from refmoe.model.formats.fp8_block import Fp8Block
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.formats.q4_0 import Q4
+from refmoe.model.matrix import Matrix
 from refmoe.weights.checkpoint import Checkpoint
 
 

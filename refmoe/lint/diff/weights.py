@@ -12,7 +12,8 @@ differ:
 
         |x - y| ≤ h(a) + h(b)
 
-    where h(m) is the most by which a number may be from the value that m stores for it:
+    where h(m) is the most by which a number may be from the value that m stores for it. A quantised
+format states it as `half_step` (model/formats/):
 
         float64, float32, float16, bf16    half a unit in the last place
         INT4     s·(1/2 + 8·2⁻⁸)     half a code, and 8 codes times the rounding of s to bf16
@@ -40,32 +41,19 @@ import numpy as np
 
 from refmoe.lint.base import TILE, same_bytes
 from refmoe.lint.matrices import widen
-from refmoe.model.matrix import (
-    BF16,
-    Q4,
-    Q8,
-    Coded,
-    Fp8Block,
-    Heads,
-    Int4,
-    Matrix,
-    Tiled,
-    dequantize,
-    round_bf16,
-    rows,
-    tiles,
-    widen_bf16,
-)
+from refmoe.model.formats.bf16 import BF16
+from refmoe.model.formats.fp8_block import Fp8Block
+from refmoe.model.formats.heads import Heads
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.formats.q4_0 import Q4
+from refmoe.model.formats.q8_0 import Q8
+from refmoe.model.matrix import Matrix, dequantize, round_bf16, rows, tiles
 
 Verdict: TypeAlias = Literal["same bits", "same values", "rounded", "within a step", "wrong"]
 
 LOOSE = 0.35  # relative RMS of formats without a bound for one value: two bits are off by a quarter
 NEARLY = 2.0**-6  # scales closer than this and not each other's rounding are a damaged repack
 FACTOR = 2.0**-8  # a rounded scale is off by up to 2⁻⁹ as a whole: not a factor anyone meant
-SCALE_OF_INT4 = 8 * 2.0**-8  # largest code · relative rounding of a scale to bf16, in steps
-SCALE_OF_Q8 = 127 * 2.0**-11  # largest code · relative rounding of a scale to float16, in steps
-SCALE_OF_Q4 = 8 * 2.0**-11
-TINY = 2.0**-25  # half the least float16: the rounding of a scale that is subnormal there
 EXPONENT = np.uint64(0x7FF << 52)  # the bits of a float64 that hold its exponent
 PRECISION = {"float16": (11, -14), "float32": (24, -126), "float64": (53, -1022)}
 
@@ -124,7 +112,7 @@ def _compare_values(a: Matrix, b: Matrix) -> Compared:
     largest = worst / most if most else worst
     if near:
         return Compared("rounded", error, largest)
-    if not strict and (_is_coded(a) or _is_coded(b)):
+    if not strict and (_has_no_steps(a) or _has_no_steps(b)):
         step = error is not None and error <= LOOSE
     if aa > 0 and np.isfinite(ab):
         factor = ab / aa
@@ -146,15 +134,10 @@ def same_format(a: Matrix, b: Matrix) -> bool:
         assert isinstance(halves, Heads)
         plain = isinstance(whole, BF16 | np.ndarray)
         return plain and same_format(halves.k_b, whole) and same_format(halves.v_b, whole)
-    match a, b:
-        case np.ndarray(), np.ndarray():
-            return a.dtype == b.dtype
-        case Coded(), Coded():
-            return a.name == b.name
-        case Fp8Block(), Fp8Block():
-            return a.block == b.block
-        case _:
-            return type(a) is type(b)
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and a.dtype == b.dtype
+    kinds = [(type(m), getattr(m, "block", None), getattr(m, "name", None)) for m in (a, b)]
+    return kinds[0] == kinds[1]
 
 
 def allowed(
@@ -179,7 +162,7 @@ def _on_one_grid(
 
     A repack leaves both on one grid, where only the rounding of scales is allowed.
     """
-    s, d = np.abs(steps_of(int4)), np.abs(steps_of(q4))
+    s, d = np.abs(int4.steps()), np.abs(q4.steps())
     repacked = (s.astype(np.float16) == d) | (round_bf16(d.astype(np.float32)) == s)
     off = np.abs(s - d)
     rounding = np.where(
@@ -194,7 +177,7 @@ def half_unit(m: Matrix, w: np.ndarray) -> np.ndarray | float:
     """Return half a unit in the last place of each value w, if m is stored in a plain format."""
     if isinstance(m, Heads):
         return _of_halves(m, half_unit(m.k_b, widen(m.k_b)), half_unit(m.v_b, widen(m.v_b)))
-    if isinstance(m, Int4 | Fp8Block | Q8 | Q4 | Coded | Tiled):
+    if not isinstance(m, BF16 | np.ndarray):
         return 0.0
     digits, least = (8, -126) if isinstance(m, BF16) else PRECISION[m.dtype.name]
     bits = np.ascontiguousarray(w, np.float64).view(np.uint64) & EXPONENT
@@ -207,39 +190,11 @@ def half_step(m: Matrix, w: np.ndarray, other: np.ndarray) -> np.ndarray | float
 
     other: the number, or what another file stores for it; Q4_0 cuts on one side alone.
     """
-    match m:
-        case Heads(k_b, v_b):
-            keys, values = _split(m, other)
-            return _of_halves(
-                m, half_step(k_b, widen(k_b), keys), half_step(v_b, widen(v_b), values)
-            )
-        case Int4():
-            return np.abs(steps_of(m)) * (0.5 + SCALE_OF_INT4)
-        case Q8():
-            return np.abs(steps_of(m)) * (0.5 + SCALE_OF_Q8) + 127 * TINY
-        case Q4():
-            d = steps_of(m)
-            cut = (w == 7 * d) & ((other - w) * d > 0)
-            return np.abs(d) * (np.where(cut, 1.0, 0.5) + SCALE_OF_Q4) + 8 * TINY
-        case Fp8Block(bits, _, _):
-            exponent = np.maximum((np.arange(256) & 0x7F) >> 3, 1)
-            half = np.ldexp(1.0, exponent - 11)  # 3 bits of fraction, bias 7
-            return half[bits] * np.abs(steps_of(m)) * (1 + 1e-6)
-        case _:
-            return 0.0
-
-
-def steps_of(m: Int4 | Q4 | Q8 | Fp8Block) -> np.ndarray:
-    """Return the scale that each code is multiplied by, with its sign [O, I] float64."""
-    if isinstance(m, Fp8Block):
-        (O, I), (r, c) = m.bits.shape, m.block
-        s = np.repeat(np.repeat(m.scale, r, axis=0)[:O], c, axis=1)[:, :I]
-        return s.astype(np.float64)
-    if isinstance(m, Int4):
-        step = widen_bf16(m.scale).astype(np.float64)
-    else:
-        step = np.ascontiguousarray(m.blocks[..., :2]).view(np.float16)[..., 0].astype(np.float64)
-    return np.repeat(step, 32, axis=1)
+    if isinstance(m, Heads):
+        keys, values = _split(m, other)
+        k_b, v_b = m.k_b, m.v_b
+        return _of_halves(m, half_step(k_b, widen(k_b), keys), half_step(v_b, widen(v_b), values))
+    return m.half_step(w, other) if hasattr(m, "half_step") else 0.0
 
 
 def _of_halves(m: Heads, keys: np.ndarray | float, values: np.ndarray | float) -> np.ndarray:
@@ -261,14 +216,11 @@ def is_float(m: Matrix) -> bool:
     return not isinstance(m, np.ndarray) or np.issubdtype(m.dtype, np.floating)
 
 
-def is_quantised(*each: Matrix) -> bool:
-    """Return whether one of these has blocks of a GGUF."""
-    return any(isinstance(m, Q8 | Q4 | Coded | Heads) for m in each)
-
-
-def _is_coded(m: Matrix) -> bool:
-    """Return whether another library decodes it, so that its steps are not known here."""
-    return isinstance(m, Coded) or (isinstance(m, Heads) and (_is_coded(m.k_b) or _is_coded(m.v_b)))
+def _has_no_steps(m: Matrix) -> bool:
+    """Return whether m is in a format that states no `half_step`, or half of it is."""
+    if isinstance(m, Heads):
+        return _has_no_steps(m.k_b) or _has_no_steps(m.v_b)
+    return not isinstance(m, np.ndarray) and not hasattr(m, "half_step") and not isinstance(m, BF16)
 
 
 def _rounds_to_bf16(a: Matrix, x: np.ndarray, b: Matrix, y: np.ndarray) -> bool:
@@ -299,21 +251,7 @@ def _same_parts(a: Matrix, b: Matrix) -> bool:
 
 def _arrays(m: Matrix) -> list[np.ndarray]:
     """Return the stored arrays of a matrix."""
-    match m:
-        case BF16(bits):
-            return [bits]
-        case Int4(packed, scale):
-            return [packed, scale]
-        case Fp8Block(bits, scale, _):
-            return [bits, scale]
-        case Q8(blocks) | Q4(blocks) | Coded(blocks):
-            return [blocks]
-        case Heads(k_b, v_b):
-            return [*_arrays(k_b), *_arrays(v_b)]
-        case Tiled():  # of a store; what is checked is mapped
-            return [dequantize(m)]
-        case _:
-            return [m]
+    return list(m.arrays().values()) if hasattr(m, "arrays") else [m]
 
 
 def pairs_of_tiles(a: Matrix, b: Matrix) -> Iterator[tuple[Matrix, Matrix]]:

@@ -35,14 +35,13 @@ batch, chunk or rank alone is not here, because no tensor of such a run shows it
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 
 from refmoe.config import Config
 from refmoe.model.decoder import Decoder, LayerWeights
-from refmoe.model.experts import ExpertsFrom, MlpWeights
+from refmoe.model.experts import MlpWeights
 from refmoe.model.numerics import Numerics, Watch
 from refmoe.model.points import kind
 
@@ -156,13 +155,7 @@ def _confined(
             return wrong
         return decoder.experts[i](e)._replace(**{part: getattr(wrong, part)})
 
-    return with_experts(decoder, one)
-
-
-def with_experts(decoder: Decoder, expert: Callable[[int, int], MlpWeights]) -> Decoder:
-    """Return the decoder with `expert(layer, e)` for its routed experts."""
-    own = [ExpertsFrom(partial(expert, i), old.streamed) for i, old in enumerate(decoder.experts)]
-    return replace(decoder, experts=own)
+    return decoder.with_experts(one)
 
 
 def strength_of(theirs: np.ndarray, healthy: np.ndarray, faulty: np.ndarray) -> float:

@@ -9,7 +9,10 @@ import numpy as np
 from refmoe.config import Config, Fp8Scheme, Int4Scheme
 from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import Experts, MlpWeights, MoeWeights
-from refmoe.model.matrix import BF16, Fp8Block, Int4, Matrix, dequantize
+from refmoe.model.formats.bf16 import BF16
+from refmoe.model.formats.fp8_block import Fp8Block
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.matrix import Matrix, dequantize
 from refmoe.model.numerics import Numerics
 from refmoe.model.router import GateWeights, Routing
 from refmoe.oracle.faults.base import (
@@ -21,7 +24,6 @@ from refmoe.oracle.faults.base import (
     Models,
     Q,
     layer_of,
-    with_experts,
     written,
 )
 
@@ -67,7 +69,7 @@ def experts(change: Callable[[Decoder, int, int], MlpWeights]) -> Alter:
         def expert(i: int, e: int) -> MlpWeights:
             return change(decoder, i, e) if layer in (None, i) else decoder.experts[i](e)
 
-        return with_experts(decoder, expert)
+        return decoder.with_experts(expert)
 
     return alter
 

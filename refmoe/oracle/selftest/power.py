@@ -25,7 +25,8 @@ import numpy as np
 from refmoe.engines import PROFILES, Profile
 from refmoe.files import InputError
 from refmoe.model.decoder import Decoder, policy
-from refmoe.model.matrix import E4M3, Fp8Block, Matrix, dequantize, round_bf16
+from refmoe.model.formats.fp8_block import E4M3, Fp8Block
+from refmoe.model.matrix import Matrix, dequantize, round_bf16
 from refmoe.model.numerics import round_float16
 from refmoe.oracle.check import check
 from refmoe.oracle.judge import Cause
