@@ -16,7 +16,7 @@ from refmoe.run.plan.time import Placed, model_config
 from refmoe.run.plan.units import NUMBER_BYTES, parse_count, parse_rate
 from refmoe.run.plan.validate import format_validation, validate
 from refmoe.weights.open import open_checkpoint
-from refmoe.weights.placement import Parts, parts_of
+from refmoe.weights.placement import Parts, count_parts
 from refmoe.weights.synthetic.members import MEMBERS
 
 INSIDE = 0.8  # of the public reports must lie in the predicted ranges, or --validate exits with 1
@@ -89,7 +89,7 @@ def run(args: Namespace) -> int:
     dense, cache = args.dense or hardware.dense, args.cache or hardware.cache
     if args.model:
         checkpoint = open_checkpoint(args.model)
-        parts, eighths = parts_of(checkpoint, dense), parts_of(checkpoint, "q8")
+        parts, eighths = count_parts(checkpoint, dense), count_parts(checkpoint, "q8")
     else:
         cfg = model_config(args.config, args.member)
         parts, eighths = Parts.of(cfg, dense), Parts.of(cfg, "q8")

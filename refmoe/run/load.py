@@ -155,10 +155,10 @@ def load(
         decoder, store = _place_in_memory(checkpoint, nx, dense, ram, reads)
         return Model(checkpoint, decoder, reference, store)
     from refmoe.fast.gpu.placement import most_used_experts, plan_gpu, upload
-    from refmoe.weights.placement import parts_of
+    from refmoe.weights.placement import count_parts
     from refmoe.weights.streaming.usage import read_usage
 
-    parts = parts_of(checkpoint, dense)
+    parts = count_parts(checkpoint, dense)
     plan = plan_gpu(checkpoint.cfg, parts, gpu, device)  # refuses before anything is read
     decoder, store = _place_in_memory(checkpoint, nx, dense, ram, reads)
     experts = most_used_experts(read_usage(checkpoint), parts, plan.share.experts)

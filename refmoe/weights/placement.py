@@ -134,7 +134,7 @@ class Parts:
         return context * self.latent * number
 
 
-def parts_of(checkpoint: Checkpoint, dense: str = "exact") -> Parts:
+def count_parts(checkpoint: Checkpoint, dense: str = "exact") -> Parts:
     """Return the parts of a checkpoint, from its tensors. Raises `InputError` if some are missing.
 
     dense  exact, or q8: 8-bit weights for what every token uses
@@ -228,7 +228,7 @@ def _in_8_bits(name: str, shape: tuple[int, ...], dtype: str, nbytes: int) -> in
     return nbytes if alone else prod(shape) // group * block
 
 
-def smallest(parts: Parts) -> int:
+def smallest_budget(parts: Parts) -> int:
     """Return the bytes of memory with which one token can be computed, without the caches.
 
     They hold a layer's choice of experts; and, of what streams by (each layer's dense weights, each
@@ -350,8 +350,8 @@ def place(
             stay = [p for p in weights if not streamed or p.kind != "embedding"]
             least = sum(p.nbytes for p in stay) + parts.chosen * parts.expert
             if streamed and tier is memory[-1] and least > room:  # dense weights stream, too
-                needed = max(0, smallest(parts) - room)
-                room -= smallest(parts)
+                needed = max(0, smallest_budget(parts) - room)
+                room -= smallest_budget(parts)
                 count = min(experts, parts.chosen)
             for p in stay:
                 if p.nbytes <= room:
@@ -365,7 +365,7 @@ def place(
         experts -= count
         shares.append(Share(tier, tuple(mine), tuple(held), cache, count, parts.expert))
     if streamed and not memory:
-        needed = smallest(parts)
+        needed = smallest_budget(parts)
     homeless = sum(p.nbytes for p in weights) + len(caches) * cache + experts * parts.expert
     return Placement(tuple(shares), homeless, needed)
 
@@ -388,7 +388,7 @@ def _fitting(room: int, size: int) -> int:
     return max(0, room) // size if size else 1 << 62
 
 
-def traffic(
+def bytes_per_token(
     parts: Parts, placement: Placement, depth: int, hit_rate: float | None = None, number: int = 4
 ) -> Iterator[tuple[Share, int]]:
     """Yield each share with the bytes that one token reads there, `depth` tokens in the caches.

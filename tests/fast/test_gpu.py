@@ -50,7 +50,7 @@ from refmoe.run.plan import time as plan_time
 from refmoe.run.plan import units as plan_units
 from refmoe.run.sweep.sweep import sweep
 from refmoe.weights.open import open_checkpoint
-from refmoe.weights.placement import CARD_RESERVE, Parts, on_card, parts_of
+from refmoe.weights.placement import CARD_RESERVE, Parts, count_parts, on_card
 from refmoe.weights.streaming import layout
 from refmoe.weights.streaming.store import Store
 from refmoe.weights.synthetic.random import write_random
@@ -392,7 +392,7 @@ def test_what_is_computed_stays_within_what_is_planned_for_it(device, rows, cach
     assert model.card is not None
     decoder = generation_decoder(model, cache=cache)
     memory = decoder.caches()
-    share = on_card(parts_of(model.checkpoint), 10**9, 512, 2 if cache == "bf16" else 4, 0)
+    share = on_card(count_parts(model.checkpoint), 10**9, 512, 2 if cache == "bf16" else 4, 0)
     rng = np.random.default_rng(9)
     prefill(decoder, rng.integers(0, 2000, 64).tolist(), memory)
     held = share.nbytes + gpu_placement.beside(model.cfg, share)
@@ -422,7 +422,7 @@ def test_generation_ends_where_the_planned_context_does(device):
 
 def budgets(model: Model) -> dict[str, int]:
     """Of tiny-k2: everything, and such as leave some parts in memory."""
-    parts = parts_of(model.checkpoint)
+    parts = count_parts(model.checkpoint)
     attention = sum(p.nbytes for p in parts.always if p.kind == "attention")
     one = next(p.nbytes for p in parts.always if p.kind == "attention")
     head = next(p.nbytes for p in parts.always if p.kind == "head")
@@ -488,7 +488,7 @@ def test_all_experts_on_the_card_send_nothing_up_but_the_token(device, exact):
 
 
 def test_hottest_experts_are_those_that_were_used_most():
-    parts = parts_of(load().checkpoint)
+    parts = count_parts(load().checkpoint)
     use = np.zeros((4, 40), np.float32)
     use[1, 7], use[3, 2], use[3, 39], use[2, 0] = 9, 8, 7, 1
     assert gpu_placement.most_used_experts(use, parts, 3) == {1: [7], 3: [2, 39]}
@@ -498,7 +498,7 @@ def test_hottest_experts_are_those_that_were_used_most():
 
 def test_each_weight_goes_up_once_and_x_once_each_way(device):
     model = load(gpu=Request(10**9, 0, 64))
-    cfg, parts = model.cfg, parts_of(model.checkpoint)
+    cfg, parts = model.cfg, count_parts(model.checkpoint)
     weights = sum(p.nbytes for p in parts.always if p.kind != "embedding")
     biases = 3 * 4 * cfg.n_routed_experts  # stay in memory, with the choice
     gains = 4 * (2 * cfg.hidden_size + cfg.q_lora_rank + cfg.kv_lora_rank) + cfg.hidden_size
@@ -648,7 +648,7 @@ def test_a_sweep_passes_each_layer_through_the_card_once(device, tiny_k2, tmp_pa
     there.close()
     budget = None if ram is None else int(ram * there.least)
     host = sweep(load(tiny_k2), prompts, tmp_path / "a", **options)
-    parts = parts_of(open_checkpoint(tiny_k2))
+    parts = count_parts(open_checkpoint(tiny_k2))
     layers = [sum(p.nbytes for p in parts.always if p.layer == i) for i in range(4)]
     request_ = Request(10**8, 0, 64, passing=True)
     model = load(tiny_k2, ram=budget, gpu=request_)
@@ -751,7 +751,7 @@ def test_what_no_kernel_reads_is_refused_before_anything_goes_up(device):
     blocks = np.zeros((2304, 144), np.uint8)
     odd = replace(model.decoder, lm_head=Coded(blocks, 256, lambda b: b.astype(np.float32), "Q4_K"))
     found = gpu_placement.plan_gpu(
-        model.cfg, parts_of(model.checkpoint), Request(10**9, 0, 64), device
+        model.cfg, count_parts(model.checkpoint), Request(10**9, 0, 64), device
     )
     with pytest.raises(InputError, match="no kernel for Q4_K; it reads bf16"):
         gpu_placement.upload(odd, found, {}, "refmoe")

@@ -26,10 +26,10 @@ from refmoe.weights.placement import (
     TILE,
     Parts,
     Tier,
+    count_parts,
     on_card,
-    parts_of,
     place,
-    smallest,
+    smallest_budget,
 )
 from refmoe.weights.synthetic.members import MEMBERS, write_member
 
@@ -96,20 +96,20 @@ def test_parts_are_those_of_the_tensors_and_of_the_config(name, tmp_path):
     write_member(tmp_path / name, name, seed=1)
     checkpoint = Checkpoint.open(tmp_path / name)
     cfg = checkpoint.cfg
-    parts = parts_of(checkpoint)
+    parts = count_parts(checkpoint)
     assert sorted(parts.always) == sorted(Parts.of(cfg).always)
     assert parts == replace(Parts.of(cfg), always=parts.always)
     stored = sum(t.nbytes for n, t in checkpoint.tensors.items() if tensor_class(n, cfg) != "other")
     assert parts.total_bytes == stored
     exact, q8 = sizes(checkpoint)
-    assert parts.always_bytes - parts_of(checkpoint, "q8").always_bytes == exact - q8
+    assert parts.always_bytes - count_parts(checkpoint, "q8").always_bytes == exact - q8
 
 
 def test_a_gguf_is_counted_from_its_tensors(tmp_path):
     model = load()
     to_gguf(model, tmp_path / "tiny.gguf")
     there = open_checkpoint(tmp_path / "tiny.gguf")
-    parts, plain = parts_of(there), parts_of(model.checkpoint)
+    parts, plain = count_parts(there), count_parts(model.checkpoint)
     assert parts.total_bytes == sum(t.nbytes for t in there.tensors.values())
     assert parts.expert_numbers == plain.expert_numbers
     assert [p.name for p in sorted(parts.always)] == [p.name for p in sorted(plain.always)]
@@ -128,7 +128,7 @@ def test_the_smallest_budget_is_its_sum():
     first, *others = (sum(p.nbytes for p in K2.always if p.layer == i) for i in range(K2.layers))
     assert len(set(others)) == 1
     assert 2 * first > first + 2 * others[0] > first + 2 * TILE
-    assert smallest(K2) == 8 * K2.expert + first + 2 * others[0]
+    assert smallest_budget(K2) == 8 * K2.expert + first + 2 * others[0]
 
 
 def test_where_the_head_is_largest_two_tiles_of_it_pass():
@@ -136,7 +136,7 @@ def test_where_the_head_is_largest_two_tiles_of_it_pass():
     parts = Parts.of(replace(wide, vocab_size=4 << 20, moe_intermediate_size=32))
     layer = max(sum(p.nbytes for p in parts.always if p.layer == i) for i in range(61))
     assert layer < TILE
-    assert smallest(parts) == 8 * parts.expert + 2 * TILE
+    assert smallest_budget(parts) == 8 * parts.expert + 2 * TILE
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_a_card_of_12_gb_holds_what_every_token_uses_in_8_bits():
 
 def test_a_stream_needs_the_smallest_budget():
     cache = K2.cache_bytes(2048) * K2.layers
-    least = smallest(K2) + cache
+    least = smallest_budget(K2) + cache
     streamed = [Tier("m", "ram", least, 1), Tier("d", "disk", 1e15, 1)]
     assert place(K2, streamed, 2048).fits
     missing = place(K2, [streamed[0]._replace(capacity=least - 1), streamed[1]], 2048)

@@ -24,7 +24,7 @@ from refmoe.run.bench.base import relative_error
 from refmoe.run.bench.kernels import EIGHT, SHAPES, draw
 from refmoe.run.generate import generation_decoder, prefill, step
 from refmoe.run.load import Model, load
-from refmoe.weights.placement import on_card, parts_of
+from refmoe.weights.placement import count_parts, on_card
 
 COPIED = 1 << 28  # bytes of a copy: far beyond the card's cache
 PLACES = 4  # copies of a matrix, so that no cache holds what comes next
@@ -118,7 +118,7 @@ def measure_placements(folder: Path | None, dense: str, vram: int | None) -> lis
     As many experts go there as fit in `vram` bytes.
     """
     model = load(folder, dense=dense)
-    parts = parts_of(model.checkpoint, dense)
+    parts = count_parts(model.checkpoint, dense)
     rows = [{"placement": "CPU only", "tok_s": decode_rate(model), "vram_peak": None}]
     budget = gpu_placement.budget_of(vram, gpu_device.open_device())
     most = on_card(parts, budget, gpu_placement.CONTEXT, 4, parts.all_experts).experts

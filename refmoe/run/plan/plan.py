@@ -39,7 +39,7 @@ from refmoe.run.plan.hardware import Hardware, Memory, check_range
 from refmoe.run.plan.time import Constants, Placed
 from refmoe.run.plan.units import MOST_TOKENS, format_bytes, format_range
 from refmoe.run.plan.validate import fitted_constants
-from refmoe.weights.placement import CARD_RESERVE, Parts, Share, smallest
+from refmoe.weights.placement import CARD_RESERVE, Parts, Share, smallest_budget
 
 
 def plan(
@@ -62,7 +62,7 @@ def plan(
     c = constants or fitted_constants()
     times = placed.work().times(c)
     wide = c._replace(deviation=1.0)  # prompts: few reports
-    tokens = placed.traffic()
+    tokens = placed.bytes_per_token()
     cache = placed.parts.cache_bytes(placed.context, placed.number) * placed.parts.layers
     binds = max(times, key=lambda name: times[name])  # the tier that takes most of the time
     advice, factor = best_change(placed, c, eighths)
@@ -72,7 +72,7 @@ def plan(
             {
                 "name": s.tier.name,
                 "kind": s.tier.kind,
-                "holds": holdings(s, placed.parts),
+                "holds": describe_holdings(s, placed.parts),
                 "bytes": s.nbytes,
                 "room": s.tier.room,
                 "bytes_per_token": nbytes,
@@ -91,14 +91,14 @@ def plan(
         "context": placed.context,
         "sweep_tokens": sweep,
         "sweep_s": list(wide.range(placed.sweep(sweep, c))) if fits else None,
-        "smallest_budget": smallest(placed.parts) + cache,
+        "smallest_budget": smallest_budget(placed.parts) + cache,
         "missing_bytes": placed.placement.homeless + placed.placement.needed,
         "notes": list(placed.hardware.notes),
         "hardware": placed.hardware.name,
     }
 
 
-def holdings(s: Share, parts: Parts) -> list[str]:
+def describe_holdings(s: Share, parts: Parts) -> list[str]:
     """Say in words what a tier holds."""
     out = []
     for kind in ("attention", "shared experts", "dense mlp", "router"):

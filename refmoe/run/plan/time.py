@@ -10,7 +10,7 @@ from refmoe.config import Config
 from refmoe.files import InputError
 from refmoe.run.plan.hardware import Hardware, check_hardware, check_range
 from refmoe.run.plan.units import NUMBER_BYTES
-from refmoe.weights.placement import Parts, Placement, Share, Tier, place, traffic
+from refmoe.weights.placement import Parts, Placement, Share, Tier, bytes_per_token, place
 from refmoe.weights.synthetic.members import MEMBERS, published
 
 WIDEST = math.log(2) / 2  # half the width of a range in log: hi/lo is never above 2
@@ -119,15 +119,15 @@ class Placed:
         placement = place(parts, tiers, context, number, card_experts)
         return cls(parts, hardware, placement, context, number, hit_rate)
 
-    def traffic(self) -> Iterator[tuple[Share, int]]:
+    def bytes_per_token(self) -> Iterator[tuple[Share, int]]:
         """Yield each tier's share and the bytes that a token reads there, caches half full."""
         depth = self.context // 2
-        return traffic(self.parts, self.placement, depth, self.hit_rate, self.number)
+        return bytes_per_token(self.parts, self.placement, depth, self.hit_rate, self.number)
 
     def work(self) -> TokenWork:
         """Return what decoding one token takes."""
         hw = self.hardware
-        seconds = {s.tier.name: n / s.tier.bandwidth for s, n in self.traffic()}
+        seconds = {s.tier.name: n / s.tier.bandwidth for s, n in self.bytes_per_token()}
         divided = {
             s.tier.name
             for s in self.placement.shares
