@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import refmoe
+from refmoe import files
 from refmoe.oracle.check import judge_dump
 from refmoe.oracle.judge import Judgement, flips
 from refmoe.oracle.readers.base import Dump
@@ -359,7 +360,7 @@ def test_it_is_whole_or_not_there(cases, tmp_path, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(report.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(OSError, match="No space"):
         report.write(cases["fault"], file)
     assert file.read_bytes() == before

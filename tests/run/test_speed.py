@@ -14,6 +14,7 @@ from refmoe.cli import main
 from refmoe.files import InputError
 from refmoe.model.formats.q8_0 import Q8
 from refmoe.model.matrix import dequantize
+from refmoe.run import generate as run_generate
 from refmoe.run.bench import base as bench_base
 from refmoe.run.bench import kernels as bench_kernels
 from refmoe.run.generate import generation_decoder, prefill, step
@@ -165,7 +166,13 @@ def test_a_slice_that_does_not_fit_is_refused_before_a_byte_is_written(tmp_path,
     assert not list((tmp_path / "full").iterdir())
 
 
-def test_decoding_by_steps_is_the_whole_sequence(small):
+@pytest.fixture
+def with_kernels(monkeypatch):
+    """No model is so tiny that it is generated from without kernels."""
+    monkeypatch.setattr(run_generate, "TINY", 0)
+
+
+def test_decoding_by_steps_is_the_whole_sequence(small, with_kernels):
     """As exact as the definition in float32; 16-bit activations are 64 times finer than bf16's."""
     tokens = [5, 17, 2, 44, 9, 30, 11, 3]
     truth = refmoe.load(small, "float64", reference=True).logits(tokens)[2:]
@@ -185,7 +192,7 @@ def test_decoding_by_steps_is_the_whole_sequence(small):
     assert off(stepped("fast")) <= coarse / 16
 
 
-def test_a_bf16_cache_costs_less_than_an_engine_in_bf16(small):
+def test_a_bf16_cache_costs_less_than_an_engine_in_bf16(small, with_kernels):
     """It makes two of the roundings that such an engine makes at every point, and they are seen."""
     tokens = [5, 17, 2, 44, 9, 30, 11, 3]
     truth = refmoe.load(small, "float64", reference=True).logits(tokens)[2:]

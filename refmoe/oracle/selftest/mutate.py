@@ -20,7 +20,6 @@ is the first layers of the former.
 """
 
 import os
-import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -36,7 +35,7 @@ import numpy as np
 
 from refmoe.engines import PROFILES, Profile
 from refmoe.model.decoder import Decoder
-from refmoe.model.points import kind
+from refmoe.model.points import kind, parse
 from refmoe.oracle.cause import judged_points
 from refmoe.oracle.check import judge_dump
 from refmoe.oracle.faults.base import Fault, altered
@@ -101,8 +100,7 @@ class Mutant:
         """Whether the first wrong point is one at which the fault shows, in its layer."""
         point = self.case.report.point or ""
         found = (point, *judged_points(point, self.case.report.judged_with(point)))
-        at = rf"model\.layers\.{self.layer}(?!\d)"
-        here = [p for p in found if self.layer is None or re.match(at, p)]
+        here = [p for p in found if self.layer is None or parse(p).layer == self.layer]
         return any(kind(p).endswith(self.fault.points) for p in here)
 
     @property
