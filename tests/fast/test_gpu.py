@@ -48,7 +48,7 @@ from refmoe.run.plan import units as plan_units
 from refmoe.run.sweep.sweep import sweep
 from refmoe.weights.open import open_checkpoint
 from refmoe.weights.placement import CARD_RESERVE, Parts, count_parts, on_card
-from refmoe.weights.streaming import budget as store_budget
+from refmoe.weights.streaming import layout as store_layout
 from refmoe.weights.streaming.store import Store
 from refmoe.weights.synthetic.random import write_random
 from tests import standin
@@ -682,8 +682,8 @@ def test_a_sweep_that_the_card_cannot_hold_is_refused(device, tmp_path):
 @pytest.mark.parametrize("dense", ["exact", "q8"])
 def test_under_a_budget_of_ram_the_bits_are_the_same(device, tiny_k2, monkeypatch, dense):
     """Experts are lent from the store, layers go up from its buffers, the head in its tiles."""
-    monkeypatch.setattr(store_budget, "TILE", 1 << 18)
-    monkeypatch.setattr(store_budget, "ROWS", 1 << 12)
+    monkeypatch.setattr(store_layout, "TILE", 1 << 18)
+    monkeypatch.setattr(store_layout, "ROWS", 1 << 12)
     there = Store(open_checkpoint(tiny_k2), 10**12, "cached")
     there.close()
     model = load(tiny_k2, dense=dense, ram=int(1.4 * there.least), gpu=Request(10**9, 0, 64))
