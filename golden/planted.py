@@ -19,7 +19,7 @@ class Fault(NamedTuple):
     name: str
     plant: Callable[[Any], Any]  # model → a context in which it is wrong
     points: tuple[str, ...]  # where it must be found
-    ids: tuple[str, ...]  # of the dictionary, refmoe/oracle/faults.py; any of these names it
+    ids: tuple[str, ...]  # of the dictionary, docs/faults.md; any of these names it
 
 
 def gates(model: Any) -> list[Any]:

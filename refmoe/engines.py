@@ -69,7 +69,7 @@ class YarnReading:
 
 @dataclass(frozen=True)
 class Engine:
-    """What is known of one engine."""
+    """One engine, and all that is known of it."""
 
     name: str
     conventions: Conventions | None = None  # None: known for its reading of YaRN alone

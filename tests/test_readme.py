@@ -132,6 +132,7 @@ def test_the_commands_of_a_page_print_what_it_shows(page, shell):
 NEEDY = [block for page in PAGES for block in blocks(page) if block.needs]
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("block", NEEDY, ids=lambda b: f"{name_of(b.page)}-{'-'.join(b.needs)}")
 def test_the_commands_that_need_a_peer_print_what_the_page_shows(block, shell):
     absent = [name for name in block.needs if importlib.util.find_spec(name) is None]

@@ -84,7 +84,7 @@ def run(args: Namespace) -> int:
     elif args.repro:
         remark(f"note: no fault was found, so {args.repro} was not written")
     if args.html:
-        from refmoe.oracle.report import write  # Jinja, which only a page needs
+        from refmoe.oracle.report.page import write  # Jinja, which only a page needs
 
         remark(f"wrote {write(case, args.html)}")
     if args.against is None:

@@ -32,13 +32,16 @@ from refmoe.fast.linear import (
 )
 from refmoe.model import matrix, mla
 from refmoe.model.cache import LatentCache
-from refmoe.model.matrix import BF16, Fp8Block, Heads, Matrix, dequantize
+from refmoe.model.formats.bf16 import BF16
+from refmoe.model.formats.fp8_block import Fp8Block
+from refmoe.model.formats.heads import Heads
+from refmoe.model.matrix import Matrix, dequantize
 from refmoe.model.numerics import Numerics
 from refmoe.model.rope import softmax_scale
 
-ROWS = 256  # queries
-BLOCK = 512  # positions
-TOKENS = 2  # of `absorbed`
+ROWS = 256  # queries of a head at a time: their scores stay in the cache
+BLOCK = 512  # positions a thread takes at a time
+TOKENS = 2  # at most; with more, the definition over BLAS is quicker
 
 
 def expanded(
@@ -49,7 +52,7 @@ def expanded(
     cfg: Config,
     nx: Numerics,
 ) -> np.ndarray:
-    """q_nope [T, H, N], q_pe [T, H, R] against all rows of the cache → context [T, H, V]."""
+    """Attend with keys and values made, a head at a time: q_nope, q_pe [T, H, ·] → [T, H, V]."""
     inside = ("kv_b_proj", "#scores", "#probs")
     if nx.round is not None or any(nx.watches(name) for name in inside):
         return mla.expanded(q_nope, q_pe, kv_b_proj, cache, cfg, nx)
@@ -81,8 +84,8 @@ def absorbed(
     cfg: Config,
     nx: Numerics,
 ) -> np.ndarray:
-    """q_nope [T, H, N], q_pe [T, H, R] against all rows of the cache → context [T, H, V]."""
-    if not _alone(q_nope, kv_b_proj, cfg, nx):
+    """Attend over the latent, for a few tokens: q_nope, q_pe [T, H, ·] → [T, H, V]."""
+    if not _suits_kernels(q_nope, kv_b_proj, cfg, nx):
         return mla.absorbed(q_nope, q_pe, kv_b_proj, cache, cfg, nx)
     scale, H = nx.dtype(softmax_scale(cfg)), cfg.num_attention_heads
     if isinstance(kv_b_proj, Heads):
@@ -100,8 +103,8 @@ def absorbed(
     return _by_head(context, known, N, V, N + V)
 
 
-def _alone(q_nope: np.ndarray, m: Matrix, cfg: Config, nx: Numerics) -> bool:
-    """Whether tokens are few, nothing inside is rounded or watched, and blocks are a head's own."""
+def _suits_kernels(q_nope: np.ndarray, m: Matrix, cfg: Config, nx: Numerics) -> bool:
+    """Tell whether tokens are few, nothing inside is watched, and blocks are a head's own."""
     inside = ("#q_latent", "#scores", "#probs", "#context_latent")
     if q_nope.dtype != np.float32 or len(q_nope) > TOKENS or nx.round is not None:
         return False
@@ -114,7 +117,7 @@ def _alone(q_nope: np.ndarray, m: Matrix, cfg: Config, nx: Numerics) -> bool:
 
 
 def _to_latent(q_nope: np.ndarray, m: KernelMatrix) -> np.ndarray:
-    """q_nope W_uk: [T, H, N] → [T, H, C]."""
+    """Return q_nope W_uk: [T, H, N] → [T, H, C]."""
     T, H, N = q_nope.shape
     O, C = m.shape
     q = np.ascontiguousarray(q_nope)
@@ -131,7 +134,7 @@ def _to_latent(q_nope: np.ndarray, m: KernelMatrix) -> np.ndarray:
 
 
 def _by_head(x: np.ndarray, m: KernelMatrix, first: int, count: int, every: int) -> np.ndarray:
-    """y[t, h] = W[h·every + first …] x[t, h], so many rows of a head: [T, H, I] → [T, H, count]."""
+    """Return y[t, h] = W[h·every + first …] x[t, h], `count` rows: [T, H, I] → [T, H, count]."""
     T, H, I = x.shape
     x = kernels.ordered(m.form, x.reshape(T * H, I)).reshape(T, H, I)
     out = np.empty((T, H, count), np.float32)
@@ -155,7 +158,7 @@ def _product(w: np.ndarray, e: np.ndarray) -> np.ndarray:
 
 
 def _sums(m: KernelMatrix, e: np.ndarray) -> np.ndarray:
-    """e W for few rows of e, in this thread: [n, S], W [S, C] → [n, C]."""
+    """Return e W for few rows of e, in this thread: [n, S], W [S, C] → [n, C]."""
     assert m.how.sum is not None
     out = np.empty((len(e), m.shape[1]), np.float32)
     places = address(e), e.strides[0], address(out), out.strides[0]
@@ -164,14 +167,14 @@ def _sums(m: KernelMatrix, e: np.ndarray) -> np.ndarray:
 
 
 def _together(m: KernelMatrix, H: int) -> int:
-    """Heads in a piece: all of a small matrix."""
+    """Return how many heads a thread takes at a time: all of a small matrix."""
     return H if m.nbytes < 2 * ALONE else max(1, H // 16)
 
 
 def _attend(
     q_latent: np.ndarray, q_pe: np.ndarray, cache: LatentCache, scale: np.floating
 ) -> np.ndarray:
-    """softmax(scale · (q_latent·c_kv + q_pe·k_pe)) c_kv, causal: [T, H, C] → [T, H, C]."""
+    """Return softmax(scale · (q_latent·c_kv + q_pe·k_pe)) c_kv, causal: [T, H, C] → [T, H, C]."""
     T, H, C = q_latent.shape
     S = cache.length
     q, p = q_latent.reshape(T * H, C), np.ascontiguousarray(q_pe).reshape(T * H, -1)

@@ -52,7 +52,7 @@ Value = Any  # an LLVM value; llvmlite has no types to speak of
 
 
 def features() -> set[str]:
-    """What this machine's processor has, in LLVM's names."""
+    """Return what this machine's processor has, in LLVM's names."""
     host = llvmlite.binding.get_host_cpu_features()
     return {name for name, there in host.items() if there}
 
@@ -65,6 +65,8 @@ if PLAIN:
 
 
 class Form(NamedTuple):
+    """How one step of a stored row is read: its size, and the code that decodes it."""
+
     name: str
     columns: int  # of one step
     bytes: int  # of its weights
@@ -77,27 +79,31 @@ class Form(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Where one row of a matrix begins; both as integers, as Numba has them."""
+    """The addresses at which a row of a matrix begins; integers, as Numba has them."""
 
     weights: Value
     scale: Value
 
 
 def constant(vector: ir.VectorType, values: Any) -> Value:
+    """Return a constant vector of these values, or of one value in all lanes."""
     if isinstance(values, int | float):
         values = [values] * vector.count
     return ir.Constant(vector, [ir.Constant(vector.element, v) for v in values])
 
 
 def load(b: ir.IRBuilder, address: Value, kind: ir.Type) -> Value:
+    """Load a value of this type from an address that need not be aligned."""
     return b.load(b.inttoptr(address, kind.as_pointer()), align=1)
 
 
 def at(b: ir.IRBuilder, address: Value, i: Value, size: int) -> Value:
+    """Return address + i · size."""
     return b.add(address, b.mul(i, ir.Constant(I64, size)))
 
 
 def offset(b: ir.IRBuilder, address: Value, bytes_: int) -> Value:
+    """Return an address so many bytes further on."""
     return b.add(address, ir.Constant(I64, bytes_))
 
 
@@ -110,26 +116,29 @@ def _slot(b: ir.IRBuilder) -> Value:
 
 
 def call(b: ir.IRBuilder, name: str, result: ir.Type, arguments: list[Value]) -> Value:
+    """Call one of LLVM's own functions by name."""
     kind = ir.FunctionType(result, [a.type for a in arguments])
     return b.call(_function(b.module, kind, name), arguments)
 
 
 def fma(b: ir.IRBuilder, x: Value, y: Value, z: Value) -> Value:
+    """Return x · y + z of the lanes, rounded once."""
     return call(b, f"llvm.fma.v{LANES}f32", FLOATS, [x, y, z])
 
 
 def shuffle(b: ir.IRBuilder, x: Value, y: Value, lanes: list[int]) -> Value:
+    """Choose lanes of x and y, those of y being numbered after those of x."""
     return b.shuffle_vector(x, y, constant(ir.VectorType(I32, len(lanes)), lanes))
 
 
 def spread(b: ir.IRBuilder, x: Value) -> Value:
-    """A number to all lanes."""
+    """Copy a number to all lanes."""
     one = b.insert_element(ir.Constant(FLOATS, ir.Undefined), x, ir.Constant(I32, 0))
     return shuffle(b, one, one, [0] * LANES)
 
 
 def total(b: ir.IRBuilder, x: Value) -> Value:
-    """Of the lanes, pairwise."""
+    """Add up the lanes, pairwise."""
     count = LANES
     while count > 1:
         count //= 2
@@ -160,7 +169,7 @@ def _bf16(b: ir.IRBuilder, row: Row, i: Value) -> tuple[list[Value], None]:
 
 
 def _bf16_scales(b: ir.IRBuilder, address: Value, count: int) -> Value:
-    """So many bf16 next to each other, each to the upper halves of its share of the lanes."""
+    """Load `count` bf16, and put each into the upper halves of its share of the lanes."""
     four = ir.VectorType(I16, count)
     halves = [n for j in range(LANES) for n in (count, j * count // LANES)]
     return b.bitcast(shuffle(b, load(b, address, four), constant(four, 0), halves), FLOATS)
@@ -173,7 +182,7 @@ def _int4(b: ir.IRBuilder, row: Row, i: Value) -> tuple[list[Value], Value]:
 
 
 def _looked_up(b: ir.IRBuilder, codes: Value) -> Value:
-    """The low four bits of each lane, less 8, as a float."""
+    """Return the low four bits of each lane, less 8, as floats."""
     if AVX512:
         table = constant(FLOATS, [float(q - 8) for q in range(16)])
         return call(b, "llvm.x86.avx512.permvar.sf.512", FLOATS, [table, codes])
@@ -182,7 +191,7 @@ def _looked_up(b: ir.IRBuilder, codes: Value) -> Value:
 
 
 def _int4_words(b: ir.IRBuilder, row: Row, i: Value) -> tuple[list[Value], Value]:
-    """Nibbles s and s + 4 of each word in the halves of a lane, for `vpdpwssd`."""
+    """Read nibbles s and s + 4 of each word into the halves of a lane, for `vpdpwssd`."""
     pairs = load(b, at(b, row.weights, i, 64), PAIRS)
     codes = [b.lshr(pairs, constant(PAIRS, 4 * s)) if s else pairs for s in range(4)]
     low = constant(PAIRS, 15)
@@ -191,7 +200,7 @@ def _int4_words(b: ir.IRBuilder, row: Row, i: Value) -> tuple[list[Value], Value
 
 
 def _fp8(b: ir.IRBuilder, row: Row, i: Value) -> tuple[list[Value], Value]:
-    """e4m3 as half: sign, one exponent bit more, seven fraction bits more; NaN set by hand."""
+    """Read e4m3 as half: one exponent bit and seven fraction bits more; NaN is set by hand."""
     here, out = at(b, row.weights, i, 128), []
     shorts = ir.VectorType(I16, 32)
     for v in range(4):
@@ -225,7 +234,7 @@ def _q4(b: ir.IRBuilder, row: Row, i: Value) -> tuple[list[Value], Value]:
 
 
 def _q4_words(b: ir.IRBuilder, row: Row, i: Value) -> tuple[list[Value], Value]:
-    """Four blocks beside each other, for `vpdpwssd`: nibbles s of each 16 bits, s from 0 to 3."""
+    """Read four blocks for `vpdpwssd`: nibbles s of each 16 bits, s from 0 to 3."""
     here = at(b, row.weights, i, 72)
     quarter, half = ir.VectorType(I8, 16), list(range(32))
     each = [load(b, offset(b, here, 18 * n + 2), quarter) for n in range(4)]
@@ -259,8 +268,8 @@ TOGETHER = {1: 0, 2: 4, 3: 4, 4: 4}  # tokens at a time → rows at a time; with
 
 
 def dots(form: Form) -> Any:
-    """Rows `begin` to `end` of y = x Wᵀ, for a Numba kernel. Arguments, all int64, addresses and
-    bytes from row to row:
+    """Make the intrinsic for rows `begin` to `end` of y = x Wᵀ. Its arguments, all int64, are
+    addresses and bytes from row to row:
 
         w, w_row          the weights
         s, s_row, share   the scales; so many rows of weights share a row of them
@@ -292,7 +301,7 @@ def dots(form: Form) -> Any:
 
 
 def _turns(b: Any, form: Form, R: int, tokens: int, row: Value, arguments: Any) -> None:
-    """R rows from this one on with all tokens, so many in a turn; what is left in a last one."""
+    """Multiply R rows from this one on with all tokens, T in a turn, the rest in a last one."""
     zero, T = ir.Constant(I64, 0), arguments[10]
     if tokens < TOKENS:
         _tile(b, form, R, tokens, row, zero, arguments)
@@ -310,7 +319,7 @@ def _turns(b: Any, form: Form, R: int, tokens: int, row: Value, arguments: Any) 
 def _tile(
     b: Any, form: Form, R: int, tokens: int, row: Value, first: Value, arguments: Any
 ) -> None:
-    """R rows from one on with so many tokens from one on."""
+    """Multiply R rows from one on with T tokens from one on."""
     w, w_row, s, s_row, share, x, x_row, y, y_row, steps, *_ = arguments
     numbers = [b.add(row, ir.Constant(I64, r)) for r in range(R)]
     rows = [
@@ -341,7 +350,7 @@ def _tile(
 
 
 def _take(b: Any, form: Form, rows: Any, tokens: Any, i: Value, sums: Any) -> None:
-    """One step of these rows with these tokens."""
+    """Multiply one step of these rows with these tokens."""
     for row, of_row in zip(rows, sums, strict=True):
         vectors, scale = form.decode(b, row, i)
         for token, one in zip(tokens, of_row, strict=True):
@@ -350,7 +359,7 @@ def _take(b: Any, form: Form, rows: Any, tokens: Any, i: Value, sums: Any) -> No
 
 
 def _fetch(b: Any, form: Form, rows: Any, ahead: Row, i: Value) -> None:
-    """What the next rows have at these steps, asked for in time: each row is a short stream."""
+    """Prefetch the next rows at these steps: each row is a stream too short for the hardware."""
     kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
     prefetch = _function(b.module, kind, "llvm.prefetch.p0")
     hint = [ir.Constant(I32, n) for n in (0, 2, 1)]  # to read, into the second cache, data
@@ -380,7 +389,7 @@ HALVES = 6  # vectors of 64 bytes that a step of `kernels.halves` takes
 def _integer_step(
     b: Any, form: Form, vectors: list[Value], scale: Value, token: Value, i: Value, before: Value
 ) -> Value:
-    """A token's step: four vectors of 32 int16, one of -8·Σ by word, one of the lanes' units."""
+    """Load a token's step: four vectors of 32 int16, one of -8·Σ by word, one of the units."""
     here = at(b, token, i, 64 * HALVES)
     part = load(b, offset(b, here, 256), WORDS)
     for v, codes in enumerate(vectors):
@@ -390,7 +399,7 @@ def _integer_step(
 
 
 def _pairs(b: Any, before: Value, x: Value, y: Value) -> Value:
-    """before + x[2j]·y[2j] + x[2j+1]·y[2j+1] in 32 bits."""
+    """Return before + x[2j]·y[2j] + x[2j+1]·y[2j+1] in 32 bits."""
     if VNNI:
         return call(b, "llvm.x86.avx512.vpdpwssd.512", WORDS, [before, x, y])
     wide = ir.VectorType(I32, 2 * LANES)
@@ -400,7 +409,7 @@ def _pairs(b: Any, before: Value, x: Value, y: Value) -> Value:
 
 
 def decoded(form: Form) -> Any:
-    """Rows `begin` to `end` of W in float32, columns in the form's order. Arguments as above:
+    """Make the intrinsic that decodes rows `begin` to `end` of W, columns in the form's order:
 
     w, w_row, s, s_row, share, out, out_row, steps, begin, end
     """
@@ -432,7 +441,7 @@ INTERLEAVED = 16 * 64 + 64  # bytes of a step of 32 columns of so many rows, and
 
 
 def multiplied() -> Any:
-    """Q8 rows times many tokens in 16 bits. Arguments, all int64:
+    """Make the intrinsic for Q8 rows times many tokens in 16 bits. Its arguments, all int64:
 
         w, w_row    rows of Q8_0 blocks
         scratch     `INTERLEAVED` bytes a step, of this thread
@@ -468,7 +477,7 @@ def multiplied() -> Any:
 
 
 def _interleave(b: Any, w: Value, w_row: Value, scratch: Value, i: Value) -> None:
-    """One step of sixteen rows: pairs of columns with a lane for each row, then the scales."""
+    """Interleave a step of sixteen rows: pairs of columns, a lane for each row; then the scales."""
     words, scales = [], constant(FLOATS, 0.0)
     for r in range(WIDE):
         here = at(b, b.add(w, b.mul(w_row, ir.Constant(I64, r))), i, 34)
@@ -489,7 +498,7 @@ def _interleave(b: Any, w: Value, w_row: Value, scratch: Value, i: Value) -> Non
 
 
 def _interleaved(b: Any, tokens: int, first: Value, row: Value, arguments: Any) -> None:
-    """The sixteen rows in scratch times so many tokens from one on."""
+    """Multiply the sixteen rows in scratch with T tokens from one on."""
     _, _, scratch, x, x_row, u, u_row, y, y_row, steps, *_ = arguments
     each = [b.add(first, ir.Constant(I64, t)) for t in range(tokens)]
     sums = [_slot(b) for _ in each]
@@ -518,7 +527,7 @@ def _interleaved(b: Any, tokens: int, first: Value, row: Value, arguments: Any) 
 
 
 def summed(form: Form) -> Any:
-    """Rows added up: y[h] = Σ_n x[h, n]·W[h·every + n], columns in the form's order.
+    """Make the intrinsic that adds up rows: y[h] = Σ_n x[h, n]·W[h·every + n], in the form's order.
 
     Arguments as above: w, w_row, s, s_row, share, x, x_row, y, y_row, steps, count, every, begin,
     end; heads `begin` to `end`, `count` rows of each.
@@ -547,7 +556,7 @@ def summed(form: Form) -> Any:
 
 
 def _sum_rows(b: Any, form: Form, h: Value, first: Value, together: int, arguments: Any) -> None:
-    """These steps of one head."""
+    """Add up these steps of one head."""
     w, w_row, s, s_row, share, x, x_row, y, y_row, _, count, every, _, _ = arguments
     sums = [_slot(b) for _ in range(together * form.columns // LANES)]
     for one in sums:
@@ -570,7 +579,7 @@ def _sum_rows(b: Any, form: Form, h: Value, first: Value, together: int, argumen
 
 
 def ordered(form: Form, x: np.ndarray) -> np.ndarray:
-    """x [T, I] with the columns of each step in the form's order."""
+    """Return x [T, I] with the columns of each step in the form's order."""
     n, m = form.order
     if m == 1:
         return np.ascontiguousarray(x)
@@ -578,7 +587,7 @@ def ordered(form: Form, x: np.ndarray) -> np.ndarray:
 
 
 def restored(form: Form, x: np.ndarray) -> np.ndarray:
-    """What `ordered` was given."""
+    """Return what `ordered` was given."""
     n, m = form.order
     if m == 1:
         return x
@@ -589,7 +598,7 @@ def restored(form: Form, x: np.ndarray) -> np.ndarray:
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Compiled when first called, and kept for the next process where there is a place for it."""
+    """Compile a function when it is first called, and keep it for the next process if possible."""
     try:
         return numba.njit(function, cache=not PLAIN, nogil=True, fastmath={"contract"})
     except RuntimeError:  # no folder that can be written to
@@ -792,7 +801,7 @@ def q8_many(w, w_row, scratch, x, x_row, u, u_row, y, y_row, steps, T, begin, en
 
 @kernel
 def sixteen(x, codes, units):  # type: ignore
-    """x [T, I] → codes [T, I] int16 and units [T, I/32] float32, as `halves` makes them."""
+    """Round x [T, I] to codes [T, I] int16 and units [T, I/32] float32, as `halves` does."""
     for t in range(x.shape[0]):
         for g in range(units.shape[1]):
             most = np.float32(0)
@@ -811,6 +820,8 @@ def sixteen(x, codes, units):  # type: ignore
 
 
 class Kernels(NamedTuple):
+    """What multiplies by, decodes and adds up the rows of one form."""
+
     form: Form
     few: Callable[..., None]  # rows times tokens
     decode: Callable[..., None]  # rows, in float32
@@ -818,18 +829,28 @@ class Kernels(NamedTuple):
     many: Callable[..., None] | None = None  # rows times many tokens of 16 bits
 
 
-KERNELS = {"q8-fast": Kernels(Q8, q8, q8_rows, q8_sum, q8_many)}
-KERNELS |= {
-    k.form.name: k
-    for k in (
-        Kernels(F32, f32, f32_rows, f32_sum),
-        Kernels(F16, f16, f16_rows, f16_sum),
-        Kernels(BF16, bf16, bf16_rows, bf16_sum),
-        Kernels(FP8, fp8, fp8_rows, fp8_sum),
-        Kernels(Q8, q8, q8_rows, q8_sum),
-        Kernels(Q4, q4, q4_rows, None),
-        Kernels(Q4_FAST, q4_fast, q4_rows, None),
-        Kernels(INT4, int4, int4_rows, None),
-        Kernels(INT4_FAST, int4_fast, int4_rows, None),
-    )
+class FormatKernels(NamedTuple):
+    """The kernels of one stored format."""
+
+    exact: Kernels  # float32 activations
+    fast: Kernels | None = None  # 16-bit activations, where the format has such
+    scales: int = 0  # bytes of scales to a step, where they are an array of their own
+
+    def choices(self, fast: bool) -> list[Kernels]:
+        """Return what may be used, best first; a form may want longer steps than a row has."""
+        return [self.fast, self.exact] if fast and self.fast is not None else [self.exact]
+
+
+FORMATS = {  # by `StoredMatrix.format`; adding one here is all that a new format needs
+    "f32": FormatKernels(Kernels(F32, f32, f32_rows, f32_sum)),
+    "f16": FormatKernels(Kernels(F16, f16, f16_rows, f16_sum)),
+    "bf16": FormatKernels(Kernels(BF16, bf16, bf16_rows, bf16_sum)),
+    "fp8": FormatKernels(Kernels(FP8, fp8, fp8_rows, fp8_sum), scales=4),
+    "int4": FormatKernels(
+        Kernels(INT4, int4, int4_rows, None), Kernels(INT4_FAST, int4_fast, int4_rows, None), 8
+    ),
+    "q8": FormatKernels(
+        Kernels(Q8, q8, q8_rows, q8_sum), Kernels(Q8, q8, q8_rows, q8_sum, q8_many)
+    ),
+    "q4": FormatKernels(Kernels(Q4, q4, q4_rows, None), Kernels(Q4_FAST, q4_fast, q4_rows, None)),
 }

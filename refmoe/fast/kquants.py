@@ -24,6 +24,7 @@ HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 
 @kernel
 def q2_k(blocks, halves, out, begin, end):  # type: ignore
+    """Decode rows `begin` to `end` of Q2_K into out, float32."""
     for o in range(begin, end):
         for n in range(blocks.shape[1] // 84):
             b = blocks[o, 84 * n : 84 * n + 84]
@@ -42,6 +43,7 @@ def q2_k(blocks, halves, out, begin, end):  # type: ignore
 
 @kernel
 def q3_k(blocks, halves, out, begin, end):  # type: ignore
+    """Decode rows `begin` to `end` of Q3_K into out, float32."""
     for o in range(begin, end):
         for n in range(blocks.shape[1] // 110):
             b = blocks[o, 110 * n : 110 * n + 110]
@@ -60,6 +62,7 @@ def q3_k(blocks, halves, out, begin, end):  # type: ignore
 
 @kernel
 def q4_k(blocks, halves, out, begin, end):  # type: ignore
+    """Decode rows `begin` to `end` of Q4_K into out, float32."""
     for o in range(begin, end):
         for n in range(blocks.shape[1] // 144):
             b = blocks[o, 144 * n : 144 * n + 144]
@@ -80,6 +83,7 @@ def q4_k(blocks, halves, out, begin, end):  # type: ignore
 
 @kernel
 def q5_k(blocks, halves, out, begin, end):  # type: ignore
+    """Decode rows `begin` to `end` of Q5_K into out, float32."""
     for o in range(begin, end):
         for n in range(blocks.shape[1] // 176):
             b = blocks[o, 176 * n : 176 * n + 176]
@@ -101,6 +105,7 @@ def q5_k(blocks, halves, out, begin, end):  # type: ignore
 
 @kernel
 def q6_k(blocks, halves, out, begin, end):  # type: ignore
+    """Decode rows `begin` to `end` of Q6_K into out, float32."""
     for o in range(begin, end):
         for n in range(blocks.shape[1] // 210):
             b = blocks[o, 210 * n : 210 * n + 210]

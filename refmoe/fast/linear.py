@@ -23,11 +23,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refmoe.fast import kernels, threads
-from refmoe.fast.kernels import KERNELS, Form, Kernels
+from refmoe.fast.kernels import FORMATS, Form, Kernels
 from refmoe.fast.kquants import DECODERS, HALVES
 from refmoe.model import matrix
 from refmoe.model.experts import Experts, MlpWeights, routed_experts
-from refmoe.model.matrix import BF16, Q4, Q8, Coded, Fp8Block, Heads, Int4, Matrix, Tiled
+from refmoe.model.formats.coded import Coded
+from refmoe.model.formats.heads import Heads
+from refmoe.model.formats.tiled import Tiled
+from refmoe.model.matrix import Matrix, format_of
 from refmoe.model.numerics import Numerics
 from refmoe.model.router import Routing, sigmoid
 
@@ -35,13 +38,13 @@ TILE = 1 << 20  # elements of a tile that NumPy dequantises: 4 MB of float32
 DECODED = 1 << 21  # elements of a tile that a kernel decodes: 8 MB, of a cache that cores share
 PIECE = 1 << 20  # bytes of weights that a thread takes at a time
 FEW = 12  # tokens; beyond, decoding once and multiplying by BLAS is quicker
-ALONE = 1 << 20  # bytes of weights that are not worth a second thread: some 30 µs
+ALONE = 1 << 20  # bytes of weights, read in some 30 µs: not worth a second thread
 KNOWN = 1 << 18  # matrices; K2 has 70,000
 ROWS = 2048  # of experts' inputs at once, which bounds the scratch
 
 
 class KernelMatrix(NamedTuple):
-    """A matrix as kernels take it: addresses and bytes from row to row. It does not hold it."""
+    """A matrix as kernels take it: addresses, and bytes from row to row. It holds no array."""
 
     how: Kernels
     w: int
@@ -69,7 +72,11 @@ class KernelMatrix(NamedTuple):
 
 
 def kernel_view(m: Matrix, fast: bool = False) -> KernelMatrix | None:
-    """None where no kernel reads it. A checkpoint's matrices are remembered, and so held."""
+    """Return a matrix as kernels take it, or None if none reads it.
+
+    The view is kept with its matrix, which is right for a mapped checkpoint. For matrices whose
+    memory is used again, call `make_kernel_view`.
+    """
     if isinstance(m, np.ndarray):
         return make_kernel_view(m, fast)
     known = _known.get((id(m), fast))
@@ -84,56 +91,50 @@ _known: dict[tuple[int, bool], tuple[Matrix, KernelMatrix | None]] = {}
 
 
 def make_kernel_view(m: Matrix, fast: bool = False) -> KernelMatrix | None:
-    """The same, for a matrix that soon is another."""
-    scale: np.ndarray | None = None
-    share = 1
-    match m:
-        case BF16(weights):
-            name = "bf16"
-        case Int4(weights, scale):
-            name = "int4-fast" if fast else "int4-exact"
-        case Q8(blocks):
-            name, weights = "q8-fast" if fast else "q8", blocks.reshape(len(blocks), -1)
-        case Q4(blocks):
-            whole = not m.shape[1] % KERNELS["q4-fast"].form.columns
-            name, weights = "q4-fast" if fast and whole else "q4", blocks.reshape(len(blocks), -1)
-        case Fp8Block(weights, scale, (share, 128)):
-            name = "fp8"
-        case np.ndarray(dtype=np.float16):
-            name, weights = "f16", m
-        case np.ndarray(dtype=np.float32):
-            name, weights = "f32", m
-        case _:
-            return None
-    how = KERNELS[name]
-    O, I = m.shape
-    if I % how.form.columns or not O or not whole_rows(weights):
+    """Make the view of `kernel_view` without keeping it."""
+    kernels_of = FORMATS.get(format_of(m))
+    if kernels_of is None or len(m.shape) != 2 or not m.shape[0]:
         return None
-    w, w_row, s, s_row = address(weights), weights.strides[0], 0, 0
-    if scale is not None:
-        if not whole_rows(scale):
-            return None
-        s, s_row = address(scale), scale.strides[0]
-    return KernelMatrix(how, w, w_row, s, s_row, share, (O, I))
+    O, I = m.shape
+    how = next((k for k in kernels_of.choices(fast) if not I % k.form.columns), None)
+    weights, *scales = [m] if isinstance(m, np.ndarray) else m.arrays().values()
+    weights = weights.reshape(O, -1) if weights.ndim == 3 else weights  # in blocks
+    if how is None or not whole_rows(weights):
+        return None
+    w, w_row = address(weights), weights.strides[0]
+    if not scales:
+        return KernelMatrix(how, w, w_row, 0, 0, 1, (O, I))
+    (scale,) = scales
+    wanted = I // how.form.columns * kernels_of.scales
+    if not whole_rows(scale) or scale.shape[1] * scale.itemsize != wanted:
+        return None
+    return KernelMatrix(how, w, w_row, address(scale), scale.strides[0], _unit(m), (O, I))
+
+
+def _unit(m: Matrix) -> int:
+    """Return how many rows share a row of scales."""
+    return 1 if isinstance(m, np.ndarray) else m.unit
 
 
 def whole_rows(a: np.ndarray) -> bool:
+    """Tell whether each row lies together in memory, in the machine's byte order."""
     return a.ndim == 2 and a.strides[1] == a.itemsize and a.dtype.isnative
 
 
 def address(a: np.ndarray) -> int:
+    """Return where an array's data begins."""
     return a.__array_interface__["data"][0]
 
 
 class Inputs:
-    """Rows of x, brought into whatever order a form wants, once for each."""
+    """Rows of x [T, I], and their copies in the orders that forms want, each made once."""
 
     def __init__(self, x: np.ndarray):
         self.x = np.ascontiguousarray(x)
         self.made: dict[Any, np.ndarray] = {}
 
     def few(self, form: Form) -> np.ndarray:
-        """[T, ·] for the kernels of a few tokens."""
+        """Return x as the kernels for a few tokens take it, [T, ·]."""
         key = form.name if form.integer else form.order
         if key not in self.made:
             self.made[key] = self._halves(form) if form.integer else kernels.ordered(form, self.x)
@@ -145,7 +146,7 @@ class Inputs:
         return self.made[form.order]
 
     def sixteen(self) -> tuple[np.ndarray, np.ndarray]:
-        """Codes and units in the order of the columns."""
+        """Return x in 16 bits: codes [T, I] and units [T, I/32], in the order of the columns."""
         if "sixteen" not in self.made:
             T, I = self.x.shape
             codes, units = np.empty((T, I), np.int16), np.empty((T, I // 32), np.float32)
@@ -162,7 +163,7 @@ class Inputs:
 
 
 def multiply(products: Sequence[tuple[Inputs, KernelMatrix]]) -> list[np.ndarray]:
-    """y = x Wᵀ of each, float32 [T, O], as one parallel region."""
+    """Return y = x Wᵀ of each product, float32 [T, O], computed as one parallel region."""
     out: list[np.ndarray] = []
     pieces: list[threads.Piece] = []
     blas = False
@@ -190,7 +191,7 @@ def multiply(products: Sequence[tuple[Inputs, KernelMatrix]]) -> list[np.ndarray
 
 
 def alone(inputs: Inputs, m: KernelMatrix) -> np.ndarray:
-    """y = x Wᵀ of a few tokens, in this thread: float32 [T, O]."""
+    """Return y = x Wᵀ of a few tokens, computed in this thread: float32 [T, O]."""
     x = inputs.few(m.form)
     y = np.empty((len(x), m.shape[0]), np.float32)
     places = address(x), x.strides[0], address(y), y.strides[0]
@@ -239,7 +240,7 @@ def _sixteen(
 
 
 def _tile(x: np.ndarray, m: KernelMatrix, y: np.ndarray, begin: int, end: int) -> None:
-    """Decoded into this thread's scratch, then multiplied."""
+    """Decode rows into this thread's scratch, then multiply them by BLAS."""
     I = m.shape[1]
     if getattr(_scratch, "tile", np.empty(0)).size < (end - begin) * I:
         _scratch.tile = np.empty(max((end - begin) * I, DECODED), np.float32)
@@ -277,7 +278,7 @@ def linear(
 
 
 def _coded(x: np.ndarray, m: Coded) -> np.ndarray:
-    """Rows decoded while a tile is in cache, by plain kernels, then multiplied."""
+    """Return x Wᵀ of K-quants: plain kernels decode a tile, which is multiplied in the cache."""
     O, I = m.shape
     y = np.empty((O, len(x)), np.float32).T
     step = max(1, TILE // 4 // I)
@@ -293,15 +294,17 @@ def _coded(x: np.ndarray, m: Coded) -> np.ndarray:
 
 
 def _rounds(m: Matrix, rounded: tuple[str, ...]) -> bool:
-    return (isinstance(m, Int4) and "int4" in rounded) or (
-        isinstance(m, Fp8Block) and "fp8" in rounded
-    )
+    """Tell whether an engine rounds the product of code and scale, which no kernel here does."""
+    return bool(rounded) and format_of(m) in rounded
 
 
 def experts(
     x: np.ndarray, routing: Routing, experts: Experts, nx: Numerics, fast: bool = False
 ) -> np.ndarray:
-    """The routed sum, [T, D], where nothing inside is rounded or watched."""
+    """Return the routed sum [T, D], all chosen experts as two parallel regions.
+
+    Where something inside is rounded or watched, or no kernel reads a matrix, the definition does.
+    """
     chosen = np.unique(routing.experts).tolist()
     if x.dtype != np.float32 or nx.round is not None or _watched(chosen, nx):
         return routed_experts(x, routing, experts, nx)
@@ -335,7 +338,7 @@ def _watched(chosen: list[int], nx: Numerics) -> bool:
 
 
 def _groups(rows: dict[int, np.ndarray]) -> Iterator[list[int]]:
-    """Experts in order, with no more than `ROWS` rows together unless one alone has more."""
+    """Yield experts in order, with no more than `ROWS` rows together unless one has more."""
     group: list[int] = []
     count = 0
     for e, own in rows.items():
@@ -351,7 +354,7 @@ def _groups(rows: dict[int, np.ndarray]) -> Iterator[list[int]]:
 def _swiglu(
     whole: Inputs, group: list[tuple[np.ndarray, list[KernelMatrix]]], K: int, parts: np.ndarray
 ) -> None:
-    """parts[row] = W_down (silu(W_gate x) · W_up x) for rows of tokens and slots, T·K in all."""
+    """Set parts[row] = W_down (silu(W_gate x) · W_up x), rows being of tokens and slots, T·K."""
     first = []
     for rows, (gate, up, _) in group:
         x = whole if len(whole.x) == 1 else Inputs(whole.x[rows // K])

@@ -21,7 +21,7 @@ Piece = Callable[[], None]
 
 
 def available() -> int:
-    """Processors that this process may use, or `REFMOE_THREADS`."""
+    """Return how many processors this process may use, or `REFMOE_THREADS`."""
     asked = os.environ.get("REFMOE_THREADS", "")
     if asked.isdigit() and int(asked) > 0:
         return int(asked)
@@ -31,7 +31,7 @@ def available() -> int:
 
 
 class _Job:
-    """Pieces, each taken by whoever comes first; the first error ends it."""
+    """A list of pieces, each taken by the thread that comes first. The first error ends it."""
 
     def __init__(self, pieces: Sequence[Piece]):
         self.pieces = iter(pieces)
@@ -53,6 +53,8 @@ class _Job:
 
 
 class Pool:
+    """Threads that wait for pieces, the calling thread being one of them."""
+
     def __init__(self, threads: int):
         self.threads = threads
         self.jobs: SimpleQueue[_Job | None] = SimpleQueue()
@@ -65,12 +67,12 @@ class Pool:
             job.help()
 
     def close(self) -> None:
-        """Let the helpers go; not while one is at work."""
+        """Let the helpers end. None of them may be at work."""
         for _ in range(self.threads - 1):
             self.jobs.put(None)
 
     def run(self, pieces: Sequence[Piece]) -> None:
-        """All of them, in any order; an error of one is raised here, when no other is at work."""
+        """Run all pieces, in any order. An error of one is raised when no other is at work."""
         helpers = min(self.threads, len(pieces)) - 1
         if helpers < 1 or getattr(_here, "helping", False):  # a helper would wait for itself
             for piece in pieces:
@@ -95,7 +97,7 @@ _pool: Pool | None = None
 
 
 def pool() -> Pool:
-    """This process's own; a forked child makes another."""
+    """Return this process's pool; a forked child makes its own."""
     global _pool
     if _pool is None:
         _pool = Pool(available())
@@ -103,7 +105,7 @@ def pool() -> Pool:
 
 
 def use(threads: int) -> None:
-    """From now on this many."""
+    """Use this many threads from now on."""
     global _pool
     if threads < 1:
         raise InputError(f"{threads} threads; at least one is needed")
@@ -128,5 +130,5 @@ def _blas() -> ThreadpoolController:
 
 
 def one_blas_thread() -> Any:
-    """A context in which a matrix product stays in its own thread."""
+    """Return a context in which a matrix product by BLAS stays in its own thread."""
     return _blas().limit(limits=1, user_api="blas")

@@ -39,7 +39,7 @@ class Finding:
 
 
 class Found(NamedTuple):
-    """What a rule yields: the text of a finding, and where it belongs."""
+    """One thing that a rule noticed: the text of a finding, and where it belongs."""
 
     text: str
     tensor: str | None = None
@@ -49,7 +49,7 @@ class Found(NamedTuple):
 
 
 class Facts(Protocol):
-    """What every type of facts has."""
+    """Facts about a checkpoint, of any type: those that rules of that type judge."""
 
     places: ClassVar[tuple[Place, ...]]  # where these facts exist
 
@@ -70,7 +70,7 @@ class Rule:
 
     @property
     def places(self) -> tuple[Place, ...]:
-        """Where the rule applies: where its facts exist."""
+        """The places where the rule applies, which are those where its facts exist."""
         return self.facts.places
 
 

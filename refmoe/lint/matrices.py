@@ -5,7 +5,10 @@ import re
 import numpy as np
 
 from refmoe.config import Fp8Scheme
-from refmoe.model.matrix import BF16, Fp8Block, Int4, Matrix, dequantize
+from refmoe.model.formats.bf16 import BF16
+from refmoe.model.formats.fp8_block import Fp8Block
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.matrix import Matrix, dequantize
 from refmoe.weights.checkpoint import Checkpoint
 from refmoe.weights.gguf import Gguf
 
@@ -66,6 +69,7 @@ def matrix_of(checkpoint: Checkpoint, key: str) -> Matrix:
 
 
 def _plain(x: np.ndarray, dtype: str) -> Matrix:
+    """Return an array as a matrix; tensors of a vision tower have more than two axes."""
     x = x.reshape(len(x), -1) if x.ndim > 2 else x
     return BF16(x) if dtype == "BF16" else x
 

@@ -11,6 +11,7 @@ def gain(yarn: Yarn) -> float:
 
 
 def _mscale(yarn: Yarn, m: float) -> float:
+    """Return YaRN's m(factor) = 0.1·m·ln(factor) + 1."""
     return 0.1 * m * log(yarn.factor) + 1 if yarn.factor > 1 else 1.0
 
 

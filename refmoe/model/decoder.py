@@ -10,7 +10,7 @@ one prompt or sweeping over many is the same function. K2: L = 61, the first lay
 """
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -22,7 +22,15 @@ from refmoe.engines import CONVENTIONS, Conventions
 from refmoe.files import InputError
 from refmoe.model import matrix
 from refmoe.model.cache import CacheOptions, LatentCache
-from refmoe.model.experts import Experts, MlpWeights, MoeWeights, moe, routed_experts, swiglu
+from refmoe.model.experts import (
+    Experts,
+    ExpertsFrom,
+    MlpWeights,
+    MoeWeights,
+    moe,
+    routed_experts,
+    swiglu,
+)
 from refmoe.model.matrix import Matrix, dequantize
 from refmoe.model.mla import AttentionWeights, Segment, absorbed, attention, expanded
 from refmoe.model.norm import rms_norm
@@ -31,6 +39,8 @@ from refmoe.model.rope import rotate
 
 
 class LayerWeights(NamedTuple):
+    """The matrices of a layer but its routed experts."""
+
     input_layernorm: Matrix  # [D]
     self_attn: AttentionWeights
     post_attention_layernorm: Matrix  # [D]
@@ -114,6 +124,11 @@ class Decoder:
     def using(self, nx: Numerics) -> "Decoder":
         """Return a decoder with these weights and other numerics."""
         return replace(self, nx=nx)
+
+    def with_experts(self, expert: Callable[[int, int], MlpWeights]) -> "Decoder":
+        """Return a decoder whose routed experts are `expert(layer, e)`."""
+        own = [ExpertsFrom(partial(expert, i), e.streamed) for i, e in enumerate(self.experts)]
+        return replace(self, experts=own)
 
     def caches(self) -> list[LatentCache]:
         """Return an empty cache for each layer: the memory of one prompt."""

@@ -22,12 +22,16 @@ from refmoe.model.router import GateWeights, Routing, route, sigmoid
 
 
 class MlpWeights(NamedTuple):
+    """The three matrices of SwiGLU."""
+
     gate_proj: Matrix  # [F, D]
     up_proj: Matrix  # [F, D]
     down_proj: Matrix  # [D, F]
 
 
 class MoeWeights(NamedTuple):
+    """A mixture but for its routed experts, which are too many (`Experts`)."""
+
     gate: GateWeights
     shared_experts: MlpWeights | None
 

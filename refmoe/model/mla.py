@@ -39,6 +39,8 @@ SCORES = 1 << 24  # scores at once, 128 MB of float64; longer prompts go in bloc
 
 
 class AttentionWeights(NamedTuple):
+    """The matrices of attention, under the checkpoint's names."""
+
     q_proj: Matrix | None  # [H(N+R), D], only without q_lora_rank
     q_a_proj: Matrix | None  # [A, D]
     q_a_layernorm: Matrix | None  # [A]

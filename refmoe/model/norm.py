@@ -12,7 +12,7 @@ from refmoe.model.matrix import Matrix, array_module, dequantize
 
 
 def rms_norm(x: np.ndarray, w: Matrix, eps: float) -> np.ndarray:
-    """x [T, D], w [D] → [T, D], all of it in x's own precision."""
+    """Return w · x / sqrt(mean(x²) + eps): x [T, D], w [D] → [T, D], in x's own precision."""
     xp = array_module(x)
     mean = (x * x).mean(axis=-1, keepdims=True)  # [T, 1]
     gain = dequantize(w, x.dtype)  # [D]

@@ -57,7 +57,7 @@ def inv_freq(cfg: Config, betas: tuple[float, float] | None = None) -> np.ndarra
 
 
 def cos_sin(positions: np.ndarray, cfg: Config, nx: Numerics) -> tuple[np.ndarray, np.ndarray]:
-    """positions [T] → cos, sin [T, R/2] in nx.dtype; the angles themselves are float64."""
+    """Return cos, sin [T, R/2] of positions [T], in nx.dtype; the angles are float64."""
     angle = positions[:, None] * inv_freq(cfg, nx.conventions.yarn_betas)  # [T, R/2]
     yarn = cfg.rope_scaling
     gain = 1.0 if yarn is None else _m(yarn, yarn.mscale) / _m(yarn, yarn.mscale_all_dim)
@@ -65,7 +65,7 @@ def cos_sin(positions: np.ndarray, cfg: Config, nx: Numerics) -> tuple[np.ndarra
 
 
 def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    """x [..., R] with cos, sin [..., R/2] → the same shape, pairs turned in place."""
+    """Turn adjacent pairs of x [..., R] by the angles of cos, sin [..., R/2]."""
     a, b = x[..., 0::2], x[..., 1::2]
     out = array_module(x).empty_like(x)
     out[..., 0::2] = a * cos - b * sin

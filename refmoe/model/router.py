@@ -24,11 +24,15 @@ from refmoe.model.numerics import Numerics
 
 
 class GateWeights(NamedTuple):
+    """The router's matrix, and the bias that balances the load."""
+
     weight: Matrix  # [E, D]
     e_score_correction_bias: Matrix  # [E]
 
 
 class Routing(NamedTuple):
+    """The experts of each row, and how near another choice was."""
+
     experts: np.ndarray  # [T, K] best first
     weights: np.ndarray  # [T, K] Σ = γ where norm_topk_prob
     margin: np.ndarray  # [T] s + b of the last expert taken minus the first refused; inf: none was
@@ -36,7 +40,7 @@ class Routing(NamedTuple):
 
 
 def route(x: np.ndarray, w: GateWeights, cfg: Config, nx: Numerics) -> Routing:
-    """Choose experts for x [T, D].
+    """Choose experts for x [T, D], and weigh them.
 
     Scores are float32 at least, whatever the activations are: two experts can differ by less
     than a bf16 step, and a flipped choice is a different network. The margins say how near a
@@ -67,7 +71,7 @@ def route(x: np.ndarray, w: GateWeights, cfg: Config, nx: Numerics) -> Routing:
 
 
 def limit_groups(score: np.ndarray, cfg: Config, nx: Numerics) -> tuple[np.ndarray, np.ndarray]:
-    """Scores [T, E] with those of refused groups masked, and the group margin [T]."""
+    """Return scores [T, E] with those of refused groups masked, and the group margin [T]."""
     xp = array_module(score)
     T, G, M = len(score), cfg.n_group, cfg.topk_group
     if M == G:
@@ -83,13 +87,14 @@ def limit_groups(score: np.ndarray, cfg: Config, nx: Numerics) -> tuple[np.ndarr
 
 
 def _gap(best: np.ndarray, taken: int) -> np.ndarray:
-    """Last taken minus first refused, of scores sorted downwards; inf where none is refused."""
+    """Return the last taken minus the first refused of sorted scores; inf if none is refused."""
     if best.shape[1] == taken:
         return array_module(best).full(len(best), np.inf)
     return best[:, taken - 1] - best[:, taken]
 
 
 def _normaliser(total: np.ndarray, nx: Numerics) -> np.ndarray:
+    """Return what the chosen scores are divided by, their sum made safe by some convention."""
     match nx.conventions.normaliser:
         case "sum":
             return total
@@ -100,7 +105,7 @@ def _normaliser(total: np.ndarray, nx: Numerics) -> np.ndarray:
 
 
 def sigmoid(z: np.ndarray) -> np.ndarray:
-    """1 / (1 + e^-z) without overflow: e is only ever raised to a negative power."""
+    """Return 1 / (1 + e^-z) without overflow: e is only ever raised to a negative power."""
     xp = array_module(z)
     e = xp.exp(-xp.abs(z))
     return xp.where(z >= 0, 1 / (1 + e), e / (1 + e))

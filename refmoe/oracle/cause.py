@@ -1,4 +1,4 @@
-"""Why is the first wrong operation wrong? Each fault of the dictionary is tried in its place.
+"""Find out why the first wrong operation is wrong: every known fault is tried in its place.
 
 At the failing point every candidate recomputes that one layer on the engine's own inputs, as an
 engine with that fault would. What is then left of the error is measured against the envelope, as

@@ -1,4 +1,4 @@
-"""Where does another engine first go wrong, beyond what its rounding explains?
+"""Judge another engine: where does it first go wrong, beyond what its rounding explains?
 
 Every operation is computed in float64 on the engine's *own* inputs: the watcher hands each of its
 tensors back (replay.py), so that errors do not accumulate and the first wrong operation is the only

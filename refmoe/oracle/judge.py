@@ -12,7 +12,7 @@ from refmoe.engines import CONVENTIONS, Profile
 from refmoe.model.decoder import Decoder
 from refmoe.model.experts import MoeWeights
 from refmoe.model.matrix import dequantize
-from refmoe.model.points import parents
+from refmoe.model.points import parents, parse
 from refmoe.model.router import limit_groups, sigmoid
 from refmoe.oracle.envelope import Envelope
 from refmoe.oracle.readers.base import Dump
@@ -35,7 +35,7 @@ class Cause:
 
 @dataclass(frozen=True)
 class Report:
-    """What `check` found; `as_json` is the document that `check --json` prints."""
+    """The result of `check`; `as_json` is the document that `check --json` prints."""
 
     verdict: str  # pass, fault, undecidable
     point: str | None  # the first outside
@@ -216,6 +216,13 @@ def _shown(value: Any) -> str:
 # --- choices of experts
 
 
+def _layer_of(path: str) -> int:
+    """Return the layer of a point that is in one."""
+    layer = parse(path).layer
+    assert layer is not None, f"{path} is in no layer"
+    return layer
+
+
 @dataclass(frozen=True)
 class Flip:
     """A token whose experts are not ours: which, and how near to a tie."""
@@ -231,7 +238,8 @@ class Flip:
 
     @property
     def layer(self) -> int:
-        return int(self.path.split(".")[2])
+        """The layer of the router that chose."""
+        return _layer_of(self.path)
 
     def __str__(self) -> str:
         return (
@@ -251,7 +259,7 @@ def flips(decoder: Decoder, exact: Replay, envelope: Envelope) -> Iterator[Flip]
     """
     for path in (p for p in exact.theirs if p.endswith("gate#experts")):
         gate = path.removesuffix("#experts")
-        weights = decoder.layers[int(path.split(".")[2])].mlp
+        weights = decoder.layers[_layer_of(path)].mlp
         assert isinstance(weights, MoeWeights)
         ours = exact.gates[gate]  # of the engine's own input, where it dumped no logits
         whole = gate in exact.lenses and exact.lenses[gate].goes_on

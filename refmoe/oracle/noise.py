@@ -24,7 +24,8 @@ import numpy as np
 from refmoe.engines import Profile
 from refmoe.model import matrix
 from refmoe.model.decoder import Decoder
-from refmoe.model.matrix import Fp8Block, Matrix, dequantize
+from refmoe.model.formats.fp8_block import Fp8Block
+from refmoe.model.matrix import Matrix, dequantize
 from refmoe.model.points import roundings
 from refmoe.model.rope import inv_freq
 

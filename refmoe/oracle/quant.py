@@ -12,7 +12,6 @@ import importlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from math import lcm
 from typing import Any, NamedTuple
 
@@ -20,17 +19,12 @@ import numpy as np
 
 from refmoe.files import InputError
 from refmoe.model.decoder import Decoder
-from refmoe.model.experts import ExpertsFrom, MlpWeights, routed_experts
-from refmoe.model.matrix import (
-    Fp8Block,
-    Heads,
-    Int4,
-    Matrix,
-    dequantize,
-    quantize_q8,
-    round_bf16,
-    rows,
-)
+from refmoe.model.experts import MlpWeights, routed_experts
+from refmoe.model.formats.fp8_block import Fp8Block
+from refmoe.model.formats.heads import Heads
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.formats.q8_0 import Q8
+from refmoe.model.matrix import Matrix, dequantize, round_bf16, rows
 from refmoe.model.numerics import Numerics
 from refmoe.run.load import Model
 from refmoe.weights.dense import replaced
@@ -55,7 +49,7 @@ def rounder(kind: str) -> Callable[[np.ndarray], np.ndarray]:
     simple: dict[str, Callable[[np.ndarray], np.ndarray]] = {
         "bf16": round_bf16,
         "f16": lambda w: w.astype(np.float16).astype(np.float32),
-        "q8_0": lambda w: dequantize(quantize_q8(w)),
+        "q8_0": lambda w: dequantize(Q8.quantize(w)),
         "int4": lambda w: dequantize(Int4(*pack_int4(w))),
         "int4-7.5": lambda w: dequantize(Int4(*pack_int4(w, 7.5))),
         "fp8": lambda w: dequantize(Fp8Block(*pack_fp8(w, FP8_BLOCK), FP8_BLOCK)),
@@ -68,7 +62,7 @@ def rounder(kind: str) -> Callable[[np.ndarray], np.ndarray]:
 
 
 class Cost(NamedTuple):
-    """What a format costs, tensor by tensor and end to end."""
+    """The cost of a format, tensor by tensor and end to end."""
 
     tensors: list[dict[str, Any]]  # name, and rel_rms: the relative RMS error
     kl_mean: float  # nats a position
@@ -111,10 +105,7 @@ def expect(
     # all chosen experts at once, as the fused twin takes them, are too many in float32
     nx = replace(model.nx, experts=routed_experts)
     nx = nx if experts_only else cost.numerics(nx, model.decoder)
-    experts = [
-        ExpertsFrom(partial(expert, i), own.streamed) for i, own in enumerate(model.decoder.experts)
-    ]
-    quantised = replace(model.decoder, experts=experts, nx=nx)
+    quantised = model.decoder.with_experts(expert).using(nx)
     p, q = (d.logits(tokens) for d in (model.decoder, quantised))
     kl, agree = [], []
     for row, other in zip(p, q, strict=True):

@@ -190,14 +190,17 @@ def _exact(m: Matrix, decoder: Decoder) -> np.ndarray:
 
 
 def _product(x: np.ndarray, m: Matrix, decoder: Decoder) -> Recipe:
+    """Return the recipe of W x."""
     return Recipe({"x": x, "W": _exact(m, decoder)}, PRODUCT)
 
 
 def _norm(x: np.ndarray, w: Matrix, eps: float) -> Recipe:
+    """Return the recipe of an RMS norm with gain w."""
     return Recipe({"x": x, "w": dequantize(w, np.float64)}, NORM.format(eps=eps))
 
 
 def _sum(x: np.ndarray, y: np.ndarray) -> Recipe:
+    """Return the recipe of x + y."""
     return Recipe({"x": x, "y": y}, 'expected = d["x"] + d["y"]\n')
 
 

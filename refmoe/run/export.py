@@ -23,17 +23,11 @@ import numpy as np
 
 from refmoe.config import Config
 from refmoe.files import InputError, read_object, write_atomically
-from refmoe.model.matrix import (
-    BF16,
-    Q4,
-    Int4,
-    Matrix,
-    bf16_bits,
-    dequantize,
-    quantize_q8,
-    tiles,
-    widen_bf16,
-)
+from refmoe.model.formats.bf16 import BF16
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.formats.q4_0 import Q4
+from refmoe.model.formats.q8_0 import Q8
+from refmoe.model.matrix import Matrix, bf16_bits, dequantize, tiles, widen_bf16
 from refmoe.run.load import Model
 from refmoe.text.tokenizer import Tokenizer, byte_alphabet
 from refmoe.weights.checkpoint import Checkpoint, expected
@@ -254,7 +248,7 @@ def _encode_tile(w: np.ndarray, kind: str) -> tuple[np.ndarray, bool]:
             bits = bf16_bits(w)
             return bits.view(np.uint8), bool((widen_bf16(bits) == w).all())
         case _:
-            q8 = quantize_q8(w)
+            q8 = Q8.quantize(w)
             return q8.blocks.reshape(len(w), -1), bool((dequantize(q8) == w).all())
 
 

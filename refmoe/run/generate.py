@@ -19,7 +19,9 @@ from refmoe.model.decoder import Decoder, check_tokens
 from refmoe.model.experts import routed_experts
 from refmoe.run.load import Model
 from refmoe.run.sampler import Sampling, sample
+from refmoe.weights.checkpoint import Checkpoint
 
+TINY = 1 << 25  # bytes of stored weights, 32 MiB: decoded, INT4 is seven times as much
 CHUNK = 512  # rows of a prompt at a time: enough to multiply by matrices at full speed
 STREAMED_CHUNK = 2048  # of streamed experts, which each chunk reads anew; 1 GB of scratch for K2
 
@@ -138,6 +140,14 @@ def generate(
         yield piece
 
 
+def is_tiny(checkpoint: Checkpoint) -> bool:
+    """Tell whether NumPy generates as quickly as kernels, which are then never loaded.
+
+    It is a matter of the bytes alone, so that the same model gives the same bits on every run.
+    """
+    return sum(t.nbytes for t in checkpoint.tensors.values()) <= TINY
+
+
 def generation_decoder(model: Model, int4: str = "fast", cache: str = "float32") -> Decoder:
     """Return the model's decoder with the form of attention that costs less at each step.
 
@@ -148,13 +158,18 @@ def generation_decoder(model: Model, int4: str = "fast", cache: str = "float32")
     nx, options = replace(model.nx, attention="auto"), model.decoder.cache_options
     if model.card is None:  # on a card caches are as they were planned
         options = replace(options, bf16=cache == "bf16")
-    if int4 == "fast" and not model.reference and nx.name == "float32":
+    quicker = not model.reference and nx.name == "float32"
+    if quicker and model.card is None and is_tiny(model.checkpoint):
+        from refmoe.fast.tiny import with_tiny_operations
+
+        nx = with_tiny_operations(nx, keep=model.store is None)
+    elif quicker and int4 == "fast":
         if model.card is not None:
             from refmoe.fast.gpu import operations as gpu_operations
 
             quick = gpu_operations.engine(model.card, nx.conventions, fast=True)
         else:
-            from refmoe.fast.engine import engine  # loaded already, with the model
+            from refmoe.fast.engine import engine
 
             quick = engine(nx.name, nx.conventions, fast=True)
         nx = nx.computing_with(quick)

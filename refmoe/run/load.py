@@ -154,15 +154,15 @@ def load(
     if gpu is None or device is None:
         decoder, store = _place_in_memory(checkpoint, nx, dense, ram, reads)
         return Model(checkpoint, decoder, reference, store)
-    from refmoe.fast.gpu.placement import hottest, loaded, planned
+    from refmoe.fast.gpu.placement import most_used_experts, plan_gpu, upload
     from refmoe.weights.placement import count_parts
     from refmoe.weights.streaming.usage import read_usage
 
     parts = count_parts(checkpoint, dense)
-    plan = planned(checkpoint.cfg, parts, gpu, device)  # refuses before anything is read
+    plan = plan_gpu(checkpoint.cfg, parts, gpu, device)  # refuses before anything is read
     decoder, store = _place_in_memory(checkpoint, nx, dense, ram, reads)
-    experts = hottest(read_usage(checkpoint), parts, plan.share.experts)
-    decoder = loaded(decoder, plan, experts, conventions)
+    experts = most_used_experts(read_usage(checkpoint), parts, plan.share.experts)
+    decoder = upload(decoder, plan, experts, conventions)
     return Model(checkpoint, decoder, reference, store, plan.card)
 
 
@@ -173,7 +173,7 @@ def choose_numerics(name: str, conventions: Conventions | str, reference: bool) 
     """
     if reference:
         return policy(name, conventions)
-    from refmoe.fast.engine import engine  # Numba: half a second that few verbs need
+    from refmoe.fast.engine import engine
 
     return engine(name, conventions)
 

@@ -33,7 +33,9 @@ from refmoe.config import Config, Fp8Scheme, Int4Scheme, OtherScheme, as_ids
 from refmoe.files import InputError, read_object
 from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import ExpertsFrom, MlpWeights, MoeWeights
-from refmoe.model.matrix import BF16, Q8, Fp8Block, Int4, Matrix
+from refmoe.model.formats.bf16 import BF16
+from refmoe.model.formats.registry import format_for, gguf_formats
+from refmoe.model.matrix import Matrix
 from refmoe.model.mla import AttentionWeights
 from refmoe.model.numerics import Numerics
 from refmoe.model.router import GateWeights
@@ -62,7 +64,7 @@ INDEX = "model.safetensors.index.json"
 
 
 class TensorEntry(NamedTuple):
-    """One tensor of one shard, not yet read."""
+    """One tensor of one file, not yet read."""
 
     file: Path
     name: str  # as the file has it
@@ -73,7 +75,7 @@ class TensorEntry(NamedTuple):
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
-    """The tensors of a safetensors file; `InputError` unless they tile its data exactly."""
+    """Read the tensors of a safetensors file; `InputError` unless they tile its data exactly."""
     size = file.stat().st_size
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
@@ -166,12 +168,12 @@ class Checkpoint:
 
     @property
     def has_words(self) -> bool:
-        """Whether it has a vocabulary."""
+        """Tell whether the checkpoint has a vocabulary."""
         return (self.path / "tiktoken.model").is_file()
 
     @property
     def identity(self) -> str:
-        """Changes when config or a shard does: a hash of config.json, sizes and times."""
+        """Return a hash of config.json and of the shards' sizes and times."""
         facts = [self.path.resolve().as_posix(), (self.path / "config.json").read_text("utf-8")]
         for file in sorted({t.file for t in self.tensors.values()}):
             stat = file.stat()
@@ -205,7 +207,7 @@ class Checkpoint:
 
     @property
     def warnings(self) -> list[str]:
-        """What a user should know, a line each."""
+        """Return what a user should know, a line each."""
         return [
             f"{len(names)} tensors {what}: {', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
             for names, what in (
@@ -216,63 +218,59 @@ class Checkpoint:
         ]
 
     def array(self, name: str) -> np.ndarray:
-        """The tensor as a read-only view of its bytes; bf16 as its bits."""
+        """Return a tensor as a read-only view of its bytes; bf16 as its bits."""
         stored = self.tensors[name]
         return self.source(stored).view(DTYPES[stored.dtype]).reshape(stored.shape)
 
     def mapped(self, stored: TensorEntry) -> np.ndarray:
-        """Its bytes in the mapped file."""
+        """Return a tensor's bytes in the mapped file."""
         file = self._maps.get(stored.file)
         if file is None:
             file = self._maps[stored.file] = np.memmap(stored.file, np.uint8, "r")
         return np.asarray(file[stored.start : stored.start + stored.nbytes])
 
     def let_go(self) -> None:
-        """What was read of mapped files need not stay in memory."""
+        """Tell the system that what was read of mapped files need not stay in memory."""
         for file in self._maps.values():
             advise(file, "MADV_DONTNEED")
 
     def reading(self, source: Callable[[TensorEntry], np.ndarray]) -> Self:
-        """The same checkpoint with bytes from elsewhere: TensorEntry → uint8 [nbytes]."""
+        """Return this checkpoint with bytes from elsewhere: TensorEntry → uint8 [nbytes]."""
         other = copy(self)
         other.source, other._experts = source, {}
         return other
 
     def matrix(self, module: str) -> Matrix:
-        """The weight of a module, as stored."""
-        if module + ".weight_scale_inv" in self.tensors:
-            assert isinstance(self.cfg.quantization, Fp8Scheme)
-            scale = self.array(module + ".weight_scale_inv")
-            return Fp8Block(self.array(module + ".weight"), scale, self.cfg.quantization.block)
-        if module + ".weight_packed" not in self.tensors:
+        """Return the weight of a module, as stored."""
+        form = format_for(self.cfg.quantization)
+        if form is None or module + form.mark not in self.tensors:
             return self._plain(module + ".weight")
-        weight = Int4(self.array(module + ".weight_packed"), self.array(module + ".weight_scale"))
-        shape = self.array(module + ".weight_shape").tolist()
-        if shape != list(weight.shape):
-            raise InputError(
-                f"{self.tensors[module + '.weight_shape'].file}: {module}.weight_shape says "
-                f"{shape}, weight_packed holds {list(weight.shape)}"
-            )
-        return weight
+        try:
+            return form.matrix.open(lambda part: self.array(module + part), self.cfg.quantization)
+        except InputError as e:
+            file = next(t.file for name, t in self.tensors.items() if name.startswith(module + "."))
+            raise InputError(f"{file}: {module}: {e}") from None
 
     def _plain(self, name: str) -> Matrix:
         stored = self.tensors[name]
-        if stored.dtype == "Q8_0":  # of `dense.checkpoint_q8`
-            return Q8(self.source(stored).reshape(stored.shape[0], -1, 34))
-        values = self.array(name)
-        return BF16(values) if stored.dtype == "BF16" else values
+        blocks = gguf_formats().get(stored.dtype)  # Q8_0 of `dense.checkpoint_q8`
+        if blocks is not None:
+            return blocks.from_bytes(self.source(stored), stored.shape)
+        return plain_matrix(self.array(name), stored.dtype)
 
     def mlp(self, prefix: str) -> MlpWeights:
+        """Return the three matrices of an MLP."""
         return MlpWeights(*(self.matrix(f"{prefix}{part}_proj") for part in ("gate", "up", "down")))
 
     def expert(self, layer: int, e: int) -> MlpWeights:
-        """The matrices of one routed expert; views, remembered."""
+        """Return the matrices of one routed expert: views, made once."""
         key = (layer, e)
         if key not in self._experts:
             self._experts[key] = self.mlp(f"model.layers.{layer}.mlp.experts.{e}.")
         return self._experts[key]
 
     def layer(self, i: int) -> LayerWeights:
+        """Return all matrices of a layer but the routed experts, as views."""
         at = f"model.layers.{i}."
         a = at + "self_attn."
         low_rank = self.cfg.q_lora_rank is not None
@@ -302,7 +300,7 @@ class Checkpoint:
         )
 
     def decoder(self, nx: Numerics) -> Decoder:
-        """The whole network as views; `InputError` if a tensor is missing."""
+        """Return the whole network as views; `InputError` if a tensor is missing."""
         if self.missing:
             raise InputError(
                 f"{self.path}: {len(self.missing)} tensors are missing, first "
@@ -319,6 +317,11 @@ class Checkpoint:
         )
 
 
+def plain_matrix(values: np.ndarray, dtype: str) -> Matrix:
+    """Return a tensor of floats as a matrix; those of dtype BF16 are its bits."""
+    return BF16(values) if dtype == "BF16" else values
+
+
 def advise(file: Any, how: str) -> None:
     """Tell the system how a memory map is used, where it can be told."""
     advice = getattr(mmap, how, None)
@@ -327,7 +330,7 @@ def advise(file: Any, how: str) -> None:
 
 
 def canonical(name: str) -> str:
-    """The one name of a tensor, whichever wrapper wrote it."""
+    """Return the one name of a tensor here, whichever wrapper wrote it."""
     for prefix, plain in (
         ("language_model.model.", "model."),
         ("language_model.lm_head.", "lm_head."),
@@ -340,7 +343,7 @@ def canonical(name: str) -> str:
 
 
 def _shards(path: Path) -> tuple[dict[str, TensorEntry], list[str]]:
-    """All tensors of the folder by canonical name, and those not where the index says."""
+    """Return tensors by canonical name, and the names that are not where the index says."""
     tensors: dict[str, TensorEntry] = {}
 
     def take(stored: TensorEntry) -> None:
@@ -393,11 +396,12 @@ def _generation_eos(path: Path) -> tuple[int, ...]:
         raise InputError(f"{file}: {e}") from None
 
 
+Scheme = Int4Scheme | Fp8Scheme | OtherScheme | None
 Expected = tuple[str, tuple[int, ...], tuple[str, ...]]  # name, shape, dtypes
 
 
 def expected(cfg: Config) -> Iterator[Expected]:
-    """Every tensor the config calls for: name, shape, and the dtypes that can be read."""
+    """Yield every tensor the config calls for: name, shape, and the dtypes that can be read."""
     D, H, C, R = cfg.hidden_size, cfg.num_attention_heads, cfg.kv_lora_rank, cfg.qk_rope_head_dim
     A, F, E = cfg.q_lora_rank, cfg.moe_intermediate_size, cfg.n_routed_experts
     linear = partial(_linear, cfg.quantization)
@@ -437,25 +441,28 @@ def expected(cfg: Config) -> Iterator[Expected]:
     yield from linear("lm_head", cfg.vocab_size, D)
 
 
-def _linear(
-    scheme: Int4Scheme | Fp8Scheme | OtherScheme | None, module: str, O: int, I: int
-) -> Iterator[Expected]:
-    match scheme:
-        case Int4Scheme(group_size=size) if is_int4(module, scheme):
-            if I % size:
-                raise InputError(f"{module}: {I} columns are no whole groups of {size}")
-            yield module + ".weight_packed", (O, I // 8), ("I32",)
-            yield module + ".weight_scale", (O, I // size), ("BF16",)
-            yield module + ".weight_shape", (2,), ("I32", "I64")
-        case Fp8Scheme((rows, columns), ignore) if module not in ignore:
-            yield module + ".weight", (O, I), ("F8_E4M3",)
-            yield module + ".weight_scale_inv", (-(-O // rows), -(-I // columns)), ("F32",)
-        case _:
-            yield module + ".weight", (O, I), FLOATS
+def _linear(scheme: Scheme, module: str, O: int, I: int) -> Iterator[Expected]:
+    form = format_for(scheme)
+    if form is None or not covers(scheme, module):
+        yield module + ".weight", (O, I), FLOATS
+        return
+    try:
+        tensors = form.matrix.tensors(O, I, scheme)
+    except InputError as e:
+        raise InputError(f"{module}: {e}") from None
+    for suffix, (shape, dtypes) in tensors.items():
+        yield module + suffix, shape, dtypes
+
+
+def covers(scheme: Scheme, module: str) -> bool:
+    """Tell whether a `quantization_config` quantises this linear module."""
+    if isinstance(scheme, Fp8Scheme):
+        return module not in scheme.ignore
+    return isinstance(scheme, Int4Scheme) and is_int4(module, scheme)
 
 
 def is_int4(module: str, scheme: Int4Scheme) -> bool:
-    """Whether the scheme packs this linear module."""
+    """Tell whether a compressed-tensors config packs this linear module: targeted, not ignored."""
 
     def matches(entry: str) -> bool:
         if entry.startswith("re:"):
@@ -467,7 +474,7 @@ def is_int4(module: str, scheme: Int4Scheme) -> bool:
 
 
 def known_extra(name: str, cfg: Config) -> bool:
-    """Tensors that published checkpoints carry and the text graph does not use.
+    """Tell whether it is a tensor that published checkpoints carry and the text graph leaves aside.
 
     A left-over `rotary_emb.inv_freq` (K2-Instruct's has the wrong length), the multi-token
     prediction layer behind the last one (DeepSeek-V3), vision tower and projector (K2.5 and later).
@@ -482,7 +489,7 @@ _VISION = re.compile(r"(model\.)?(vision_tower|mm_projector|multi_modal_projecto
 
 
 def tensor_class(name: str, cfg: Config) -> str:
-    """The class of a tensor in summaries: by what it does, not by its format."""
+    """Return the class of a tensor in summaries: by what it does, not by its format."""
     if known_extra(name, cfg):
         return "other"
     for mark, kind in (
@@ -502,7 +509,7 @@ def tensor_class(name: str, cfg: Config) -> str:
 
 
 def summary(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Bytes by class, and parameters in total and those one token uses."""
+    """Count bytes by class, and parameters in total and those that one token uses."""
     cfg = checkpoint.cfg
     bytes_by_class: dict[str, int] = {}
     count = {"once": 0, "routed": 0, "embedding": 0}

@@ -23,7 +23,9 @@ import numpy as np
 from refmoe.files import InputError, cache_folder
 from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import MlpWeights, MoeWeights
-from refmoe.model.matrix import Q4, Q8, Int4, Matrix, dequantize, quantize_q8, tiles
+from refmoe.model.formats.q8_0 import Q8
+from refmoe.model.formats.registry import all_formats
+from refmoe.model.matrix import Matrix, dequantize, format_of, tiles
 from refmoe.model.numerics import Numerics
 from refmoe.weights.checkpoint import Checkpoint, read_header, tensor_class
 from refmoe.weights.writer import Spec, write_stream
@@ -34,7 +36,7 @@ TILE = 1 << 20  # elements that are made wide at once
 
 
 def dense_q8(checkpoint: Checkpoint, decoder: Decoder, keep: bool | None = None) -> Decoder:
-    """The decoder with 8-bit dense weights. `keep` them in a file: by default, large ones."""
+    """Return the decoder with 8-bit dense weights; `keep` in a file: by default, large ones."""
     matrices: dict[str, Matrix] = {}
 
     def note(name: str, m: Matrix) -> Matrix:
@@ -50,7 +52,7 @@ def dense_q8(checkpoint: Checkpoint, decoder: Decoder, keep: bool | None = None)
 
 
 def checkpoint_q8(checkpoint: Checkpoint, nx: Numerics) -> Checkpoint:
-    """The checkpoint with these matrices in the kept file, for what reads without mapping.
+    """Return the checkpoint with these matrices in the kept file, for reading without mapping.
 
     Raises `InputError` where there is no place for the file.
     """
@@ -80,7 +82,7 @@ def checkpoint_q8(checkpoint: Checkpoint, nx: Numerics) -> Checkpoint:
 
 
 def sizes(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Bytes of these matrices as they are stored, and in 8 bits."""
+    """Return the bytes of these matrices as they are stored, and in 8 bits."""
     exact = q8 = 0
     for name, t in checkpoint.tensors.items():
         if tensor_class(name, checkpoint.cfg) in CLASSES and "layernorm" not in name:
@@ -92,11 +94,11 @@ def sizes(checkpoint: Checkpoint) -> tuple[int, int]:
 
 
 def replaced(decoder: Decoder, change: Callable[[str, Matrix], Matrix]) -> Decoder:
-    """The decoder with `change(name, matrix)` for each matrix that 8 bits are for."""
+    """Return the decoder with `change(name, matrix)` for each matrix that 8 bits are for."""
 
     def one(name: str, m: Matrix) -> Matrix:
-        alone = isinstance(m, Int4 | Q8 | Q4) or m.shape[1] % 32
-        return m if alone else change(name, m)
+        exact = any(f.name == format_of(m) and not f.eight_bits for f in all_formats())
+        return m if exact or m.shape[1] % 32 else change(name, m)
 
     def mlp(at: str, w: MlpWeights) -> MlpWeights:
         return MlpWeights(*(one(at + name, m) for name, m in w._asdict().items()))
@@ -124,14 +126,15 @@ def replaced(decoder: Decoder, change: Callable[[str, Matrix], Matrix]) -> Decod
 
 
 def size_of(m: Matrix) -> int:
-    """Bytes of its blocks."""
+    """Return the bytes of a matrix in blocks of Q8_0."""
     return m.shape[0] * m.shape[1] // 32 * 34
 
 
 def quantized(m: Matrix) -> Q8:
+    """Return a matrix in 8 bits, made a tile at a time."""
     out = Q8(np.empty((m.shape[0], m.shape[1] // 32, 34), np.uint8))
     for rows, tile in tiles(m, TILE):
-        out.blocks[rows] = quantize_q8(dequantize(tile, np.float32)).blocks
+        out.blocks[rows] = Q8.quantize(dequantize(tile, np.float32)).blocks
     return out
 
 
@@ -141,7 +144,7 @@ def folder() -> Path:
 
 
 def _kept(checkpoint: Checkpoint, matrices: dict[str, Matrix], size: int) -> dict[str, Q8] | None:
-    """From the file; None if it cannot be made."""
+    """Return the blocks from the kept file; None if it cannot be made."""
     file = _file(checkpoint, matrices, size)
     if file is None:
         return None
@@ -152,7 +155,7 @@ def _kept(checkpoint: Checkpoint, matrices: dict[str, Matrix], size: int) -> dic
 
 
 def _file(checkpoint: Checkpoint, matrices: dict[str, Matrix], size: int) -> Path | None:
-    """The file, which is made if it is not there or not whole; None if it cannot be."""
+    """Return the kept file, made if it is not there or not whole; None if it cannot be."""
     key = hashlib.sha256(f"{checkpoint.identity} {sorted(matrices)}".encode()).hexdigest()
     file = folder() / f"{key}.safetensors"
     try:
@@ -171,13 +174,13 @@ def _file(checkpoint: Checkpoint, matrices: dict[str, Matrix], size: int) -> Pat
 
 
 def _write(file: Path, matrices: dict[str, Matrix], checkpoint: Checkpoint) -> None:
-    """One tile in memory at a time; the hash beside it."""
+    """Write the kept file with one tile in memory at a time, and its hash beside it."""
     digest = hashlib.sha256()
 
     def blocks() -> Iterator[np.ndarray]:
         for m in matrices.values():
             for n, (_, tile) in enumerate(tiles(m, TILE)):
-                q8 = quantize_q8(dequantize(tile, np.float32)).blocks
+                q8 = Q8.quantize(dequantize(tile, np.float32)).blocks
                 digest.update(q8.data)
                 yield q8
                 if n % 32 == 31:
@@ -190,7 +193,7 @@ def _write(file: Path, matrices: dict[str, Matrix], checkpoint: Checkpoint) -> N
 
 
 def _whole(file: Path) -> bool:
-    """Whether its data is what was written."""
+    """Tell whether the data of the file is what was written."""
     try:
         told = file.with_suffix(".sha256").read_text().strip()
         with file.open("rb") as raw:

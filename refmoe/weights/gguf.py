@@ -36,11 +36,14 @@ import numpy as np
 
 from refmoe.config import Config
 from refmoe.files import InputError
-from refmoe.model.matrix import BF16, Q4, Q8, Coded, Heads, Matrix
-from refmoe.weights.checkpoint import MISSING_LIMIT, Checkpoint, TensorEntry, expected
+from refmoe.model.formats.coded import Coded
+from refmoe.model.formats.heads import Heads
+from refmoe.model.formats.registry import gguf_formats, gguf_types
+from refmoe.model.matrix import Matrix
+from refmoe.weights.checkpoint import MISSING_LIMIT, Checkpoint, TensorEntry, expected, plain_matrix
 
 PLAIN = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 28: ("F64", 1, 8)}
-BLOCKS = {2: ("Q4_0", 32, 18), 8: ("Q8_0", 32, 34)}
+BLOCKS = {t.number: (t.name, t.elements, t.nbytes) for t in gguf_types()}
 NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F64": np.float64}
 LENGTHS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?"}
 LENGTHS |= {10: "<Q", 11: "<q", 12: "<d"}
@@ -51,7 +54,7 @@ SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
 class _Bytes:
-    """The header, read forwards; every length is held against what is left of the file."""
+    """A header that is read forwards, each length being held against what is left of the file."""
 
     def __init__(self, file: Path, data: np.ndarray):
         self.file, self.data, self.at = file, data, 0
@@ -75,7 +78,7 @@ class _Bytes:
         return self.take(length).decode("utf-8", "surrogateescape")
 
     def count(self, least: int, what: str) -> int:
-        """So many entries of at least so many bytes."""
+        """Read a number of entries, each of at least `least` bytes."""
         count = int(self.number("<Q"))
         if count * least > len(self.data) - self.at:
             raise InputError(
@@ -102,7 +105,7 @@ class _Bytes:
 
 @dataclass(frozen=True)
 class Part:
-    """One file's header."""
+    """One file: its metadata and tensors."""
 
     file: Path
     metadata: dict[str, Any]
@@ -110,7 +113,7 @@ class Part:
 
 
 def read_part(file: Path) -> Part:
-    """`InputError` for whatever is not a whole GGUF of version 3, or 2, which is the same here."""
+    """Read one file's header; `InputError` unless it is a whole GGUF of version 2 or 3."""
     try:
         data = np.memmap(file, np.uint8, "r")
     except (OSError, ValueError) as e:
@@ -164,7 +167,7 @@ def _type(file: Path, name: str, kind: int) -> tuple[str, int, int]:
 
 
 def block_of(t: TensorEntry) -> tuple[int, int]:
-    """Elements and bytes of a block of its type."""
+    """Return how many elements and bytes a block of this tensor's type has."""
     for name, elements, size in (*PLAIN.values(), *BLOCKS.values()):
         if name == t.dtype:
             return elements, size
@@ -174,6 +177,7 @@ def block_of(t: TensorEntry) -> tuple[int, int]:
 
 
 def library(why: str) -> Any:
+    """Import the gguf package; `InputError` says why it is needed and how to install it."""
     try:
         return importlib.import_module("gguf")
     except ModuleNotFoundError:
@@ -181,14 +185,14 @@ def library(why: str) -> Any:
 
 
 def is_gguf(path: Path) -> bool:
-    """A GGUF file, or a folder with GGUF files and no config.json."""
+    """Tell whether a path is a GGUF file, or a folder with GGUF files and no config.json."""
     if path.is_dir():
         return not (path / "config.json").exists() and any(path.glob("*.gguf"))
     return path.suffix == ".gguf"
 
 
 def parts(path: Path) -> list[Part]:
-    """All parts of a model: of the file named, or of the only model in the folder."""
+    """Read all files of a model: of the one named, or of the only model in the folder."""
     if path.is_dir():
         files = sorted(path.glob("*.gguf"))
         firsts = [f for f in files if not (m := SPLIT.fullmatch(f.name)) or m[2] == "00001"]
@@ -253,7 +257,7 @@ STACKED: dict[str, tuple[str, ...]] = {
 
 
 def named(t: TensorEntry, cfg: Config) -> Iterator[tuple[str, TensorEntry]]:
-    """The checkpoint's names of a GGUF tensor: one, or one of each expert."""
+    """Yield a GGUF tensor under the checkpoint's names: one, or one for each expert."""
     module, _, end = t.name.rpartition(".")
     layer = re.fullmatch(r"blk\.(\d+)\.(.*)", module)
     if layer is None:
@@ -282,7 +286,7 @@ def named(t: TensorEntry, cfg: Config) -> Iterator[tuple[str, TensorEntry]]:
 
 
 def config_of(metadata: dict[str, Any], file: Path) -> tuple[Config, list[str]]:
-    """The Config that this metadata means to llama.cpp, and what it leaves unsaid."""
+    """Return the Config this metadata means to llama.cpp, and notes on what it leaves unsaid."""
     architecture = metadata.get("general.architecture")
     if architecture != "deepseek2":
         raise InputError(f"{file}: general.architecture = {architecture!r}; supported: 'deepseek2'")
@@ -400,13 +404,13 @@ class Gguf(Checkpoint):
 
     @property
     def ids(self) -> dict[str, int]:
-        """Ids of special tokens that the metadata name, of bos, eos, eot and pad."""
+        """Return the ids of bos, eos, eot and pad, as far as the metadata name them."""
         keys = {"pad": "padding", "eos": "eos", "bos": "bos", "eot": "eot"}
         found = {n: self.metadata.get(f"tokenizer.ggml.{key}_token_id") for n, key in keys.items()}
         return {name: i for name, i in found.items() if isinstance(i, int)}
 
     def raw_config(self) -> dict[str, Any]:
-        """What config.json would say, without quantisation."""
+        """Return what config.json would say, without quantisation."""
         cfg = self.cfg
         apart = ("quantization", "rope_scaling", "eos_token_id")
         raw: dict[str, Any] = {k: v for k, v in cfg.__dict__.items() if k not in apart}
@@ -489,15 +493,10 @@ class Gguf(Checkpoint):
     def _plain(self, name: str) -> Matrix:
         t = self.tensors[name]
         values = self.array(name)
-        match t.dtype:
-            case "BF16":
-                return BF16(values)
-            case "Q8_0":
-                return Q8(values.reshape(t.shape[0], -1, 34))
-            case "Q4_0":
-                return Q4(values.reshape(t.shape[0], -1, 18))
-            case "F32" | "F16" | "F64":
-                return values
+        if t.dtype in NUMPY:
+            return plain_matrix(values, t.dtype)
+        if (form := gguf_formats().get(t.dtype)) is not None:
+            return form.from_bytes(values, t.shape)
         library(f"{t.file}: {t.name} is {t.dtype}")
         try:
             return Coded(values, t.shape[-1], decoder_of(t.dtype), t.dtype)
@@ -509,7 +508,7 @@ class Gguf(Checkpoint):
 
 @cache
 def decoder_of(kind: str) -> Callable[[np.ndarray], np.ndarray]:
-    """The library's, tried on one block: it knows the sizes of more types than it decodes."""
+    """Return the gguf package's decoder, tried on a block: it knows sizes of more types."""
     gguf, quants = importlib.import_module("gguf"), importlib.import_module("gguf.quants")
     which = gguf.GGMLQuantizationType[kind]
     decode: Callable[[np.ndarray], np.ndarray] = partial(quants.dequantize, qtype=which)

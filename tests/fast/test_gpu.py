@@ -33,7 +33,10 @@ from refmoe.fast.gpu.placement import Request
 from refmoe.files import InputError
 from refmoe.model import matrix
 from refmoe.model.decoder import Decoder
-from refmoe.model.matrix import E4M3, Q8, Coded, Fp8Block, dequantize
+from refmoe.model.formats.coded import Coded
+from refmoe.model.formats.fp8_block import E4M3, Fp8Block
+from refmoe.model.formats.q8_0 import Q8
+from refmoe.model.matrix import dequantize
 from refmoe.model.mla import Segment
 from refmoe.model.numerics import NonFinite
 from refmoe.oracle.selftest import golden
@@ -48,7 +51,7 @@ from refmoe.run.plan import units as plan_units
 from refmoe.run.sweep.sweep import sweep
 from refmoe.weights.open import open_checkpoint
 from refmoe.weights.placement import CARD_RESERVE, Parts, count_parts, on_card
-from refmoe.weights.streaming import layout as store_layout
+from refmoe.weights.streaming import layout
 from refmoe.weights.streaming.store import Store
 from refmoe.weights.synthetic.random import write_random
 from tests import standin
@@ -108,7 +111,7 @@ def multiplied(card: Card, name: str, rng: np.random.Generator, sizes: Any = SIZ
             x = rng.standard_normal((T, I)).astype(np.float32)
             y = card.fetch(card.linear(card.send(x), there))[0]
             assert (np.abs(y - truth(m, x)) <= bound(name, m, x)).all()
-        known = card.stored(there)
+        known = card.view(there)
         assert known is not None
         begin, end = O // 3, O
         wide = card.fetch(card.decoded(known, begin, end))[0]
@@ -190,7 +193,7 @@ def test_float16_comes_out_as_it_is(device):
 
 
 def _known(card: Card, m: Any) -> gpu_card.GpuMatrix:
-    known = card.stored(card.matrix(m))
+    known = card.view(card.matrix(m))
     assert known is not None
     return known
 
@@ -331,7 +334,7 @@ class Paper:
 def test_k2_on_an_rtx_3060_is_planned_within_its_budget():
     """12 GiB; the budget is 12 GB, all of it accounted for."""
     device: Any = Paper(12 * 2**30)
-    found = gpu_placement.planned(K2, Q8_PARTS, Request(None, 0, 4096, "bf16"), device)
+    found = gpu_placement.plan_gpu(K2, Q8_PARTS, Request(None, 0, 4096, "bf16"), device)
     assert found.card.budget == device.limited == gpu_card.VRAM
     assert len(found.share.layers("attention")) == 61
     assert found.share.has("lm_head")
@@ -357,11 +360,11 @@ def test_k2_on_an_rtx_3060_is_planned_within_its_budget():
 def test_a_budget_that_cannot_be_kept_is_refused_with_the_numbers(request_, free, said):
     device: Any = Paper(12.9e9, free)
     if request_.context == 1 << 17:  # not refused: fewer layers fit beside longer caches
-        share = gpu_placement.planned(K2, Q8_PARTS, request_, device).share
+        share = gpu_placement.plan_gpu(K2, Q8_PARTS, request_, device).share
         assert 0 < len(share.layers("attention")) < 61
         return
     with pytest.raises(InputError) as e:
-        gpu_placement.planned(K2, Q8_PARTS, request_, device)
+        gpu_placement.plan_gpu(K2, Q8_PARTS, request_, device)
     for part in said:
         assert part in str(e.value)
 
@@ -488,9 +491,9 @@ def test_hottest_experts_are_those_that_were_used_most():
     parts = count_parts(load().checkpoint)
     use = np.zeros((4, 40), np.float32)
     use[1, 7], use[3, 2], use[3, 39], use[2, 0] = 9, 8, 7, 1
-    assert gpu_placement.hottest(use, parts, 3) == {1: [7], 3: [2, 39]}
-    assert gpu_placement.hottest(None, parts, 7) == {1: [0, 1, 2], 2: [0, 1], 3: [0, 1]}
-    assert gpu_placement.hottest(use, parts, 0) == {}
+    assert gpu_placement.most_used_experts(use, parts, 3) == {1: [7], 3: [2, 39]}
+    assert gpu_placement.most_used_experts(None, parts, 7) == {1: [0, 1, 2], 2: [0, 1], 3: [0, 1]}
+    assert gpu_placement.most_used_experts(use, parts, 0) == {}
 
 
 def test_each_weight_goes_up_once_and_x_once_each_way(device):
@@ -682,8 +685,8 @@ def test_a_sweep_that_the_card_cannot_hold_is_refused(device, tmp_path):
 @pytest.mark.parametrize("dense", ["exact", "q8"])
 def test_under_a_budget_of_ram_the_bits_are_the_same(device, tiny_k2, monkeypatch, dense):
     """Experts are lent from the store, layers go up from its buffers, the head in its tiles."""
-    monkeypatch.setattr(store_layout, "TILE", 1 << 18)
-    monkeypatch.setattr(store_layout, "ROWS", 1 << 12)
+    monkeypatch.setattr(layout, "TILE", 1 << 18)
+    monkeypatch.setattr(layout, "ROWS", 1 << 12)
     there = Store(open_checkpoint(tiny_k2), 10**12, "cached")
     there.close()
     model = load(tiny_k2, dense=dense, ram=int(1.4 * there.least), gpu=Request(10**9, 0, 64))
@@ -747,11 +750,11 @@ def test_what_no_kernel_reads_is_refused_before_anything_goes_up(device):
     model = load()
     blocks = np.zeros((2304, 144), np.uint8)
     odd = replace(model.decoder, lm_head=Coded(blocks, 256, lambda b: b.astype(np.float32), "Q4_K"))
-    found = gpu_placement.planned(
+    found = gpu_placement.plan_gpu(
         model.cfg, count_parts(model.checkpoint), Request(10**9, 0, 64), device
     )
     with pytest.raises(InputError, match="no kernel for Q4_K; it reads bf16"):
-        gpu_placement.loaded(odd, found, {}, "refmoe")
+        gpu_placement.upload(odd, found, {}, "refmoe")
     assert device.log == []
     assert device.peak() == 0
 

@@ -28,17 +28,12 @@ from refmoe.model import matrix, mla
 from refmoe.model.cache import LatentCache
 from refmoe.model.decoder import policy
 from refmoe.model.experts import ExpertsFrom, MlpWeights, routed_experts
-from refmoe.model.matrix import (
-    BF16,
-    E4M3,
-    Q4,
-    Fp8Block,
-    Int4,
-    Matrix,
-    dequantize,
-    quantize_q8,
-    round_bf16,
-)
+from refmoe.model.formats.bf16 import BF16
+from refmoe.model.formats.fp8_block import E4M3, Fp8Block
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.formats.q4_0 import Q4
+from refmoe.model.formats.q8_0 import Q8
+from refmoe.model.matrix import Matrix, dequantize, round_bf16
 from refmoe.model.numerics import NonFinite
 from refmoe.model.rope import softmax_scale
 from refmoe.model.router import Routing
@@ -62,7 +57,7 @@ def draw(kind: str, O: int, I: int, rng: np.random.Generator) -> Matrix:
             scale = rng.standard_normal((-(-O // 128), -(-I // 128))).astype(np.float32)
             return Fp8Block(rng.choice(finite, (O, I)), scale, (128, 128))
         case "q8":
-            return quantize_q8(w)
+            return Q8.quantize(w)
         case "q4":
             blocks = rng.integers(0, 256, (O, I // 32, 18), dtype=np.uint8)
             scale = rng.standard_normal((O, I // 32, 1)).astype(np.float16)
@@ -289,7 +284,7 @@ def test_machines_without_avx512_get_the_same_bits(processor, tmp_path):
 def test_a_second_process_compiles_nothing():
     script = (
         "import numpy as np\nfrom refmoe.fast import kernels\n"
-        "from refmoe.fast.linear import linear\nfrom refmoe.model.matrix import BF16\n"
+        "from refmoe.fast.linear import linear\nfrom refmoe.model.formats.bf16 import BF16\n"
         "linear(np.ones((1, 64), np.float32), BF16(np.ones((8, 64), np.uint16)))\n"
         "print(sum(kernels.bf16.stats.cache_hits.values()))\n"
     )

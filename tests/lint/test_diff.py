@@ -20,20 +20,14 @@ from refmoe.lint.diff.mistakes import MISTAKES
 from refmoe.lint.diff.suspect import Suspect
 from refmoe.lint.diff.weights import allowed, compare, same_format
 from refmoe.lint.lint import lint_against
-from refmoe.model.matrix import (
-    BF16,
-    E4M3,
-    Q4,
-    Coded,
-    Fp8Block,
-    Heads,
-    Int4,
-    bf16_bits,
-    dequantize,
-    quantize_q8,
-    round_bf16,
-    widen_bf16,
-)
+from refmoe.model.formats.bf16 import BF16
+from refmoe.model.formats.coded import Coded
+from refmoe.model.formats.fp8_block import E4M3, Fp8Block
+from refmoe.model.formats.heads import Heads
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.formats.q4_0 import Q4
+from refmoe.model.formats.q8_0 import Q8
+from refmoe.model.matrix import bf16_bits, dequantize, round_bf16, widen_bf16
 from refmoe.run.export import to_gguf, to_safetensors
 from refmoe.weights.checkpoint import Checkpoint
 from refmoe.weights.synthetic.members import write_member
@@ -316,7 +310,7 @@ FORMATS = {
     "int4": lambda w: Int4(*pack_int4(w)),
     "int4 amax/7.5": lambda w: Int4(*pack_int4(w, 7.5)),
     "fp8": lambda w: Fp8Block(*pack_fp8(w, (128, 128)), (128, 128)),
-    "q8_0": quantize_q8,
+    "q8_0": Q8.quantize,
     "q4_0": as_q4_0,
     "q5_0": lambda w: as_coded(w, "Q5_0"),
     "q4_1": lambda w: as_coded(w, "Q4_1"),
@@ -374,11 +368,11 @@ def test_halves_of_keys_and_values_are_one_format_with_the_whole():
     keys_off = halves._replace(k_b=BF16(one(halves.k_b.bits, 77, lambda b: b + 1)))
     assert compare(flat, keys_off).verdict == "wrong"
     q8 = Heads(
-        quantize_q8(widen_bf16(halves.k_b.bits)), quantize_q8(widen_bf16(halves.v_b.bits)), H
+        Q8.quantize(widen_bf16(halves.k_b.bits)), Q8.quantize(widen_bf16(halves.v_b.bits)), H
     )
-    assert not same_format(quantize_q8(widen_bf16(flat.bits)), q8)  # blocks of keys run across
+    assert not same_format(Q8.quantize(widen_bf16(flat.bits)), q8)  # blocks of keys run across
     assert compare(flat, q8).verdict == "within a step"
-    assert compare(quantize_q8(widen_bf16(flat.bits)), q8).verdict == "within a step"
+    assert compare(Q8.quantize(widen_bf16(flat.bits)), q8).verdict == "within a step"
 
 
 # --- configs, names, other models

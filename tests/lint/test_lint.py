@@ -21,7 +21,9 @@ from refmoe.lint.facts.router import share_of_flips
 from refmoe.lint.lint import lint, lint_against
 from refmoe.lint.matrices import keys_of, matrix_of
 from refmoe.model.decoder import policy
-from refmoe.model.matrix import Fp8Block, Int4, bf16_bits, dequantize, widen_bf16
+from refmoe.model.formats.fp8_block import Fp8Block
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.matrix import bf16_bits, dequantize, widen_bf16
 from refmoe.model.router import GateWeights, route
 from refmoe.weights.checkpoint import INDEX, Checkpoint, read_header
 from refmoe.weights.synthetic import members

@@ -13,7 +13,9 @@ from refmoe.model import matrix
 from refmoe.model.cache import LatentCache
 from refmoe.model.decoder import policy
 from refmoe.model.experts import ExpertsFrom, MlpWeights, routed_experts
-from refmoe.model.matrix import BF16, Int4, bf16_bits, dequantize, round_bf16, widen_bf16
+from refmoe.model.formats.bf16 import BF16
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.matrix import bf16_bits, dequantize, round_bf16, widen_bf16
 from refmoe.model.mla import absorbed, expanded, softmax
 from refmoe.model.norm import rms_norm
 from refmoe.model.rope import cos_sin, inv_freq, rotate, softmax_scale

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from refmoe.model.matrix import E4M3
+from refmoe.model.formats.fp8_block import E4M3
 from refmoe.oracle.selftest import power as bench
 
 pytestmark = pytest.mark.peers

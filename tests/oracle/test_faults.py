@@ -1,6 +1,9 @@
 """Every fault of the dictionary changes something, first where it says, and nothing else."""
 
 import re
+import shutil
+import subprocess
+import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import replace
@@ -327,6 +330,25 @@ def test_a_fault_is_added_in_ten_lines(models, healthy):
     assert fault.references == ("owner/repo#123", "owner/another#45")
     found = departures(models["loud"], healthy["loud"], lambda d: altered(d, fault))
     assert found == ["lm_head"]
+
+
+def test_a_fault_is_added_in_one_file(tmp_path):
+    """An entry at the end of a family's file, in a copy, is in the dictionary and on its page."""
+    package = tmp_path / "refmoe"
+    shutil.copytree(ROOT / "refmoe", package, ignore=shutil.ignore_patterns("__pycache__"))
+    text = re.search(r"    LAYERS \+= written\(\n.*?\n    \)\n", faults_base.__doc__, re.DOTALL)
+    mine = textwrap.dedent(text[0]).replace("logits-softcap", "logits-squashed")
+    with (package / "oracle" / "faults" / "layers.py").open("a", encoding="utf-8") as file:
+        file.write(f"\n{mine}")
+    code = (
+        "from refmoe.oracle.faults.dictionary import BY_ID, page, select\n"
+        "(fault,) = select(['logits-squashed'])\n"
+        "assert fault is BY_ID['logits-squashed'] and '`logits-squashed`' in page()\n"
+        f"assert len(BY_ID) == {len(FAULTS) + 1}\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_page_of_faults_is_generated_from_the_dictionary():

@@ -145,7 +145,8 @@ def test_the_packing_is_that_of_compressed_tensors(random_int4):
         unpack_from_int32,
     )
 
-    from refmoe.model.matrix import Int4, dequantize
+    from refmoe.model.formats.int4 import Int4
+    from refmoe.model.matrix import dequantize
     from refmoe.weights.checkpoint import Checkpoint
 
     for folder in (random_int4, golden_folder() / "tiny-k2"):

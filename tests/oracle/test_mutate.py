@@ -67,7 +67,7 @@ def test_the_loud_checkpoint_is_what_it_says(tmp_path):
 def test_where_logits_are_all_there_is_the_faults_of_layers_are_tried(id, tmp_path):
     """A whole engine with the fault in every layer, and nothing of it but its last numbers."""
     models = mutate.checkpoints(tmp_path)
-    power = mutate.Healthy(models, quick=True)
+    power = mutate.Mutator(models, quick=True)
     dump = power.dump("deepseek-v3", PROFILES["float32"], BY_ID[id])
     logits = replace(dump, arrays={"lm_head": dump.arrays["lm_head"]})
     report = check(models["deepseek-v3"], logits, profile="float32")

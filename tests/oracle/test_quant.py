@@ -13,7 +13,8 @@ from refmoe.cli import main
 from refmoe.files import InputError
 from refmoe.lint.diff.report import verify
 from refmoe.model.experts import MlpWeights
-from refmoe.model.matrix import Int4, dequantize
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.matrix import dequantize
 from refmoe.oracle import quant as quant_quant
 from refmoe.oracle.base_logits import divergence, read_base, write_base
 from refmoe.run.export import to_gguf, to_safetensors
@@ -31,7 +32,7 @@ def spoiled(path: Path, name: str, part: str, change) -> Path:
         w = model.checkpoint.expert(i, e)
         return w._replace(**{part: change(w)}) if (i, e) == (2, 5) else w
 
-    wrong = replace(model, decoder=replace(model.decoder, experts=expert))
+    wrong = replace(model, decoder=model.decoder.with_experts(expert))
     to_gguf(wrong, path / f"{name}.gguf", dense="bf16")
     return path / f"{name}.gguf"
 
@@ -180,7 +181,7 @@ def at_once(model, kind: str, tokens: list[int]) -> quant_quant.Cost:
         at = f"model.layers.{i}.mlp.experts.{e}."
         return MlpWeights(*(changed(at + n, m) for n, m in w.items()))
 
-    other = replace(replaced(model.decoder, changed), experts=expert)
+    other = replaced(model.decoder, changed).with_experts(expert)
     wide = [d.logits(tokens).astype(float) for d in (model.decoder, other)]
     wide = [z - z.max(axis=-1, keepdims=True) for z in wide]
     p, q = (z - np.log(np.exp(z).sum(axis=-1, keepdims=True)) for z in wide)

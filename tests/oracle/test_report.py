@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 
 import refmoe
-from refmoe.oracle import report
+from refmoe import files
 from refmoe.oracle.check import judge_dump
 from refmoe.oracle.judge import Judgement, flips
 from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.readers.dump import read_dump
+from refmoe.oracle.report import chart as charts
+from refmoe.oracle.report import map as maps
+from refmoe.oracle.report import page as report
 from refmoe.weights.synthetic.members import write_member
 from tests.conftest import ROOT
 
@@ -234,7 +237,7 @@ def test_cells_say_in_words_what_they_show_in_colour(cases, pages):
 def test_columns_keep_the_order_of_every_kind_of_layer():
     dense, sparse = ["a", "b", "gate_proj", "mlp", ""], ["a", "b", "gate", "experts", "mlp", ""]
     merged = ["a", "b", "gate_proj", "gate", "experts", "mlp", ""]
-    assert report._merged([dict.fromkeys(dense), dict.fromkeys(sparse)]) == merged
+    assert maps.merge_orders([dict.fromkeys(dense), dict.fromkeys(sparse)]) == merged
 
 
 @pytest.mark.parametrize(
@@ -254,13 +257,13 @@ def test_columns_keep_the_order_of_every_kind_of_layer():
     ],
 )
 def test_a_multiple_is_short_and_its_mark_says_outside(m, text, shade):
-    assert (report.multiple(m), report.shade(m)) == (text, shade)
+    assert (maps.multiple(m), maps.shade(m)) == (text, shade)
     assert ("×" in text) == (m > 1)
 
 
 def test_missing_points_are_told_by_operation():
     names = [f"model.layers.{i}.mlp.experts" for i in (1, 2, 3, 7)] + ["model.layers.2", "lm_head"]
-    assert report._ranges(names) == [
+    assert report.layer_ranges(names) == [
         ("lm_head", "of the model"),
         ("mlp.experts", "layers 1–3, 7"),
         ("the layer's output", "layer 2"),
@@ -268,9 +271,9 @@ def test_missing_points_are_told_by_operation():
 
 
 def test_a_chart_of_many_tokens_shows_the_worst_of_each_bin():
-    marks = [report.Mark(i, 2.0 if i == 777 else 0.5, 0.3, 1.0) for i in range(1000)]
-    chart = report.Chart("c", "p", "Relative error", "token", marks)
-    assert len(chart.shown) <= report.BINS
+    marks = [charts.Mark(i, 2.0 if i == 777 else 0.5, 0.3, 1.0) for i in range(1000)]
+    chart = charts.Chart("c", "p", "Relative error", "token", marks)
+    assert len(chart.shown) <= charts.BINS
     assert [m.row for m in chart.shown if m.outside] == [777]
     assert "1 of 1,000 tokens outside" in chart.text
     assert "Furthest is token 777, 2 where 1 is explained." in chart.text
@@ -278,8 +281,8 @@ def test_a_chart_of_many_tokens_shows_the_worst_of_each_bin():
 
 def test_a_chart_stays_in_its_box_whatever_the_values():
     for values in ([0.0], [0.0, 1e30], [1e-30, 1.0], [1.0] * 3):
-        marks = [report.Mark(i, v, 1e-3, 1e-2) for i, v in enumerate(values)]
-        chart = report.Chart("c", "p", "Relative error", "token", marks)
+        marks = [charts.Mark(i, v, 1e-3, 1e-2) for i, v in enumerate(values)]
+        chart = charts.Chart("c", "p", "Relative error", "token", marks)
         assert all(0 < chart.y(m.value) <= chart.floor for m in chart.shown)
         assert 2 <= len(chart.ticks) <= 7
 
@@ -357,7 +360,7 @@ def test_it_is_whole_or_not_there(cases, tmp_path, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(report.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(OSError, match="No space"):
         report.write(cases["fault"], file)
     assert file.read_bytes() == before

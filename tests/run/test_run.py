@@ -116,7 +116,9 @@ def test_the_engine_and_the_definition_agree(random_int4):
 def test_linear_in_tiles_is_linear(monkeypatch):
     from refmoe.fast import linear as fast
     from refmoe.model import matrix
-    from refmoe.model.matrix import BF16, Int4, bf16_bits
+    from refmoe.model.formats.bf16 import BF16
+    from refmoe.model.formats.int4 import Int4
+    from refmoe.model.matrix import bf16_bits
     from refmoe.weights.synthetic.random import pack_int4
 
     monkeypatch.setattr(fast, "TILE", 200)  # several tiles, the last one short

@@ -18,8 +18,11 @@ from refmoe.fast.engine import engine
 from refmoe.fast.kquants import DECODERS, HALVES
 from refmoe.fast.linear import linear
 from refmoe.files import InputError
-from refmoe.model.experts import ExpertsFrom
-from refmoe.model.matrix import Q4, Coded, Heads, Int4, dequantize
+from refmoe.model.formats.coded import Coded
+from refmoe.model.formats.heads import Heads
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.formats.q4_0 import Q4
+from refmoe.model.matrix import dequantize
 from refmoe.run import export
 from refmoe.run.export import int4_of, q4_of, to_gguf, to_safetensors
 from refmoe.run.generate import generate_tokens, generation_decoder
@@ -108,12 +111,8 @@ def test_a_scale_that_is_no_float16_sends_its_stack_elsewhere(tmp_path):
     assert isinstance(m, Int4)
     tiny = m._replace(scale=np.full_like(m.scale, 0x0080))  # 2⁻¹²⁶ is no float16
     one = {(1, 3): model.decoder.experts[1](3)._replace(gate_proj=tiny)}
-    decoder = dataclasses.replace(
-        model.decoder,
-        experts=[
-            ExpertsFrom(lambda e, i=i: one.get((i, e)) or model.checkpoint.expert(i, e))
-            for i in range(model.cfg.num_hidden_layers)
-        ],
+    decoder = model.decoder.with_experts(
+        lambda i, e: one.get((i, e)) or model.checkpoint.expert(i, e)
     )
     made = to_gguf(dataclasses.replace(model, decoder=decoder), tmp_path / "x.gguf", "bf16")
     assert made.not_exact == []

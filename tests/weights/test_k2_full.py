@@ -17,7 +17,8 @@ import refmoe
 from refmoe.cli import main
 from refmoe.config import Config
 from refmoe.files import InputError
-from refmoe.model.matrix import Int4, widen_bf16
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.matrix import widen_bf16
 from refmoe.weights.checkpoint import INDEX, Checkpoint, read_header
 from refmoe.weights.synthetic import k2_full as module
 from refmoe.weights.synthetic.k2_full import (

@@ -13,7 +13,8 @@ import refmoe
 from refmoe.config import Config, Fp8Scheme, OtherScheme
 from refmoe.files import InputError
 from refmoe.model import matrix
-from refmoe.model.matrix import E4M3, Fp8Block, dequantize, rows, tiles
+from refmoe.model.formats.fp8_block import E4M3, Fp8Block
+from refmoe.model.matrix import dequantize, rows, tiles
 from refmoe.weights.checkpoint import Checkpoint, canonical, expected
 from refmoe.weights.synthetic.members import MEMBERS, write_member
 from refmoe.weights.synthetic.random import pack_fp8, write_random

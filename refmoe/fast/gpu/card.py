@@ -11,22 +11,14 @@ from refmoe.files import InputError
 from refmoe.model import matrix
 from refmoe.model.decoder import LayerWeights
 from refmoe.model.experts import MlpWeights, MoeWeights
-from refmoe.model.matrix import (
-    BF16,
-    Q4,
-    Q8,
-    Fp8Block,
-    Heads,
-    Int4,
-    Matrix,
-    Tiled,
-    dequantize,
-)
+from refmoe.model.formats.heads import Heads
+from refmoe.model.formats.tiled import Tiled
+from refmoe.model.matrix import Matrix, dequantize, format_of
 from refmoe.model.mla import AttentionWeights
 
-VRAM = 12 * 10**9  # bytes of the card this is for; also where a card has more
-PIECE = 1 << 26  # bytes that go up at a time
-ASIDE = 1 << 27  # bytes of the device that cuBLAS and kernels take beside all arrays
+VRAM = 12 * 10**9  # bytes: the budget unless another is asked for
+PIECE = 1 << 26  # bytes that go up at a time: the size of the pinned memory they go through
+ASIDE = 1 << 27  # bytes of the device that cuBLAS and compiled kernels take beside all arrays
 STEP = 512  # bytes: arrays begin at multiples
 SMALL = 1 << 16  # bytes of an array that is not sent again while it is the same
 TILE = 1 << 22  # numbers of a tile that is decoded for cuBLAS: 16 MB
@@ -42,7 +34,7 @@ READS = (
 
 
 class GpuMatrix(NamedTuple):
-    """A matrix as kernels take it."""
+    """A matrix on the card as kernels take it."""
 
     form: Form
     w: Array
@@ -54,7 +46,7 @@ class GpuMatrix(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """Whether `rows` reads it: whole chunks, at addresses that it can read 16 bytes from."""
+        """Tell whether `rows` reads it: whole chunks, at addresses it can read 16 bytes from."""
         return not (self.shape[1] % self.form.wide or self.w_row % self.form.aligned)
 
     @property
@@ -64,7 +56,7 @@ class GpuMatrix(NamedTuple):
 
 
 class Pieces(NamedTuple):
-    """A matrix in pieces of whole rows, all of them on the card."""
+    """A matrix on the card that came up in tiles of whole rows."""
 
     parts: tuple[Any, ...]
 
@@ -79,14 +71,14 @@ class Pieces(NamedTuple):
 
 @dataclass
 class Card:
-    """A device under a budget, and what it is told to do."""
+    """A GPU's memory under a budget: what crosses to it and back, and products there."""
 
     device: Device
     budget: int = VRAM
     room: int | None = None  # tokens in each cache
     rows: int | None = None  # of a prompt at a time
     cache: str = "float32"  # or bf16, as caches were planned
-    said: str = ""  # the placement, for people
+    said: str = ""  # what is on the card, in words
     _known: dict[int, tuple[Matrix, GpuMatrix | None]] = field(default_factory=dict)
     _same: dict[Any, list[tuple[np.ndarray, Array]]] = field(default_factory=dict)
     _pinned: np.ndarray | None = None
@@ -98,7 +90,7 @@ class Card:
         self.device.limit(self.budget)
 
     def has(self, there: Any) -> bool:
-        """Whether an array, or a matrix, is on the card."""
+        """Tell whether an array, or a matrix, is on the card."""
         return isinstance(first_array(there), self.device.xp.ndarray)
 
     # --- to the card and back
@@ -124,7 +116,7 @@ class Card:
         self._moved = x, there
 
     def send(self, x: np.ndarray) -> Array:
-        """To the card. Small ones that were sent a moment ago, as angles are, are there still."""
+        """Copy x to the card. Small arrays sent a moment ago, as angles, are still there."""
         if x.nbytes > SMALL:
             return self._sent(x)
         last = self._same.setdefault((x.shape, x.dtype), [])
@@ -143,20 +135,20 @@ class Card:
         x = np.ascontiguousarray(x)
         to = self.device.xp.empty(x.shape, x.dtype)
         if x.nbytes:
-            host = self._leave(x.nbytes).view(x.dtype).reshape(x.shape)
+            host = self._outgoing(x.nbytes).view(x.dtype).reshape(x.shape)
             host[...] = x
             self.device.up(host, to)
         return to
 
-    def _leave(self, nbytes: int) -> np.ndarray:
-        """Where to put what goes up, once what went from there before is gone."""
+    def _outgoing(self, nbytes: int) -> np.ndarray:
+        """Return pinned memory for what goes up, once what went from there before is gone."""
         if self._leaving:
             self.device.wait()
         self._leaving = True
         return self._staging(nbytes)
 
     def fetch(self, *arrays: Array) -> list[np.ndarray]:
-        """From the card, all with one wait."""
+        """Copy arrays from the card, with one wait for all of them."""
         each = [self.device.xp.ascontiguousarray(a) for a in arrays]
         sizes = [-(-a.nbytes // 64) * 64 for a in each]
         staging, at, out = self._staging(sum(sizes)), 0, []
@@ -177,11 +169,11 @@ class Card:
         return self._pinned[:nbytes]
 
     def reserve(self, nbytes: int) -> None:
-        """One place for the arrays that follow: the device deals in pieces of 2 MiB."""
+        """Allocate one place for the arrays that follow: the device deals in pieces of 2 MiB."""
         self._place = self.device.xp.empty(nbytes, np.uint8), 0
 
-    def leave(self) -> None:
-        """Arrays that follow have places of their own."""
+    def end_reserve(self) -> None:
+        """Allocate each of the arrays that follow by itself."""
         self._place = None
 
     def _placed(self, a: np.ndarray) -> Array:
@@ -193,41 +185,33 @@ class Card:
         return self.device.xp.empty(a.shape, a.dtype)
 
     def array(self, a: np.ndarray) -> Array:
-        """Weights to the card, as they are, piece by piece."""
+        """Copy weights to the card as they are, piece by piece."""
         a = np.ascontiguousarray(a)
         to = self._placed(a)
         raw, flat = a.reshape(-1).view(np.uint8), to.reshape(-1).view(np.uint8)
         for start in range(0, a.nbytes, PIECE):
             piece = raw[start : start + PIECE]
-            host = self._leave(piece.nbytes)
+            host = self._outgoing(piece.nbytes)
             host[...] = piece
             self.device.up(host, flat[start : start + piece.nbytes])
         return to
 
     def matrix(self, m: Matrix) -> Any:
-        """A matrix to the card. `InputError` for what no kernel there reads."""
-        match m:
-            case BF16(bits):
-                return BF16(self.array(bits))
-            case Int4(packed, scale):
-                return Int4(self.array(packed), self.array(scale))
-            case Fp8Block(bits, scale, block) if block[1] == 128:
-                return Fp8Block(self.array(bits), self.array(scale.astype(np.float32)), block)
-            case Q8(blocks):
-                return Q8(self.array(blocks))
-            case Q4(blocks):
-                return Q4(self.array(blocks))
-            case Heads(k_b, v_b, heads):
-                return Heads(self.matrix(k_b), self.matrix(v_b), heads)
-            case Tiled():
-                return Pieces(tuple(self.matrix(tile) for _, tile in m.tiles()))
-            case np.ndarray(dtype=np.float16 | np.float32):
-                return self.array(m)
-        name = getattr(m, "name", None) or getattr(m, "dtype", type(m).__name__)
-        raise InputError(f"--gpu has no kernel for {name}{READS}")
+        """Copy a matrix to the card as stored; `InputError` for what no kernel there reads."""
+        if isinstance(m, Heads):
+            return Heads(self.matrix(m.k_b), self.matrix(m.v_b), m.heads)
+        if isinstance(m, Tiled):
+            return Pieces(tuple(self.matrix(tile) for _, tile in m.tiles()))
+        name = format_of(m)
+        if name not in FORMS or FORMS[name].columns not in (0, getattr(m, "block", (0, 0))[1]):
+            raise InputError(f"--gpu has no kernel for {getattr(m, 'name', name)}{READS}")
+        if isinstance(m, np.ndarray):
+            return self.array(m)
+        stored: Any = m  # a NamedTuple: the same format with arrays that are on the card
+        return stored._replace(**{part: self.array(a) for part, a in m.arrays().items()})
 
     def vector(self, m: Matrix) -> Array:
-        """A gain to the card, exact in float32."""
+        """Copy a norm's gain to the card, in float32."""
         return self.array(dequantize(m, np.float32))
 
     def attention(self, w: AttentionWeights) -> AttentionWeights:
@@ -243,7 +227,7 @@ class Card:
         return MlpWeights(*(self.matrix(m) for m in w))
 
     def layer(self, w: LayerWeights, kinds: frozenset[str] | None = None) -> LayerWeights:
-        """A layer with these parts of it on the card; None: all. It is freed when it is dropped."""
+        """Copy these parts of a layer to the card, None being all. Drop it to free it."""
 
         def here(kind: str) -> bool:
             return kinds is None or kind in kinds
@@ -267,11 +251,11 @@ class Card:
 
     # --- products
 
-    def stored(self, m: Matrix) -> GpuMatrix | None:
-        """None where no kernel reads it. Matrices are remembered, and so held."""
+    def view(self, m: Matrix) -> GpuMatrix | None:
+        """Return a matrix as kernels take it, or None. The view is kept, and so the matrix."""
         known = self._known.get(id(m))
         if known is None or known[0] is not m:
-            known = self._known[id(m)] = m, _stored(m)
+            known = self._known[id(m)] = m, _view(m)
         return known[1]
 
     def forget(self) -> None:
@@ -280,17 +264,17 @@ class Card:
         self._moved = None
 
     def linear(self, x: Array, m: Any, rounded: tuple[str, ...] = ()) -> Array:
-        """y = x Wᵀ, both on the card: float32 [T, O]."""
+        """Return y = x Wᵀ, x and W being on the card: float32 [T, O]."""
         xp = self.device.xp
         if isinstance(m, Pieces):
             return xp.concatenate([self.linear(x, p, rounded) for p in m.parts], axis=1)
-        known = None if _rounds(m, rounded) else _stored(m) if self.has_no_id(m) else self.stored(m)
+        known = None if _rounds(m, rounded) else _view(m) if self.is_array(m) else self.view(m)
         if known is not None and 0 < len(x) <= FEW and known.whole:
             O, I = known.shape
             y = xp.empty((len(x), O), np.float32)
             self._rows(xp.ascontiguousarray(x), (I, 0), known, y, (O, 0), (0, O, 0), 1)
             return y
-        if self.has_no_id(m) and m.dtype == x.dtype:
+        if self.is_array(m) and m.dtype == x.dtype:
             return x @ m.T
         y = xp.empty((len(x), m.shape[0]), x.dtype)
         if known is None:
@@ -304,12 +288,12 @@ class Card:
             y[:, begin:end] = x @ self.decoded(known, begin, end).T
         return y
 
-    def has_no_id(self, m: Any) -> bool:
-        """An array is a matrix by itself: views of it come and go."""
+    def is_array(self, m: Any) -> bool:
+        """Tell whether a matrix is a plain array, of which views come and go."""
         return isinstance(m, self.device.xp.ndarray)
 
     def decoded(self, m: GpuMatrix, begin: int, end: int) -> Array:
-        """Rows as float32."""
+        """Decode rows to float32."""
         I = m.shape[1]
         out = self.device.xp.empty((end - begin, I), np.float32)
         for start in range(begin, end, 1 << 15):  # a grid is 65,535 high at most
@@ -320,7 +304,7 @@ class Card:
         return out
 
     def by_head(self, x: Array, m: GpuMatrix, first: int, count: int, every: int) -> Array:
-        """y[t, h] = W[h·every + first …] x[t, h], so many rows: [T, H, I] → [T, H, count]."""
+        """Return y[t, h] = `count` rows of W from h·every + first, times x[t, h]: [T, H, count]."""
         T, H, I = x.shape
         y = self.device.xp.empty((T, H, count), np.float32)
         x = self.device.xp.ascontiguousarray(x)
@@ -337,7 +321,7 @@ class Card:
         which: tuple[int, int, int],
         heads: int,
     ) -> None:
-        """Strides in numbers: token to token, head to head. which: first, count, every."""
+        """Launch `rows`. Strides: numbers by token and by head; which: rows of a head."""
         T, count = len(x), which[1]
         at_once = next(t for t in TOKENS if t >= T)
         R = 2 if count * heads >= 48 * self.device.processors else 1
@@ -353,7 +337,7 @@ class Card:
         self.device.launch(m.form.name, f"rows_{R}_{at_once}", grid, args, shared_bytes(m.form))
 
     def latent(self, q: Array, m: GpuMatrix, every: int) -> Array:
-        """y[t, h, c] = Σ_n W[h·every + n, c] q[t, h, n]: [T, H, N] → [T, H, C]."""
+        """Return y[t, h, c] = Σ_n W[h·every + n, c] q[t, h, n]: [T, H, N] → [T, H, C]."""
         (T, H, N), C = q.shape, m.shape[1]
         y = self.device.xp.empty((T, H, C), np.float32)
         q = self.device.xp.ascontiguousarray(q)
@@ -362,44 +346,33 @@ class Card:
         return y
 
 
-def _stored(m: Any) -> GpuMatrix | None:
-    scale: Array = None
-    share = 1
-    match m:
-        case BF16(w):
-            name = "bf16"
-        case Int4(w, scale):
-            name = "int4"
-        case Fp8Block(w, scale, (share, 128)):
-            name = "fp8"
-        case Q8(w):
-            name = "q8"
-        case Q4(w):
-            name = "q4"
-        case _ if getattr(m, "dtype", None) in (np.float32, np.float16) and m.ndim == 2:
-            name, w = {4: "f32", 2: "f16"}[m.dtype.itemsize], m
-        case _:
-            return None
+def _view(m: Any) -> GpuMatrix | None:
+    """Return a matrix of the card as kernels take it; None where none reads it."""
+    name = format_of(m)
+    if name not in FORMS or len(m.shape) != 2:
+        return None
+    w, *scales = m.arrays().values() if hasattr(m, "arrays") else [m]
     if not w.flags.c_contiguous:
         return None
-    s = w if scale is None else scale
+    s = scales[0] if scales else w
+    share = m.unit if hasattr(m, "unit") else 1
     return GpuMatrix(FORMS[name], w, w.strides[0], s, s.strides[0], share, tuple(m.shape))
 
 
 def _rounds(m: Any, rounded: tuple[str, ...]) -> bool:
-    return (isinstance(m, Int4) and "int4" in rounded) or (
-        isinstance(m, Fp8Block) and "fp8" in rounded
-    )
+    """Tell whether an engine rounds the product of code and scale, which no kernel here does."""
+    return bool(rounded) and format_of(m) in rounded
 
 
 def _complete(w: Any) -> bool:
-    """Whether every part is there; `...` stands for one that is in memory."""
+    """Tell whether every part is on the card; `...` stands for one that is in memory."""
     if isinstance(w, LayerWeights | MoeWeights):
         return all(_complete(part) for part in w)
     return w is not ...
 
 
 def _joined(mine: Any, theirs: Any) -> Any:
+    """Return a layer whose missing parts (`...`) are those in memory."""
     if mine is ...:
         return theirs
     if isinstance(mine, LayerWeights | MoeWeights):

@@ -9,7 +9,7 @@ import numpy as np
 from refmoe.fast.gpu.kernels import FORMS, THREADS, source
 from refmoe.files import InputError
 
-MODULE = 16 * 512  # bytes that rounding to STEP takes of a module's arrays, at most
+MODULE = 16 * 512  # bytes at most that a module's arrays lose by being rounded to STEP
 
 INSTALL = (
     "pip install 'refmoe[gpu]' for CUDA 12 or 'refmoe[gpu13]' for CUDA 13, with NVIDIA's driver"
@@ -19,7 +19,7 @@ Array = Any  # on the card: CuPy has no stubs
 
 
 class Device(Protocol):
-    """What is asked of a card. Copies and launches are queued in order and do not wait."""
+    """A GPU as this room uses it. Copies and launches are queued in order and do not wait."""
 
     xp: Any  # the array module
     name: str
@@ -29,14 +29,14 @@ class Device(Protocol):
     def free(self) -> int: ...
 
     def limit(self, nbytes: int) -> None:
-        """No more than this for all arrays together."""
+        """Let all arrays together take no more than this."""
 
     def peak(self) -> int:
-        """The most bytes that arrays ever took."""
+        """Return the most bytes that arrays ever took."""
         ...
 
     def pinned(self, nbytes: int) -> np.ndarray:
-        """Bytes of the processor's memory that the card reads and writes by itself."""
+        """Return bytes of the processor's memory that the GPU reads and writes by itself."""
         ...
 
     def up(self, host: np.ndarray, to: Array) -> None: ...
@@ -51,7 +51,7 @@ class Device(Protocol):
 
 
 class CudaDevice:
-    """The first CUDA device, through CuPy. `InputError` where there is none."""
+    """The first CUDA device, through CuPy; `InputError` where there is none."""
 
     def __init__(self) -> None:
         try:
@@ -85,7 +85,7 @@ class CudaDevice:
         self.pool.set_limit(size=nbytes)
 
     def peak(self) -> int:
-        """What the pool took of the device; it gives nothing back unless the limit is near."""
+        """Return what the pool took of the device: it gives back only near the limit."""
         self.most = max(self.most, self.pool.total_bytes())
         return self.most
 
@@ -119,11 +119,12 @@ class CudaDevice:
 
 
 def open_device() -> Device:
+    """Return the GPU; `InputError` says what is missing. Tests put a stand-in here."""
     return CudaDevice()
 
 
 def first_array(there: Any) -> Any:
-    """Of an array, a matrix, or several: what tells in which memory they are."""
+    """Return the first array of a matrix or of several: it tells in which memory they are."""
     while isinstance(there, tuple):
         there = next((part for part in there if part is not None), None)
     return there

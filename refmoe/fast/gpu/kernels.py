@@ -38,10 +38,13 @@ FEW = 4
 
 
 class Form(NamedTuple):
+    """How a stored format is read in chunks."""
+
     name: str
     struct: str  # in the source
     wide: int  # columns of a chunk
     aligned: int  # bytes that a row must be a multiple of
+    columns: int = 0  # that share a scale, where blocks of another width are no such form
 
 
 FORMS = {
@@ -50,7 +53,7 @@ FORMS = {
         Form("f32", "F32", 4, 16),
         Form("f16", "F16", 8, 16),
         Form("bf16", "Bf16", 8, 16),
-        Form("fp8", "Fp8", 16, 16),
+        Form("fp8", "Fp8", 16, 16, 128),
         Form("int4", "Int4", 32, 16),
         Form("q8", "Q8", 32, 2),
         Form("q4", "Q4", 32, 2),
@@ -59,12 +62,12 @@ FORMS = {
 
 
 def depth(form: Form, columns: int) -> int:
-    """How often, at most, one product of `rows` is rounded or added to."""
+    """Return how often, at most, one product of `rows` is rounded or added to."""
     return form.wide + -(-columns // (32 * form.wide)) + 7
 
 
 def shared_bytes(form: Form) -> int:
-    """Of x, with the padding, whatever the number of tokens is."""
+    """Return the bytes of shared memory that x takes with its padding, for any number of tokens."""
     return 4 * (NUMBERS + form.wide * TOKENS[-1])
 
 
@@ -386,6 +389,6 @@ extern "C" __global__ void __launch_bounds__(256) latent(
 
 
 def source(form: Form) -> str:
-    """All kernels of one form, a module of their own: what a model needs is compiled, no more."""
+    """Return the source of one form's kernels: a module, so that only what is used is compiled."""
     each = [ROWS.replace("@R@", str(r)).replace("@T@", str(t)) for r in (1, 2) for t in TOKENS]
     return COMMON + (OTHERS + "".join(each)).replace("@F@", form.struct)

@@ -15,17 +15,11 @@ from refmoe.fast.gpu.kernels import FEW
 from refmoe.model import mla
 from refmoe.model.cache import LatentCache
 from refmoe.model.experts import Experts, MlpWeights, swiglu
-from refmoe.model.matrix import (
-    Heads,
-    Matrix,
-    dequantize,
-    widen_bf16,
-)
+from refmoe.model.formats.heads import Heads
+from refmoe.model.matrix import Matrix, dequantize, widen_bf16
 from refmoe.model.numerics import NonFinite, Numerics
 from refmoe.model.rope import softmax_scale
 from refmoe.model.router import Routing
-
-# --- seams
 
 
 @dataclass(frozen=True)
@@ -72,8 +66,8 @@ class GpuNumerics(Numerics):
         return self.card.bring(super().tap(name, self.card.bring(x, None)), x)
 
 
-class Seams:
-    """The operations of a layer: each computes where its weights are, and x goes there."""
+class GpuOperations:
+    """The operations of a layer on two memories: each computes where its weights are."""
 
     def __init__(self, card: Card, base: Numerics):
         self.card, self.base = card, base
@@ -81,10 +75,12 @@ class Seams:
         self.launched: tuple[Array, MlpWeights, Array] | None = None  # x, shared expert, its output
 
     def linear(self, x: Array, m: Matrix) -> Array:
+        """Return y = x Wᵀ, where W is."""
         x = self.card.bring(x, m)
         return self.card.linear(x, m, self.rounded) if self.card.has(x) else self.base.linear(x, m)
 
     def norm(self, x: Array, gain: Matrix, eps: float) -> Array:
+        """Return the RMSNorm of x, where the gain is."""
         return self.base.norm(self.card.bring(x, gain), gain, eps)
 
     def rotate(self, x: Array, cos: np.ndarray, sin: np.ndarray) -> Array:
@@ -95,19 +91,19 @@ class Seams:
         return self.base.rotate(x, cos, sin)
 
     def add(self, x: Array, y: Array) -> Array:
-        """x + y in the memory of x, or in that of y if x has crossed to it already."""
+        """Return x + y in the memory of x, or in that of y if x has crossed to it already."""
         x = self.card.beside(x, y)
         return x + self.card.bring(y, x)
 
     def swiglu(self, x: Array, w: MlpWeights, nx: Numerics) -> Array:
-        """The MLP where its weights are. That of a shared expert may have been launched already."""
+        """Compute an MLP where its weights are, unless it was launched already (`experts`)."""
         known, self.launched = self.launched, None
         if known is not None and known[0] is x and known[1] is w:
             return known[2]
         return self.base.swiglu(self.card.bring(x, w.gate_proj), w, nx)
 
     def gate(self, x: Array, m: Matrix) -> np.ndarray:
-        """Logits in the processor's memory, whose choice it is."""
+        """Return logits in the processor's memory, where the choice is made; x comes along."""
         card = self.card
         if not card.has(x):
             if not card.has(m):
@@ -122,7 +118,7 @@ class Seams:
         return logits
 
     def experts(self, x: Array, routing: Routing, experts: Experts, nx: Numerics) -> Array:
-        """The routed sum. The GPU works on the shared expert while the processor computes it."""
+        """Return the routed sum. Meanwhile the GPU works on the shared expert, launched before."""
         card = self.card
         here = experts if isinstance(experts, GpuExperts) else GpuExperts(experts)
         if here.shared is not None:
@@ -148,7 +144,7 @@ class Seams:
     def _own(
         self, x: Array, routing: Routing, here: GpuExperts, nx: Numerics
     ) -> tuple[Array | None, Routing | None]:
-        """Launched: the sum over a single token's experts on the card; and who is left."""
+        """Launch a single token's experts that are on the card → their sum, and who is left."""
         chosen = routing.experts[0].tolist() if len(routing.experts) == 1 else []
         mine = [k for k, e in enumerate(chosen) if e in here.own]
         inside = (".gate_proj", ".up_proj", ".act", ".down_proj", "#rows")
@@ -177,7 +173,7 @@ class Seams:
         return self._attention(args, self.base.absorbed)
 
     def _attention(self, args: tuple[Any, ...], on_host: Callable[..., Array]) -> Array:
-        """On the card always absorbed: nothing there grows with context and prompt together."""
+        """Attend, on the card always over the latent: no memory grows with context times prompt."""
         q_nope, q_pe, kv_b_proj, cache, cfg, nx = args
         if not self.card.has(q_nope):
             return on_host(*args)
@@ -201,8 +197,8 @@ class Seams:
         return context
 
     def _by_heads(self, m: Any, cfg: Config) -> Array:
-        """kv_b_proj in float32: [H, N+V, C]."""
-        known = self.card.stored(m)
+        """Return kv_b_proj in float32: [H, N+V, C]."""
+        known = self.card.view(m)
         w = dequantize(m) if known is None else self.card.decoded(known, 0, known.shape[0])
         return w.reshape(cfg.num_attention_heads, -1, cfg.kv_lora_rank)
 
@@ -216,23 +212,23 @@ class Seams:
         cfg: Config,
         nx: Numerics,
     ) -> Array:
-        """Queries whose last sees `seen` positions, with kv_b_proj as stored or [H, N+V, C]."""
+        """Attend for queries, the last of which sees `seen` positions; m stored or [H, N+V, C]."""
         card = self.card
         N, V, H = cfg.qk_nope_head_dim, cfg.v_head_dim, cfg.num_attention_heads
         scale = nx.dtype(softmax_scale(cfg))
         if isinstance(m, Heads):
-            k_b, v_b = card.stored(m.k_b), card.stored(m.v_b)
+            k_b, v_b = card.view(m.k_b), card.view(m.v_b)
             if k_b is not None and v_b is not None and k_b.whole and v_b.whole:
                 C = k_b.shape[0] // H
                 q_latent = card.by_head(q_nope, k_b, 0, C, C)
                 return card.by_head(self.attend(q_latent, q_pe, cache, seen, scale), v_b, 0, V, V)
-        elif not card.has_no_id(m):
-            known = card.stored(m)
+        elif not card.is_array(m):
+            known = card.view(m)
             if known is not None and known.whole:
                 q_latent = card.latent(q_nope, known, N + V)
                 context = self.attend(q_latent, q_pe, cache, seen, scale)
                 return card.by_head(context, known, N, V, N + V)
-        if not card.has_no_id(m) or m.ndim == 2:
+        if not card.is_array(m) or m.ndim == 2:
             m = self._by_heads(m, cfg)
         q_latent = (q_nope.transpose(1, 0, 2) @ m[:, :N]).transpose(1, 0, 2)  # [T, H, C]
         context = self.attend(q_latent, q_pe, cache, seen, scale)
@@ -241,7 +237,7 @@ class Seams:
     def attend(
         self, q_latent: Array, q_pe: Array, cache: LatentCache, seen: int, scale: np.floating
     ) -> Array:
-        """softmax(scale · (q_latent·c_kv + q_pe·k_pe)) c_kv, causal: [T, H, C] → [T, H, C].
+        """Return softmax(scale · (q_latent·c_kv + q_pe·k_pe)) c_kv, causal: [T, H, C] → [T, H, C].
 
         Over blocks of positions: the largest score, the sum and the context so far are brought to
         the new largest (Milakov and Gimelshein, arXiv:1805.02867). All see the first block.
@@ -276,9 +272,9 @@ class Seams:
 
 
 def engine(card: Card, conventions: Conventions | str = "refmoe", fast: bool = False) -> Numerics:
-    """The processor's engine in float32, with what is on the card computed there."""
+    """Return the processor's engine in float32, computing on the card what lies there."""
     base = cpu_engine("float32", conventions, fast)
-    own = Seams(card, base)
+    own = GpuOperations(card, base)
     quick = replace(
         base,
         linear=own.linear,

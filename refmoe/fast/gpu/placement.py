@@ -1,30 +1,29 @@
-"""What every token uses on a CUDA card, the routed experts in memory: `--gpu`.
+"""Place on a GPU what every token uses, the routed experts staying in memory: `--gpu`.
 
-A placement (`weights/placement.py`) says which parts live on the card. They go up once, as stored,
-and are `Matrix` of the same kinds with CuPy's arrays in them; so do the caches of the layers whose
-attention is there. The functions of `model/` compute on whatever arrays they are given, `bring`
-carries x from one memory to the other where the weights are, and the seams take what is on the card
-to the card:
+A placement (weights/placement.py) says which parts go to the card. They are copied once, as stored,
+and are matrices of the same formats with CuPy's arrays in them; the caches of layers whose
+attention is there lie beside them. The functions of model/ compute on whatever arrays they get; the
+operations (operations.py) carry x to where the weights are:
 
-    linear     few tokens by the kernels of `gpu_kernels.py`, many by cuBLAS on decoded tiles
+    linear     few tokens by kernels.py, many by cuBLAS on decoded tiles
+    norm       brings x, and with it the residual that is added later
     gate       the product where the router's weights are; x comes down along with the logits, and
-               the choice is made here
-    experts    on the x that came down, by `fast/linear.py`; the sum goes up where it is added
+               the choice is made in the processor's memory
+    experts    on the x that came down, by fast/linear.py; the sum goes up where it is added
     absorbed   queries become latent, and contexts values, as stored; the cache in blocks
 
 So x crosses once each way in a layer with routed experts, and not at all in a dense one. The shared
-expert is launched before the processor begins with the routed ones (`Numerics.shared_first`); the
-card works meanwhile, because CuPy's calls do not wait. Everything is on one stream: what waits is
-the processor, for x, once a layer.
+expert is launched before the processor begins with the routed ones: CuPy's calls do not wait.
+Everything is on one stream; what waits is the processor, for x, once a layer.
 
 Memory: the pool is limited to the budget. Weights and caches are placed within the budget less a
 reserve, caches have room for the whole context at once, and how many rows of a prompt go through
 together is chosen so that `scratch` fits what is left. What cannot be kept is refused before
 anything is loaded.
 
-The mathematics is that of `model/`; rounding differs as sums are made in other orders (bounds:
-`gpu_kernels.py`). cuBLAS multiplies in float32, TF32 is not asked for. CuPy is imported in
-`CudaDevice` alone, and a `Device` of another kind serves the tests.
+Rounding differs from the definition's as sums are made in other orders (bounds: kernels.py).
+cuBLAS multiplies in float32; TF32 is not asked for. CuPy is imported in `CudaDevice` alone, and a
+`Device` of another kind serves the tests.
 """
 
 from collections.abc import Mapping, Sequence
@@ -56,11 +55,9 @@ from refmoe.files import InputError
 from refmoe.model.cache import CacheOptions
 from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import Experts, MlpWeights, MoeWeights
-from refmoe.model.matrix import (
-    Coded,
-    Heads,
-    dequantize,
-)
+from refmoe.model.formats.coded import Coded
+from refmoe.model.formats.heads import Heads
+from refmoe.model.matrix import dequantize
 from refmoe.model.mla import AttentionWeights
 from refmoe.progress import Progress
 from refmoe.weights.placement import CARD_RESERVE, Parts, Share, Tier, on_card
@@ -72,7 +69,7 @@ CONTEXT = 4096  # tokens
 
 
 class _Layers(Sequence[LayerWeights]):
-    """Layers with their parts on the card; the rest is asked for where it is."""
+    """Layers with some parts on the card; the others are asked for where they are."""
 
     def __init__(self, inner: Sequence[LayerWeights], parts: Sequence[LayerWeights | None]):
         self.inner, self.parts = inner, parts
@@ -90,7 +87,7 @@ class _Layers(Sequence[LayerWeights]):
 
 
 class _Passing(Sequence[LayerWeights]):
-    """Layers that go up when they are asked for. Whoever asked drops each before the next."""
+    """Layers that go up when they are asked for. Whoever asks drops each before the next."""
 
     def __init__(self, inner: Sequence[LayerWeights], card: Card):
         self.inner, self.card = inner, card
@@ -106,7 +103,7 @@ class _Passing(Sequence[LayerWeights]):
 
 
 def scratch(cfg: Config, rows: int) -> int:
-    """Bytes that are computed on the card at once, at most, with so many rows of a prompt.
+    """Return how many bytes are computed on the card at once, at most, with `rows` of a prompt.
 
     What a layer holds beside its weights, in float32: x and its sums; queries, rotated and not,
     and contexts, or what SwiGLU makes; a decoded tile with its results; in attention kv_b_proj, and
@@ -127,7 +124,7 @@ def scratch(cfg: Config, rows: int) -> int:
 
 
 def rows_within(cfg: Config, nbytes: int) -> int:
-    """How many rows go through together: the most, up to 512, whose scratch fits. 0: none."""
+    """Return how many rows go through together: the most, up to 512, whose scratch fits; or 0."""
     rows = MOST
     while rows and scratch(cfg, rows) > nbytes:
         rows //= 2
@@ -136,7 +133,7 @@ def rows_within(cfg: Config, nbytes: int) -> int:
 
 @dataclass(frozen=True)
 class Request:
-    """What `--gpu` asks for."""
+    """The options of `--gpu`."""
 
     vram: int | None = None  # None: 12 GB, or what the card has free
     experts: int = 0
@@ -145,15 +142,17 @@ class Request:
     passing: bool = False  # layers are on the card one after another, as a sweep asks for them
 
 
-class Planned(NamedTuple):
-    """What goes onto the card, and the card, on which nothing is yet."""
+class GpuPlan(NamedTuple):
+    """A placement: what goes onto the card, and the card, on which nothing is yet."""
 
     share: Share
     card: "Card"
 
 
-def _passing(cfg: Config, parts: Parts, request: Request, device: Device, budget: int) -> Planned:
-    """One layer at a time, its caches and what is computed: they grow with the longest prompt."""
+def _plan_passing(
+    cfg: Config, parts: Parts, request: Request, device: Device, budget: int
+) -> GpuPlan:
+    """Plan for one layer at a time: its caches and scratch grow with the longest prompt."""
     layers: dict[int, int] = {}
     for p in parts.always:
         if p.layer is not None:
@@ -175,11 +174,11 @@ def _passing(cfg: Config, parts: Parts, request: Request, device: Device, budget
         )
     said = f"on {device.name}: {len(layers)} layers one after another, {rows} rows at a time"
     share = Share(Tier("card", "vram", budget, 1, CARD_RESERVE), (), (), 0, 0, parts.expert)
-    return Planned(share, Card(device, budget, context, rows, said=said))
+    return GpuPlan(share, Card(device, budget, context, rows, said=said))
 
 
 def budget_of(vram: int | None, device: Device) -> int:
-    """`--vram`, or 12 GB, or what is free, less what libraries take, if that is less."""
+    """Return the budget: `--vram`, or 12 GB, or what is free beside libraries, if that is less."""
     free = device.free() - ASIDE
     if vram is not None and vram > free:
         raise InputError(
@@ -189,11 +188,11 @@ def budget_of(vram: int | None, device: Device) -> int:
     return min(VRAM, free) if vram is None else vram
 
 
-def planned(cfg: Config, parts: Parts, request: Request, device: Device) -> Planned:
-    """Raises `InputError` where the budget cannot be kept, before anything is loaded."""
+def plan_gpu(cfg: Config, parts: Parts, request: Request, device: Device) -> GpuPlan:
+    """Plan what lies on the card; `InputError` if the budget cannot be kept. Nothing is loaded."""
     budget = budget_of(request.vram, device)
     if request.passing:
-        return _passing(cfg, parts, request, device, budget)
+        return _plan_passing(cfg, parts, request, device, budget)
     number = 2 if request.cache == "bf16" else 4
     context = min(request.context, cfg.max_position_embeddings)
     share = on_card(parts, budget, context, number, request.experts)
@@ -217,24 +216,28 @@ def planned(cfg: Config, parts: Parts, request: Request, device: Device) -> Plan
             f"{share.nbytes / 1e9:.2f} GB of weights and caches leave {left / 1e9:.2f} GB of the "
             f"card's {budget / 1e9:.2f}, and {scratch(cfg, 1) / 1e9:.2f} GB are needed to compute"
         )
-    return Planned(
-        share, Card(device, budget, context, rows, request.cache, _said(parts, share, device))
+    return GpuPlan(
+        share, Card(device, budget, context, rows, request.cache, _describe(parts, share, device))
     )
 
 
 def beside(cfg: Config, share: Share) -> int:
-    """Bytes at most that the share takes more than it says: gains in float32, the pool's steps of
-    512 for each array, and small arrays that stay from step to step."""
+    """Return how many bytes the share takes at most beyond what it says.
+
+    These are gains in float32, the pool's steps of 512 bytes for each array, and small arrays that
+    stay from step to step.
+    """
     gains = _gains(cfg) * (len(share.layers("attention")) + 1)
     return MODULE * (len(share.parts) + len(share.caches) + share.experts) + gains + 8 * SMALL
 
 
 def _gains(cfg: Config) -> int:
-    """Bytes of a layer's, in float32."""
+    """Return the bytes of a layer's gains in float32."""
     return 4 * (2 * cfg.hidden_size + (cfg.q_lora_rank or 0) + cfg.kv_lora_rank)
 
 
-def _said(parts: Parts, share: Share, device: Device) -> str:
+def _describe(parts: Parts, share: Share, device: Device) -> str:
+    """Return in words what is on the card."""
     kinds = ("attention", "shared experts", "dense mlp", "router")
     of = {kind: sum(p.kind == kind for p in parts.always) for kind in kinds}
     held = [
@@ -247,7 +250,7 @@ def _said(parts: Parts, share: Share, device: Device) -> str:
 
 
 def facts(card: Card) -> dict[str, Any]:
-    """For programs."""
+    """Return what `--json` says of the card."""
     return {
         "device": card.device.name,
         "placement": card.said,
@@ -258,8 +261,8 @@ def facts(card: Card) -> dict[str, Any]:
     }
 
 
-def hottest(use: np.ndarray | None, parts: Parts, count: int) -> dict[int, list[int]]:
-    """Layer → experts: the most used ones, or, where nothing is known, as many in each layer."""
+def most_used_experts(use: np.ndarray | None, parts: Parts, count: int) -> dict[int, list[int]]:
+    """Return layer → experts: the most used ones or, if nothing is known, as many in each layer."""
     moe = parts.moe_layers
     if use is None or not use.any():
         use = np.zeros((max(moe, default=-1) + 1, parts.experts), np.float32)
@@ -274,13 +277,13 @@ def hottest(use: np.ndarray | None, parts: Parts, count: int) -> dict[int, list[
     return found
 
 
-def loaded(
+def upload(
     decoder: Decoder,
-    found: Planned,
+    found: GpuPlan,
     own: Mapping[int, Sequence[int]],
     conventions: Conventions | str,
 ) -> Decoder:
-    """The decoder with its share on the card. Weights go up here, once, layer by layer."""
+    """Return the decoder with its share on the card: weights go up once, layer by layer."""
     share, card = found
     options = CacheOptions(card.cache == "bf16", card.room, card.rows)
     if not share.parts:
@@ -316,7 +319,7 @@ def loaded(
             up = shared is not None or not decoder.cfg.n_shared_experts
             up = up and "attention" in here
             experts.append(GpuExperts(decoder.experts[i], there, shared, up))
-        card.leave()
+        card.end_reserve()
         head = "lm_head" in names
         norm = card.vector(decoder.norm) if head else decoder.norm
         lm_head = card.matrix(decoder.lm_head) if head else decoder.lm_head
@@ -333,11 +336,12 @@ def loaded(
 
 
 def _shared(w: LayerWeights | None) -> MlpWeights | None:
+    """Return the shared expert of a layer on the card."""
     return w.mlp.shared_experts if w is not None and isinstance(w.mlp, MoeWeights) else None
 
 
 def _check_formats(w: Any) -> None:
-    """`InputError` for K-quants, before anything goes up."""
+    """Raise `InputError` for K-quants before anything goes up."""
     if isinstance(w, Coded):
         raise InputError(f"--gpu has no kernel for {w.name}{READS}")
     if isinstance(w, LayerWeights | AttentionWeights | MoeWeights | MlpWeights | Heads):
@@ -346,7 +350,7 @@ def _check_formats(w: Any) -> None:
 
 
 def _part(w: LayerWeights, kinds: frozenset[str], card: Card) -> LayerWeights:
-    """The parts that are on the card, and `...` for the others."""
+    """Return a layer of the parts that are on the card, with `...` for the others."""
     there = card.layer(w, kinds)
     missing: Any = ...
     attention = "attention" in kinds

@@ -14,7 +14,14 @@ from refmoe.lint.diff.mistakes import MISTAKES
 from refmoe.lint.diff.suspect import Cause, Suspect
 from refmoe.lint.diff.weights import LOOSE, Compared, is_float, same_format
 from refmoe.lint.matrices import widen
-from refmoe.model.matrix import BF16, Q4, Q8, Coded, Fp8Block, Heads, Int4, Matrix
+from refmoe.model.formats.bf16 import BF16
+from refmoe.model.formats.coded import Coded
+from refmoe.model.formats.fp8_block import Fp8Block
+from refmoe.model.formats.heads import Heads
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.formats.q4_0 import Q4
+from refmoe.model.formats.q8_0 import Q8
+from refmoe.model.matrix import Matrix
 from refmoe.weights.checkpoint import Checkpoint
 
 CAUSE_LIMIT = 20_000_000  # elements of a tensor whose cause is sought; K2's q_b_proj has 18.9 M
@@ -90,6 +97,7 @@ def describe_difference(a: Matrix, b: Matrix, x: np.ndarray, y: np.ndarray) -> C
 
 
 def _describe_codes(a: Int4 | Q4 | Q8 | Fp8Block, b: Matrix, unknown: Cause) -> Cause:
+    """Return whether codes or scales differ; `unknown` if both do, or codes by several steps."""
     assert isinstance(b, Int4 | Q4 | Q8 | Fp8Block)
     (codes, scales), (others, their_scales) = (_codes_and_scales(m) for m in (a, b))
     off = np.abs(codes - others)

@@ -11,9 +11,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from refmoe.lint.diff.suspect import Cause, Seen, Suspect, see
-from refmoe.lint.diff.weights import LOOSE, steps_of
+from refmoe.lint.diff.weights import LOOSE
 from refmoe.lint.matrices import matrix_of, parts_of
-from refmoe.model.matrix import E4M3, Q4, Q8, Fp8Block, Int4, Matrix, rows
+from refmoe.model.formats.fp8_block import E4M3, Fp8Block
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.formats.q4_0 import Q4
+from refmoe.model.formats.q8_0 import Q8
+from refmoe.model.matrix import Matrix, rows
 from refmoe.weights.checkpoint import Checkpoint
 
 Candidate = tuple[Cause, Seen]
@@ -31,6 +35,7 @@ def mistake(f: Mistake) -> Mistake:
 
 
 def _in_order(s: Suspect, text: str, order: np.ndarray, axis: int = 0) -> Candidate:
+    """Return the candidate whose rows, or columns, stand in another order."""
     return Cause(text, text), s.x.moved(lambda w: np.take(w, order, axis=axis))
 
 
@@ -151,7 +156,7 @@ def zero_point(s: Suspect) -> Iterator[Candidate]:
     for m, w, v, back in _both_ways(s):
         if not isinstance(m, Int4 | Q4):
             continue
-        d = steps_of(m)
+        d = m.steps()
         k = _median_step(v.values - w.values, d)
         if k:
             text = f"codes read with an offset of {8 - k:.0f} instead of 8"
@@ -165,15 +170,15 @@ def zero_point(s: Suspect) -> Iterator[Candidate]:
 def codes_shifted(s: Suspect) -> Iterator[Candidate]:
     """Yield codes of Q8_0 with a constant added, and codes of FP8 one step away from zero."""
     for m, w, v, back in _both_ways(s):
-        if isinstance(m, Q8) and (k := _median_step(v.values - w.values, steps_of(m))):
+        if isinstance(m, Q8) and (k := _median_step(v.values - w.values, m.steps())):
             text = f"codes with {k:+.0f} added to each"
-            yield Cause("zero point", text), back(Seen(w.values + k * steps_of(m), w.bound))
+            yield Cause("zero point", text), back(Seen(w.values + k * m.steps(), w.bound))
         if isinstance(m, Fp8Block):
             for up, text in ((1, "larger"), (-1, "smaller")):
                 moved = np.clip((m.bits & 0x7F).astype(np.int16) + up, 0, 0x7E)
                 values = E4M3.astype(np.float64)[(m.bits & 0x80) | moved.astype(np.uint8)]
                 text = f"every code one step {text if m is s.a else _TURNED[text]} in magnitude"
-                yield Cause("codes", text), back(Seen(values * steps_of(m), w.bound))
+                yield Cause("codes", text), back(Seen(values * m.steps(), w.bound))
 
 
 _TURNED = {"larger": "smaller", "smaller": "larger"}
@@ -184,7 +189,7 @@ def block_scales(s: Suspect) -> Iterator[Candidate]:
     """Yield codes of FP8 without their scales, and divided by them."""
     for m, w, _, back in _both_ways(s):
         if isinstance(m, Fp8Block):
-            d = steps_of(m)
+            d = m.steps()
             text = "its codes without their block scales"
             yield Cause("no scale", text), back(Seen(w.values / d, w.bound / d))
             text = "codes divided by weight_scale_inv"
@@ -235,6 +240,7 @@ def another_tensor(s: Suspect) -> Iterator[Candidate]:
 
 
 def _others(key: str, ours: Checkpoint) -> Iterator[tuple[str, str]]:
+    """Yield what a tensor may have been confused with: category and key."""
     for one, two in (("gate_proj", "up_proj"), ("up_proj", "gate_proj")):
         other = key.replace(f".{one}.", f".{two}.")
         if key.endswith(f".{one}.weight") and parts_of(ours, other):

@@ -24,7 +24,9 @@ from refmoe.lint.facts.settings import SHAPE, compare_configs
 from refmoe.lint.facts.shards import gather
 from refmoe.lint.matrices import keys_of, matrix_of, parts_of, values_of
 from refmoe.lint.registry import select as select_rules
-from refmoe.model.matrix import Fp8Block, Int4, Matrix
+from refmoe.model.formats.fp8_block import Fp8Block
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.matrix import Matrix
 from refmoe.weights.checkpoint import Checkpoint, expected, known_extra, tensor_class
 from refmoe.weights.gguf import Gguf, is_gguf
 
@@ -107,7 +109,7 @@ class Verdict(NamedTuple):
 
 
 class Verification(NamedTuple):
-    """What `quant verify` says: a verdict for each weight, and the findings of the comparison."""
+    """The answer of `quant verify`: a verdict for each weight, and the findings."""
 
     tensors: list[Verdict]
     findings: list[Finding]
@@ -139,6 +141,7 @@ SHORT = {"same bits": "bit-equal", "same values": "bit-equal", "within a step": 
 
 
 def _verdict(each: Pair | Damaged | OneSided) -> Verdict:
+    """Return the line of `quant verify` for one weight."""
     name = each.key.removesuffix(".weight")
     match each:
         case Pair(_, how, cause):
@@ -169,6 +172,7 @@ def open_pair(
 
 
 def _open(path: str | Path, cfg: Config | None, findings: Findings) -> Checkpoint:
+    """Open a GGUF, or a folder; cfg is taken for a folder that has no config.json."""
     if is_gguf(Path(path)):
         return Gguf.open(path)
     folder = Path(path)
@@ -224,6 +228,7 @@ def compare_checkpoints(
 
 
 def _compare(key: str, a: Checkpoint, b: Checkpoint, seek: bool) -> Pair | Damaged:
+    """Compare the weights of one key; `seek` the cause if they differ."""
     try:
         x, y = matrix_of(a, key), matrix_of(b, key)
         how = compare(x, y)

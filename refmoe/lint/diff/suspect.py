@@ -9,12 +9,16 @@ import numpy as np
 from refmoe.config import Config
 from refmoe.lint.diff.weights import half_step, half_unit, same_format
 from refmoe.lint.matrices import widen
-from refmoe.model.matrix import BF16, Q4, Fp8Block, Int4, Matrix
+from refmoe.model.formats.bf16 import BF16
+from refmoe.model.formats.fp8_block import Fp8Block
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.formats.q4_0 import Q4
+from refmoe.model.matrix import Matrix
 from refmoe.weights.checkpoint import Checkpoint
 
 
 class Cause(NamedTuple):
-    """What turns the first matrix into the second."""
+    """The mistake that turns the first matrix into the second."""
 
     category: str  # the same for one mistake, whatever numbers its text has
     text: str
@@ -82,4 +86,5 @@ def see(m: Matrix, other: Matrix) -> Seen:
 
 
 def _one_grid(a: Matrix, b: Matrix) -> bool:
+    """Return whether two matrices have codes of one kind, whose scales alone may be rounded."""
     return same_format(a, b) or (isinstance(a, Int4 | Q4) and isinstance(b, Int4 | Q4))

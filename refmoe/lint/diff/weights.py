@@ -40,32 +40,21 @@ import numpy as np
 
 from refmoe.lint.base import TILE, same_bytes
 from refmoe.lint.matrices import widen
-from refmoe.model.matrix import (
-    BF16,
-    Q4,
-    Q8,
-    Coded,
-    Fp8Block,
-    Heads,
-    Int4,
-    Matrix,
-    Tiled,
-    dequantize,
-    round_bf16,
-    rows,
-    tiles,
-    widen_bf16,
-)
+from refmoe.model.formats.bf16 import BF16
+from refmoe.model.formats.coded import Coded
+from refmoe.model.formats.fp8_block import Fp8Block
+from refmoe.model.formats.heads import Heads
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.formats.q4_0 import Q4
+from refmoe.model.formats.q8_0 import Q8
+from refmoe.model.matrix import Matrix, dequantize, round_bf16, rows, tiles
 
 Verdict: TypeAlias = Literal["same bits", "same values", "rounded", "within a step", "wrong"]
 
 LOOSE = 0.35  # relative RMS of formats without a bound for one value: two bits are off by a quarter
 NEARLY = 2.0**-6  # scales closer than this and not each other's rounding are a damaged repack
 FACTOR = 2.0**-8  # a rounded scale is off by up to 2⁻⁹ as a whole: not a factor anyone meant
-SCALE_OF_INT4 = 8 * 2.0**-8  # codes · relative rounding of a scale to bf16, in steps
-SCALE_OF_Q8 = 127 * 2.0**-11  # the same of Q8_0, to float16
-SCALE_OF_Q4 = 8 * 2.0**-11
-TINY = 2.0**-25  # half the least float16: the rounding of a scale that is subnormal there
+EXPONENT = np.uint64(0x7FF << 52)  # the bits of a float64 that hold its exponent
 PRECISION = {"float16": (11, -14), "float32": (24, -126), "float64": (53, -1022)}
 
 
@@ -91,6 +80,7 @@ def compare(a: Matrix, b: Matrix) -> Compared:
 
 
 def _compare_values(a: Matrix, b: Matrix) -> Compared:
+    """Compare two matrices of numbers and one shape, whose bytes differ."""
     exact = np.float32 if _fits_float32(a) and _fits_float32(b) else np.float64
     strict = same_format(a, b)
     aa = ab = dd = most = worst = 0.0
@@ -173,8 +163,11 @@ def allowed(
 def _on_one_grid(
     int4: Int4, q4: Q4, x: np.ndarray, y: np.ndarray
 ) -> tuple[np.ndarray | float, np.ndarray | float]:
-    """Return the same for INT4 x and Q4_0 y, which a repack leaves on one grid."""
-    s, d = np.abs(steps_of(int4)), np.abs(steps_of(q4))
+    """Return how far INT4 x and Q4_0 y may be apart, as `allowed` does.
+
+    A repack leaves both on one grid, where only the rounding of scales is allowed.
+    """
+    s, d = np.abs(int4.steps()), np.abs(q4.steps())
     repacked = (s.astype(np.float16) == d) | (round_bf16(d.astype(np.float32)) == s)
     off = np.abs(s - d)
     rounding = np.where(
@@ -189,11 +182,12 @@ def half_unit(m: Matrix, w: np.ndarray) -> np.ndarray | float:
     """Return half a unit in the last place of each value w, if m is stored in a plain format."""
     if isinstance(m, Heads):
         return _of_halves(m, half_unit(m.k_b, widen(m.k_b)), half_unit(m.v_b, widen(m.v_b)))
-    if isinstance(m, Int4 | Fp8Block | Q8 | Q4 | Coded | Tiled):
+    if not isinstance(m, BF16 | np.ndarray):
         return 0.0
     digits, least = (8, -126) if isinstance(m, BF16) else PRECISION[m.dtype.name]
-    exponent = np.where(w == 0, least, np.frexp(w)[1] - 1)
-    return np.ldexp(1.0, np.maximum(exponent, least) - digits)
+    bits = np.ascontiguousarray(w, np.float64).view(np.uint64) & EXPONENT
+    power = np.maximum(bits.view(np.float64), 2.0**least)  # 2^⌊log2|w|⌋
+    return np.where(np.isfinite(power), power * 2.0**-digits, 0.0)
 
 
 def half_step(m: Matrix, w: np.ndarray, other: np.ndarray) -> np.ndarray | float:
@@ -201,39 +195,11 @@ def half_step(m: Matrix, w: np.ndarray, other: np.ndarray) -> np.ndarray | float
 
     other: the number, or what another file stores for it; Q4_0 cuts on one side alone.
     """
-    match m:
-        case Heads(k_b, v_b):
-            keys, values = _split(m, other)
-            return _of_halves(
-                m, half_step(k_b, widen(k_b), keys), half_step(v_b, widen(v_b), values)
-            )
-        case Int4():
-            return np.abs(steps_of(m)) * (0.5 + SCALE_OF_INT4)
-        case Q8():
-            return np.abs(steps_of(m)) * (0.5 + SCALE_OF_Q8) + 127 * TINY
-        case Q4():
-            d = steps_of(m)
-            cut = (w == 7 * d) & ((other - w) * d > 0)
-            return np.abs(d) * (np.where(cut, 1.0, 0.5) + SCALE_OF_Q4) + 8 * TINY
-        case Fp8Block(bits, _, _):
-            exponent = np.maximum((np.arange(256) & 0x7F) >> 3, 1)
-            half = np.ldexp(1.0, exponent - 11)  # 3 bits of fraction, bias 7
-            return half[bits] * np.abs(steps_of(m)) * (1 + 1e-6)
-        case _:
-            return 0.0
-
-
-def steps_of(m: Int4 | Q4 | Q8 | Fp8Block) -> np.ndarray:
-    """Return the scale that each code is multiplied by, with its sign [O, I] float64."""
-    if isinstance(m, Fp8Block):
-        (O, I), (r, c) = m.bits.shape, m.block
-        s = np.repeat(np.repeat(m.scale, r, axis=0)[:O], c, axis=1)[:, :I]
-        return s.astype(np.float64)
-    if isinstance(m, Int4):
-        step = widen_bf16(m.scale).astype(np.float64)
-    else:
-        step = np.ascontiguousarray(m.blocks[..., :2]).view(np.float16)[..., 0].astype(np.float64)
-    return np.repeat(step, 32, axis=1)
+    if isinstance(m, Heads):
+        keys, values = _split(m, other)
+        k_b, v_b = m.k_b, m.v_b
+        return _of_halves(m, half_step(k_b, widen(k_b), keys), half_step(v_b, widen(v_b), values))
+    return m.half_step(w, other) if hasattr(m, "half_step") else 0.0
 
 
 def _of_halves(m: Heads, keys: np.ndarray | float, values: np.ndarray | float) -> np.ndarray:
@@ -284,6 +250,7 @@ def _fits_float32(m: Matrix) -> bool:
 
 
 def _same_parts(a: Matrix, b: Matrix) -> bool:
+    """Return whether two matrices are in one format and have the same bytes."""
     if type(a) is not type(b) or not same_format(a, b):
         return False
     parts = zip(_arrays(a), _arrays(b), strict=True)
@@ -291,21 +258,7 @@ def _same_parts(a: Matrix, b: Matrix) -> bool:
 
 
 def _arrays(m: Matrix) -> list[np.ndarray]:
-    match m:
-        case BF16(bits):
-            return [bits]
-        case Int4(packed, scale):
-            return [packed, scale]
-        case Fp8Block(bits, scale, _):
-            return [bits, scale]
-        case Q8(blocks) | Q4(blocks) | Coded(blocks):
-            return [blocks]
-        case Heads(k_b, v_b):
-            return [*_arrays(k_b), *_arrays(v_b)]
-        case Tiled():  # of a store; what is checked is mapped
-            return [dequantize(m)]
-        case _:
-            return [m]
+    return list(m.arrays().values()) if hasattr(m, "arrays") else [m]
 
 
 def pairs_of_tiles(a: Matrix, b: Matrix) -> Iterator[tuple[Matrix, Matrix]]:

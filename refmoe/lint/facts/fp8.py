@@ -8,7 +8,7 @@ import numpy as np
 
 from refmoe.lint.base import Place
 from refmoe.lint.facts.int4 import histogram
-from refmoe.model.matrix import E4M3
+from refmoe.model.formats.fp8_block import E4M3
 from refmoe.weights.checkpoint import Checkpoint
 
 ROWS = 1024  # of codes that are counted at a time

@@ -7,7 +7,8 @@ from typing import ClassVar
 import numpy as np
 
 from refmoe.lint.base import TILE, Place
-from refmoe.model.matrix import Int4, tiles, widen_bf16
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.matrix import tiles, widen_bf16
 from refmoe.weights.checkpoint import Checkpoint
 
 ZERO_CODES = 0x88888888  # a word whose eight nibbles are 8, the code of 0

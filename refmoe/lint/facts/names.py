@@ -69,7 +69,7 @@ def _compare(checkpoint: Checkpoint, out: Names) -> None:
 
 
 def names_of_gguf(checkpoint: Gguf) -> Names:
-    """Return the same facts of a GGUF, which compared its tensors when it was opened.
+    """Return how the tensors of a GGUF fit its metadata, as was found when it was opened.
 
     A wrong shape keeps a GGUF from being opened at all, and any dtype is allowed.
     """

@@ -99,7 +99,7 @@ class UnreadableGguf:
 
 @dataclass(frozen=True)
 class Metadata:
-    """What the metadata of a GGUF leave unsaid."""
+    """Notes about settings that the metadata of a GGUF leave unsaid."""
 
     places: ClassVar[tuple[Place, ...]] = ("gguf",)
     notes: list[str]

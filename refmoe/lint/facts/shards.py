@@ -105,11 +105,13 @@ def gather(folder: Path, findings: Findings) -> dict[str, TensorEntry]:
 
 
 def _twice(one: TensorEntry, other: TensorEntry, stray: bool) -> Twice:
+    """Compare two stored tensors of one name."""
     alike = (one.dtype, one.shape) == (other.dtype, other.shape)
     return Twice(one, other, stray, alike and same_bytes(_mapped(one), _mapped(other)))
 
 
 def _mapped(t: TensorEntry) -> np.ndarray:
+    """Return the bytes of a tensor; an empty file part cannot be mapped."""
     if not t.nbytes:
         return np.zeros(0, np.uint8)
     return np.memmap(t.file, np.uint8, "r", t.start, (t.nbytes,))

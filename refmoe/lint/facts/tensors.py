@@ -187,6 +187,7 @@ def count_numbers(name: str, x: np.ndarray, checkpoint: Checkpoint) -> Numbers:
 
 
 def _read_blocks(name: str, checkpoint: Gguf, kinds: dict[str, Q4Kind], findings: Findings) -> None:
+    """Show the scales and codes of a quantised tensor of a GGUF to the rules."""
     try:
         seen, codes = read_blocks(name, checkpoint)
     except InputError as e:

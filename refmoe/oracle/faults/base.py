@@ -1,4 +1,4 @@
-"""What a fault is, how it is planted into a decoder, and how an entry of the dictionary is written.
+"""Define a fault, how it is planted into a decoder, and how an entry of the dictionary is written.
 
 A fault is an alteration of a decoder, made by one of four constructors:
 
@@ -32,19 +32,17 @@ Faults are planted in runs of one prompt from its beginning, in expanded attenti
 batch, chunk or rank alone is not here, because no tensor of such a run shows it.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 
 from refmoe.config import Config
 from refmoe.model.decoder import Decoder, LayerWeights
-from refmoe.model.experts import ExpertsFrom, MlpWeights
+from refmoe.model.experts import MlpWeights
 from refmoe.model.numerics import Numerics, Watch
-from refmoe.model.points import kind
+from refmoe.model.points import kind, parse
 
 Alter = Callable[[Decoder, int | None], Decoder]  # layer it is confined to; None: all
 Graded = Callable[[Decoder, int | None, float], Decoder]  # the same with a strength in (0, 1]
@@ -156,13 +154,7 @@ def _confined(
             return wrong
         return decoder.experts[i](e)._replace(**{part: getattr(wrong, part)})
 
-    return with_experts(decoder, one)
-
-
-def with_experts(decoder: Decoder, expert: Callable[[int, int], MlpWeights]) -> Decoder:
-    """Return the decoder with `expert(layer, e)` for its routed experts."""
-    own = [ExpertsFrom(partial(expert, i), old.streamed) for i, old in enumerate(decoder.experts)]
-    return replace(decoder, experts=own)
+    return decoder.with_experts(one)
 
 
 def strength_of(theirs: np.ndarray, healthy: np.ndarray, faulty: np.ndarray) -> float:
@@ -171,18 +163,12 @@ def strength_of(theirs: np.ndarray, healthy: np.ndarray, faulty: np.ndarray) -> 
     return float((theirs - healthy).reshape(-1) @ way / max(way @ way, 1e-300))
 
 
-def layer_of(path: str) -> int | None:
-    """Return the layer that a point is in; None for the ends of the network."""
-    found = re.match(r"model\.layers\.(\d+)", path)
-    return int(found[1]) if found else None
-
-
 # --- changes of values, at points
 
 
 @dataclass(frozen=True)
 class Here:
-    """What a change at a point knows: the healthy decoder, and what came before in this layer."""
+    """The knowledge of a change at a point: the healthy decoder, and what came before it."""
 
     decoder: Decoder
     path: str
@@ -199,7 +185,7 @@ class Here:
 
     @property
     def layer(self) -> int:
-        i = layer_of(self.path)
+        i = parse(self.path).layer
         assert i is not None, f"{self.path} is in no layer"
         return i
 
@@ -210,7 +196,7 @@ class Here:
     @property
     def x(self) -> np.ndarray:
         """The layer's input; for the final norm, the last layer's output."""
-        i = layer_of(self.path)
+        i = parse(self.path).layer
         before = (len(self.decoder.layers) if i is None else i) - 1
         return self.seen["model.embed_tokens" if before < 0 else f"model.layers.{before}"]
 
@@ -256,7 +242,7 @@ class Planted:
 
     def _changed(self, changes: Changes, path: str, x: np.ndarray) -> np.ndarray:
         """Return x with the changes that are for this point, mixed in and rounded as written."""
-        if self.layer is not None and layer_of(path) not in (None, self.layer):
+        if self.layer is not None and parse(path).layer not in (None, self.layer):
             return x
         if self.expert is not None and f".experts.{self.expert}." not in path:
             return x
@@ -283,6 +269,7 @@ def _planted(writes: Changes, reads: Changes) -> Graded:
 
 
 def _whole(alter: Graded) -> Alter:
+    """Return an alteration at strength 1."""
     return lambda decoder, layer: alter(decoder, layer, 1.0)
 
 

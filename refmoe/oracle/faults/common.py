@@ -9,8 +9,12 @@ import numpy as np
 from refmoe.config import Config, Fp8Scheme, Int4Scheme
 from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import Experts, MlpWeights, MoeWeights
-from refmoe.model.matrix import BF16, Fp8Block, Int4, Matrix, dequantize
+from refmoe.model.formats.bf16 import BF16
+from refmoe.model.formats.fp8_block import Fp8Block
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.matrix import Matrix, dequantize
 from refmoe.model.numerics import Numerics
+from refmoe.model.points import parse
 from refmoe.model.router import GateWeights, Routing
 from refmoe.oracle.faults.base import (
     Alter,
@@ -20,8 +24,6 @@ from refmoe.oracle.faults.base import (
     Here,
     Models,
     Q,
-    layer_of,
-    with_experts,
     written,
 )
 
@@ -29,10 +31,12 @@ from refmoe.oracle.faults.base import (
 
 
 def _limits_groups(cfg: Config) -> bool:
+    """Tell whether some groups of experts are refused."""
     return cfg.topk_group < cfg.n_group
 
 
 def _can_halve_groups(cfg: Config) -> bool:
+    """Tell whether twice as many groups could be formed and still hold the chosen experts."""
     G, E, K = 2 * cfg.n_group, cfg.n_routed_experts, cfg.num_experts_per_tok
     return _limits_groups(cfg) and not E % G and E // G * cfg.topk_group >= K
 
@@ -67,7 +71,7 @@ def experts(change: Callable[[Decoder, int, int], MlpWeights]) -> Alter:
         def expert(i: int, e: int) -> MlpWeights:
             return change(decoder, i, e) if layer in (None, i) else decoder.experts[i](e)
 
-        return with_experts(decoder, expert)
+        return decoder.with_experts(expert)
 
     return alter
 
@@ -100,7 +104,7 @@ def rerouted(change: Reroute) -> Alter:
 
     def alter(decoder: Decoder, layer: int | None) -> Decoder:
         def run(x: np.ndarray, routing: Routing, expert: Experts, nx: Numerics) -> np.ndarray:
-            i = layer_of(nx.scope)
+            i = parse(nx.scope.rstrip(".")).layer
             assert i is not None
             if layer in (None, i):
                 gate = moe_of(decoder.layers[i]).gate

@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.model.matrix import E4M3, Fp8Block, Int4, dequantize, widen_bf16
+from refmoe.model.formats.fp8_block import E4M3, Fp8Block
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.matrix import dequantize, widen_bf16
 from refmoe.oracle.faults.base import EXPERT, LINEAR, ROUTED, Alter, Family, changed
 from refmoe.oracle.faults.common import WITH_FP8, WITH_INT4, stored
 

@@ -24,13 +24,13 @@ Sources: vllm-project/vllm `model_executor/models/deepseek_v2.py`, `layers/mla.p
 deepseek_v2.py`; ggml-org/llama.cpp `src/llama-graph.cpp` (build_moe_ffn).
 """
 
-import re
 from collections.abc import Iterator
 
 import numpy as np
 
 from refmoe.config import Config
 from refmoe.engines import Conventions
+from refmoe.model.points import parse
 from refmoe.oracle.readers.base import Arrays
 
 Named = Iterator[tuple[str, np.ndarray]]
@@ -51,7 +51,7 @@ def adapt(arrays: Arrays, cfg: Config) -> Arrays:
 def _points(name: str, x: np.ndarray, arrays: Arrays, cfg: Config) -> Named:
     """Yield the points that one array of the dump is, with their parts of it."""
     at, _, last = name.rpartition(".")
-    layer = re.match(r"model\.layers\.(\d+)", name)
+    layer = parse(name).layer
     match last:
         case "fused_qkv_a_proj" | "fused_qkv_a_proj_with_mqa":
             yield f"{at}.q_a_proj", x[..., : cfg.q_lora_rank]
@@ -61,8 +61,8 @@ def _points(name: str, x: np.ndarray, arrays: Arrays, cfg: Config) -> Named:
             yield f"{at}.up_proj", x[..., x.shape[-1] // 2 :]
         case "act_fn" if f"{at}.gate_up_proj" in arrays:  # elsewhere it is silu alone
             yield f"{at}.act", x
-        case "input_layernorm#residual" if layer:
-            yield f"model.layers.{int(layer[1]) - 1}", x
+        case "input_layernorm#residual" if layer is not None:
+            yield f"model.layers.{layer - 1}", x
         case "post_attention_layernorm#residual":
             yield f"{at}#attn_residual", x
         case "norm#residual":

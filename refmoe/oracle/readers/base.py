@@ -1,4 +1,4 @@
-"""What a dump is, and how a file becomes one: the registry of readers.
+"""Define a dump, and the registry of readers that make one of a file.
 
 A reader is one file of this folder. It says which paths it reads and how:
 

@@ -1,10 +1,10 @@
-"""Goldens: another engine's numbers, with provenance, and how far refmoe is from them.
+"""`refmoe golden verify`: other engines' numbers, with provenance, and how far refmoe is from them.
 
-golden/vectors/manifest.json names for each case the engine and its version, the conventions it
-holds to, the tokens, and the file that has its points; for each model the sha256 of every file
-the engine read. `golden/make.py` writes them with transformers and mlx-lm; refmoe never does. A
-checkpoint of random weights is remade from shape (or member) and seed, and is the one the witness
-read if its sha256 is.
+A *golden* is a file of points that another engine, the *witness*, computed. For each of them
+golden/vectors/manifest.json names the engine and its version, the conventions it follows, the
+tokens and the file; for each model, the sha256 of every file that the witness read. golden/make.py
+writes them with transformers and mlx-lm; refmoe never does. A checkpoint of random weights is made
+anew from shape (or member) and seed; its sha256 tells that it is the one the witness read.
 
     rel_error   max over rows of  max|ours - theirs| / max|theirs|  in that row
     bound       float64 numerics, float64 witness    1e-10
@@ -40,13 +40,15 @@ from refmoe.weights.synthetic.random import write_random
 if TYPE_CHECKING:
     from refmoe.fast.gpu.placement import Request
 
-VERSION = 2
+VERSION = 2  # of the manifest
 BOUNDS = {"float64": 1e-10, "float32": 2e-5}
 OTHER_ENGINE = 3e-5
 
 
 @dataclass(frozen=True)
 class Row:
+    """One point of one golden, compared."""
+
     model: str  # model and sequence
     witness: str
     numerics: str
@@ -59,10 +61,11 @@ class Row:
 def verify(
     folder: Path | None = None, reference: bool = False, gpu: "Request | None" = None
 ) -> Iterator[Row]:
-    """Compare every golden with what refmoe computes now, a row for each point.
+    """Compare every golden with what refmoe computes now, and yield a row for each point.
 
-    `reference`: with the definition in `model/` alone. `gpu`: on a card, in float32. Raises
-    `InputError` if a file is missing, of another version, or not the one the witness read.
+    reference  compute with the definition in `model/` alone
+    gpu        compute on a card, in float32
+    Raises `InputError` if a file is missing, of another version, or not the one the witness read.
     """
     folder = folder or golden_folder() / "vectors"
     manifest = read_manifest(folder)
@@ -74,16 +77,17 @@ def verify(
             elif "member" in spec:
                 write_member(path, **spec["member"])
             for file, wanted in spec["sha256"].items():
-                _same(path / file, wanted)
+                _check_sha256(path / file, wanted)
             cases = [case for case in manifest["cases"] if case["model"] == name]
             for numerics in BOUNDS if gpu is None else ("float32",):
                 for case in cases:
                     if case["witness"] == "float64" or numerics == "float32":
                         model = load(path, numerics, reference, case["conventions"], gpu=gpu)
-                        yield from _case(model, case, cases, folder)
+                        yield from _compare(model, case, cases, folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a folder of goldens; raise `InputError` for another version."""
     file = folder / "manifest.json"
     try:
         manifest: dict[str, Any] = json.loads(file.read_text("utf-8"))
@@ -98,7 +102,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def rel_error(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """max over rows of max|ours - theirs| / max|theirs|; inf where shapes or finiteness differ."""
+    """Return the largest of all rows' max|ours - theirs| / max|theirs|.
+
+    It is infinite where shapes differ, or one is finite and the other is not.
+    """
     if ours.shape != theirs.shape:
         return float("inf")
     a = ours.reshape(len(ours), -1).astype(np.float64)
@@ -108,9 +115,10 @@ def rel_error(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(ratio.max()) if np.isfinite(ratio).all() else float("inf")
 
 
-def _case(
+def _compare(
     model: Model, case: dict[str, Any], cases: list[dict[str, Any]], folder: Path
 ) -> Iterator[Row]:
+    """Yield a row for each point of one case, and one for its greedy continuation."""
     name, numerics = f"{case['model']}/{case['sequence']}", model.nx.name
     witness = f"{case['engine']} {case['witness']}"
     theirs = points(folder, case)
@@ -138,7 +146,8 @@ def _case(
 
 
 def points(folder: Path, case: dict[str, Any]) -> dict[str, np.ndarray]:
-    _same(folder / case["file"], case["sha256"])
+    """Return the witness's points of one case; those stored once for two names have both."""
+    _check_sha256(folder / case["file"], case["sha256"])
     points = safetensors.numpy.load_file(folder / case["file"])
     return points | {name: points[twin] for name, twin in case["same"].items()}
 
@@ -146,7 +155,7 @@ def points(folder: Path, case: dict[str, Any]) -> dict[str, np.ndarray]:
 def _like_witness(
     point: str, ours: dict[str, np.ndarray], positions: Sequence[int] | None
 ) -> np.ndarray:
-    """Our point at the kept positions; choices are kept as sets, by expert index."""
+    """Return our point at the kept positions; choices are kept as sets, by expert index."""
     mine = ours[point]
     base, mark, kind = point.rpartition("#")
     if mark and kind in ("experts", "weights"):
@@ -156,9 +165,9 @@ def _like_witness(
 
 
 def _greedy(model: Model, prompt: Sequence[int], wanted: dict[str, Any]) -> float:
-    """The share of the witness's continuation that differs where its margin decides.
+    """Return the share of the witness's tokens that we would not choose, where its margin decides.
 
-    Token by token over the cache, as generation goes, and along the witness's tokens.
+    Our tokens are generated one by one over the cache, each after the witness's tokens before it.
     """
     decoder = generation_decoder(model)
     memory = decoder.caches()
@@ -171,7 +180,8 @@ def _greedy(model: Model, prompt: Sequence[int], wanted: dict[str, Any]) -> floa
     return wrong / len(wanted["tokens"])
 
 
-def _same(file: Path, wanted: str) -> None:
+def _check_sha256(file: Path, wanted: str) -> None:
+    """Raise `InputError` unless a file is there and has this sha256."""
     if not file.is_file():
         raise InputError(f"{file}: no such file; run: python golden/make.py")
     found = sha256(file)
@@ -183,8 +193,10 @@ def _same(file: Path, wanted: str) -> None:
 
 
 def sha256(file: Path) -> str:
+    """Return the sha256 of a file in hexadecimal digits."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def as_json(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the rows as plain data, and whether all are within their bounds."""
     return {"rows": [asdict(row) for row in rows], "ok": all(row.ok for row in rows)}

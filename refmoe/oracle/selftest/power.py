@@ -1,11 +1,11 @@
-"""`refmoe bench oracle`: does the oracle find what is planted, and leave alone what is healthy?
+"""`refmoe bench oracle`: does `check` find what is planted, and pass what is healthy?
 
     healthy        real engines as they are: each must pass under its own conventions and profile
     planted        real engines with one fault each: must be a fault, at the point where it begins
     false alarms   for every profile, engines that really round: must pass
 
-The engines are in golden/engines.py, which needs the `peers` extra and a source tree. Those of the
-false alarms are here: where the envelope draws noise, they store in the type itself, add up in
+The real engines are in golden/engines.py, which needs the `peers` extra and a source tree. Those of
+the false alarms are here. Where the envelope draws noise, they store in the type itself, add up in
 float32 in a random order split at random places, and quantise activations to the nearest code. They
 share the network's definition with refmoe, and no arithmetic with noise.py.
 """
@@ -25,10 +25,11 @@ import numpy as np
 from refmoe.engines import PROFILES, Profile
 from refmoe.files import InputError
 from refmoe.model.decoder import Decoder, policy
-from refmoe.model.matrix import E4M3, Fp8Block, Matrix, dequantize, round_bf16
+from refmoe.model.formats.fp8_block import E4M3, Fp8Block
+from refmoe.model.matrix import Matrix, dequantize, round_bf16
 from refmoe.model.numerics import round_float16
 from refmoe.oracle.check import check
-from refmoe.oracle.judge import Cause
+from refmoe.oracle.judge import Cause, Report
 from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.trace import Recorder
 from refmoe.run.load import Model, golden_folder, load
@@ -45,7 +46,7 @@ TOGETHER = 8  # runs that share a prompt, and so an envelope, each in another or
 
 
 def engines() -> ModuleType:
-    """golden/engines.py; `InputError` where it or what it needs is not there."""
+    """Return golden/engines.py; raise `InputError` where it or what it needs is not there."""
     file = golden_folder() / "engines.py"
     if not file.is_file():
         raise InputError("bench oracle runs other engines; it needs refmoe's source tree")
@@ -61,7 +62,7 @@ def engines() -> ModuleType:
 
 
 def real_engines(quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("healthy" or "planted", row) for each run; rows are those of `--json` and what explains."""
+    """Yield ("healthy" or "planted", row of `--json`) for each run of a real engine."""
     live = engines()
     with tempfile.TemporaryDirectory() as tmp:
         twins = live.Twins(Path(tmp))
@@ -95,12 +96,12 @@ def real_engines(quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _named(cause: Cause, ids: tuple[str, ...]) -> bool:
-    """Under one of these ids of the dictionary, or one that the same dump cannot be told from."""
+    """Tell whether a cause is one of these ids, or cannot be told from one on the same dump."""
     return bool({cause.id, *cause.equivalent} & set(ids))
 
 
 def false_alarms(runs: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(profile, {"alarms", "runs", "points"}) for every profile that differs from those before."""
+    """Yield (profile, {"alarms", "runs", "points"}) for every profile but equals of one before."""
     with tempfile.TemporaryDirectory() as tmp:
         models = {}
         for name in ("random-bf16", "k2-instruct"):
@@ -125,7 +126,8 @@ def false_alarms(runs: int) -> Iterator[tuple[str, dict[str, Any]]]:
             yield profile.name, {"alarms": len(alarms), "runs": runs, "points": alarms}
 
 
-def _healthy(model: Model, profile: Profile, i: int) -> Any:
+def _healthy(model: Model, profile: Profile, i: int) -> Report:
+    """Return the report on healthy run number i."""
     rng = np.random.Generator(np.random.SFC64([i // TOGETHER, 77]))
     tokens = rng.integers(0, model.cfg.vocab_size, 6 + 4 * (i // TOGETHER % 6)).tolist()
     dump = rounded_run(model, profile, tokens, i)
@@ -133,7 +135,7 @@ def _healthy(model: Model, profile: Profile, i: int) -> Any:
 
 
 def rounded_run(model: Model, profile: Profile, tokens: Sequence[int], seed: int) -> Dump:
-    """An engine of this profile that really rounds, and its dump of every point."""
+    """Return the dump of every point of an engine of this profile that really rounds."""
     recorder = Recorder()
     engine = really_rounding(model.decoder, profile, seed, recorder)
     engine.logits(tokens)
@@ -142,6 +144,10 @@ def rounded_run(model: Model, profile: Profile, tokens: Sequence[int], seed: int
 
 
 def really_rounding(decoder: Decoder, profile: Profile, seed: int, seen: Recorder) -> Decoder:
+    """Return the decoder as an engine of this profile computes, with real rounding; `seen` watches.
+
+    seed  of the order in which sums are made
+    """
     rng = np.random.Generator(np.random.SFC64(seed))
     nx = policy("float64" if profile.sums == "float64" else "float32")
 
@@ -175,12 +181,13 @@ def really_rounding(decoder: Decoder, profile: Profile, seed: int, seen: Recorde
 
 
 def _groups(x: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Yield groups of so many columns."""
     for start in range(0, x.shape[1], size):
         yield x[:, start : start + size]
 
 
 def _nearest_int8(x: np.ndarray) -> np.ndarray:
-    """ggml's Q8_0: per 32 a step of largest/127, stored as float16, and the nearest codes."""
+    """Round as ggml's Q8_0: to codes times a step for each 32, largest/127 in float16."""
     out = []
     for part in _groups(x, 32):
         step = np.abs(part).max(axis=1, keepdims=True) / 127
@@ -190,7 +197,7 @@ def _nearest_int8(x: np.ndarray) -> np.ndarray:
 
 
 def _nearest_e4m3(x: np.ndarray) -> np.ndarray:
-    """Per 128 a scale of largest/448, and the nearest of the 127 finite magnitudes."""
+    """Round to the nearest e4m3 times a scale for each 128, largest/448."""
     positive = E4M3[:127].astype(x.dtype)
     out = []
     for part in _groups(x, 128):
@@ -203,7 +210,7 @@ def _nearest_e4m3(x: np.ndarray) -> np.ndarray:
 
 
 def interval(events: int, runs: int, level: float = 0.95) -> tuple[float, float]:
-    """Clopper and Pearson's exact interval (Biometrika 26, 1934) for a rate."""
+    """Return Clopper and Pearson's exact interval (Biometrika 26, 1934) for a rate."""
     tail = (1 - level) / 2
 
     def at_most(k: int, p: float) -> float:

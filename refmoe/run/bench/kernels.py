@@ -8,7 +8,11 @@ import numpy as np
 from refmoe.fast import threads
 from refmoe.fast.linear import Inputs, kernel_view, multiply
 from refmoe.model import matrix
-from refmoe.model.matrix import BF16, E4M3, Fp8Block, Int4, Matrix, quantize_q8
+from refmoe.model.formats.bf16 import BF16
+from refmoe.model.formats.fp8_block import E4M3, Fp8Block
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.formats.q8_0 import Q8
+from refmoe.model.matrix import Matrix
 from refmoe.run.bench import base
 from refmoe.run.bench.base import Stream, describe_machine, relative_error, time_call
 from refmoe.run.export import q4_of
@@ -37,7 +41,7 @@ def draw(name: str, O: int, I: int, rng: np.random.Generator) -> Matrix:
     if name == "bf16":
         return BF16((w.view(np.uint32) >> 16).astype(np.uint16))
     if name == "q8":
-        return quantize_q8(w)
+        return Q8.quantize(w)
     return w.astype(np.float16) if name == "f16" else w
 
 

@@ -33,7 +33,8 @@ import numpy as np
 from refmoe.config import Config
 from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import MlpWeights, MoeWeights
-from refmoe.model.matrix import Matrix, Tiled, dequantize
+from refmoe.model.formats.tiled import Tiled
+from refmoe.model.matrix import Matrix, dequantize
 from refmoe.model.numerics import Numerics
 from refmoe.model.router import route
 from refmoe.weights.checkpoint import Checkpoint, TensorEntry, advise

@@ -17,7 +17,9 @@ from safetensors import TensorSpec, serialize_file
 
 from refmoe.config import Config, Fp8Scheme
 from refmoe.files import InputError, write_atomically
-from refmoe.model.matrix import E4M3, bf16_bits
+from refmoe.model.formats.fp8_block import Fp8Block
+from refmoe.model.formats.int4 import Int4
+from refmoe.model.matrix import bf16_bits
 from refmoe.weights.checkpoint import INDEX, expected, tensor_class
 
 SINGLE = "model.safetensors"
@@ -190,28 +192,15 @@ def axes(cfg: Config) -> dict[str, int]:
 
 
 def pack_int4(w: np.ndarray, divisor: float = 7.0) -> tuple[np.ndarray, np.ndarray]:
-    """w [O, I] → packed [O, I/8] int32, scale [O, I/32] as bits of bf16, max|w| / divisor."""
-    groups = w.reshape(len(w), -1, 32)
-    scale = bf16_bits(np.abs(groups).max(axis=-1) / divisor)
-    wide = (scale.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    q = np.clip(np.rint(groups / np.maximum(wide, 1e-30)[..., None]), -8, 7).astype(np.int64) + 8
-    words = q.reshape(len(w), -1, 8) << np.arange(0, 32, 4)
-    return words.sum(axis=-1).astype(np.uint32).view(np.int32), scale
+    """Return [O, I] as Int4's arrays, packed and scale, with scales max|w| / divisor."""
+    packed, scale = Int4.quantize(w, divisor)
+    return packed, scale
 
 
 def pack_fp8(w: np.ndarray, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """w [O, I] → e4m3 bits [O, I] and float32 scales, max|w|/448 of each block."""
-    (O, I), (rows, columns) = w.shape, block
-    shape = -(-O // rows), -(-I // columns)
-    padded = np.zeros((shape[0] * rows, shape[1] * columns))
-    padded[:O, :I] = np.abs(w)
-    largest = padded.reshape(shape[0], rows, shape[1], columns).max(axis=(1, 3))
-    scale = (largest / 448).astype(np.float32)
-    wide = np.repeat(np.repeat(scale, rows, axis=0)[:O], columns, axis=1)[:, :I]
-    x = w / np.maximum(wide.astype(np.float64), 1e-30)
-    positive = E4M3[:127].astype(np.float64)  # 0 to 448, increasing
-    code = np.searchsorted((positive[1:] + positive[:-1]) / 2, np.abs(x)).astype(np.uint8)
-    return np.where(x < 0, code | 0x80, code).astype(np.uint8), scale
+    """Return [O, I] as Fp8Block's arrays, bits and scale."""
+    bits, scale, _ = Fp8Block.quantize(w, block)
+    return bits, scale
 
 
 def _draw_values(
