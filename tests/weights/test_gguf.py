@@ -374,11 +374,8 @@ def test_lint_reads_a_gguf(files, tmp_path, capsys):
     (tmp_path / "nan.gguf").write_bytes(raw)
     assert main(["lint", str(tmp_path / "nan.gguf"), "--json"]) == 1
     errors = json.loads(capsys.readouterr().out)["findings"]
-    assert {
-        "level": "error",
-        "tensor": "lm_head.weight",
-        "text": "1 scales are not finite",
-    } in errors
+    wanted = {"level": "error", "tensor": "lm_head.weight", "text": "1 scales are not finite"}
+    assert {**wanted, "rule": "tensor-nonfinite"} in errors
     (tmp_path / "cut.gguf").write_bytes(raw[:100_000])
     assert main(["lint", str(tmp_path / "cut.gguf"), "--json"]) == 1
     assert "truncated" in capsys.readouterr().out
