@@ -24,6 +24,17 @@ PEERS = ("torch", "transformers", "compressed_tensors", "mlx_lm")
 BY_FIXTURE = {"kimi": "kimi", "built": "compiler", "device": "compiler", "holes": "system"}
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each process of a parallel run one BLAS thread.
+
+    Threads of several processes that wait for each other by spinning take the processors from
+    those that work. Tests of threads set their own numbers in processes of their own.
+    """
+    if getattr(config.option, "numprocesses", None):
+        for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+            os.environ.setdefault(name, "1")  # before the workers start
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by the fixtures they use."""
     for item in items:
