@@ -38,6 +38,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
+from refmoe.fast.threads import single_blas_thread
 from refmoe.lint.base import TILE, same_bytes
 from refmoe.lint.matrices import widen
 from refmoe.model.formats.bf16 import BF16
@@ -79,6 +80,7 @@ def compare(a: Matrix, b: Matrix) -> Compared:
         return _compare_values(a, b)
 
 
+@single_blas_thread()
 def _compare_values(a: Matrix, b: Matrix) -> Compared:
     """Compare two matrices of numbers and one shape, whose bytes differ."""
     exact = np.float32 if _fits_float32(a) and _fits_float32(b) else np.float64
