@@ -10,6 +10,7 @@ import pytest
 from hypothesis import settings
 
 from refmoe.run.load import golden_folder
+from refmoe.weights.synthetic import k2_slice
 from refmoe.weights.synthetic.random import write_random
 
 settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
@@ -97,3 +98,31 @@ def kimi() -> Path:
     if not folder:
         pytest.skip("REFMOE_KIMI_DIR names no folder with the published Kimi files")
     return Path(folder)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A checkpoint whose dense matrices have whole groups, and a cache folder of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shape = {"hidden_size": 128, "q_lora_rank": 64, "kv_lora_rank": 96, "intermediate_size": 224}
+    shape |= {"num_attention_heads": 4, "v_head_dim": 32, "moe_intermediate_size": 64}
+    write_random(tmp_path / "model", "int4", seed=3, shape=shape)
+    return tmp_path / "model"
+
+
+SLICE = {  # of the slice of K2, instead of K2's
+    "hidden_size": 256,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 128,
+}
+
+
+@pytest.fixture
+def sliced(tmp_path, monkeypatch):
+    """The slice of K2 in small."""
+    monkeypatch.setattr("refmoe.weights.synthetic.k2_slice.SHAPE", {**k2_slice.SHAPE, **SLICE})
+    return k2_slice.k2_slice(tmp_path / "slices", 12, 4096)
