@@ -1,20 +1,21 @@
-"""Ctrl-C from a command's first line to its last.
+"""Handle Ctrl-C from a command's first line to its last.
 
-    leave    the process ends at once with 130: so at first, while there is nothing to clean up
+    leave    the process ends at once with 130; at the start, while there is nothing to clean up
     raise    KeyboardInterrupt wherever the command is, as Python has it; it ends with 130
-    once     the same, and the next ones wait: at a prompt
+    last     as `raise`, and every later one is ignored: at a prompt, where Ctrl-C leaves
     wait     it is remembered until `look()`, which is called where a computation can be stopped
     (ended)  nothing happens; the command ends with the code that it has
 
-An exception can be raised so between any two lines, also between two handlers of exceptions, and
-inside code that loses it or does not survive it: Numba while it compiles, `input` while it leaves.
-So a conversation, which goes on afterwards, never raises in a reply; it waits, and looks.
+The exception can be raised between any two lines, also between two handlers of exceptions, and
+inside code that loses it or does not survive it. Numba loses it while it compiles. `input` calls
+handlers again with the exception set, which is a SystemError. So a conversation, which goes on
+afterwards, lets none be raised in a reply: there Ctrl-C waits until the conversation looks.
 
 `does` is set by plain assignment: Python runs handlers of signals at calls and at jumps backwards,
 and there is neither between `except KeyboardInterrupt:` and an assignment.
 
-Only a command listens (`refmoe/__main__.py`). In a program that uses refmoe as a library Ctrl-C is
-that program's affair, and what is set here has no effect.
+Only a command listens (refmoe/cli/__init__.py). In a program that uses refmoe as a library Ctrl-C
+is that program's affair, and what is set here has no effect.
 """
 
 import os
@@ -23,13 +24,13 @@ import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
-CODE = 130  # as shells have it: 128 + SIGINT
+CODE = 130  # exit code, as shells have it: 128 + SIGINT
 
 
 class CtrlC:
     """Holds what a Ctrl-C does now, and whether one waits."""
 
-    does: Literal["leave", "raise", "once", "wait"] = "leave"
+    does: Literal["leave", "raise", "last", "wait"] = "leave"
     came = False
 
     def listen(self) -> None:
@@ -44,18 +45,18 @@ class CtrlC:
             os.write(sys.stderr.fileno(), b"\n")
             os._exit(CODE)
         else:
-            if self.does == "once":
-                self.does = "wait"
+            if self.does == "last":
+                self.end()
             raise KeyboardInterrupt
 
     def look(self) -> None:
-        """Raise the one that waits, if any."""
+        """Raise KeyboardInterrupt if a Ctrl-C waits."""
         if self.came:
             self.came = False
             raise KeyboardInterrupt
 
     def end(self) -> None:
-        """Ignore it until the process has ended, also while Python takes itself down."""
+        """Ignore Ctrl-C until the process has ended, also while Python takes itself down."""
         self.does = "wait"
         if signal.getsignal(signal.SIGINT) == self._handle:
             signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import settings
 
 from refmoe.run.load import golden_folder
+from refmoe.weights.synthetic import k2_slice
 from refmoe.weights.synthetic.random import write_random
 
 settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
@@ -21,6 +22,17 @@ ROOT = Path(__file__).resolve().parents[1]
 NEEDS = {"peers", "kimi", "gpu", "cupy", "cuda_compiler", "compiler", "browser", "system"}
 PEERS = ("torch", "transformers", "compressed_tensors", "mlx_lm")
 BY_FIXTURE = {"kimi": "kimi", "built": "compiler", "device": "compiler", "holes": "system"}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each process of a parallel run one BLAS thread.
+
+    Threads of several processes that wait for each other by spinning take the processors from
+    those that work. Tests of threads set their own numbers in processes of their own.
+    """
+    if getattr(config.option, "numprocesses", None):
+        for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+            os.environ.setdefault(name, "1")  # before the workers start
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -86,3 +98,31 @@ def kimi() -> Path:
     if not folder:
         pytest.skip("REFMOE_KIMI_DIR names no folder with the published Kimi files")
     return Path(folder)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A checkpoint whose dense matrices have whole groups, and a cache folder of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shape = {"hidden_size": 128, "q_lora_rank": 64, "kv_lora_rank": 96, "intermediate_size": 224}
+    shape |= {"num_attention_heads": 4, "v_head_dim": 32, "moe_intermediate_size": 64}
+    write_random(tmp_path / "model", "int4", seed=3, shape=shape)
+    return tmp_path / "model"
+
+
+SLICE = {  # of the slice of K2, instead of K2's
+    "hidden_size": 256,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 128,
+}
+
+
+@pytest.fixture
+def sliced(tmp_path, monkeypatch):
+    """The slice of K2 in small."""
+    monkeypatch.setattr("refmoe.weights.synthetic.k2_slice.SHAPE", {**k2_slice.SHAPE, **SLICE})
+    return k2_slice.k2_slice(tmp_path / "slices", 12, 4096)

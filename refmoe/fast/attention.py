@@ -19,7 +19,7 @@ from functools import partial
 import numpy as np
 
 from refmoe.config import Config
-from refmoe.fast import kernels, threads
+from refmoe.fast import kernels, reproducible, threads
 from refmoe.fast.linear import (
     ALONE,
     FEW,
@@ -55,7 +55,7 @@ def expanded(
     """Attend with keys and values made, a head at a time: q_nope, q_pe [T, H, ·] → [T, H, V]."""
     inside = ("kv_b_proj", "#scores", "#probs")
     if nx.round is not None or any(nx.watches(name) for name in inside):
-        return mla.expanded(q_nope, q_pe, kv_b_proj, cache, cfg, nx)
+        return reproducible.expanded(q_nope, q_pe, kv_b_proj, cache, cfg, nx)
     (T, H, N), S, V = q_nope.shape, cache.length, cfg.v_head_dim
     kv = nx.linear(cache.c_kv, kv_b_proj).reshape(S, H, N + V)
     k_pe, scale = cache.k_pe, nx.dtype(softmax_scale(cfg))
@@ -71,7 +71,7 @@ def expanded(
             p = mla.softmax(np.where(np.arange(seen) <= last, s * scale, -np.inf))
             context[rows, h] = p @ v[:seen]
 
-    with threads.one_blas_thread():
+    with threads.single_blas_thread():
         threads.pool().run([partial(head, h) for h in range(H)])
     return context
 
@@ -86,7 +86,7 @@ def absorbed(
 ) -> np.ndarray:
     """Attend over the latent, for a few tokens: q_nope, q_pe [T, H, ·] → [T, H, V]."""
     if not _suits_kernels(q_nope, kv_b_proj, cfg, nx):
-        return mla.absorbed(q_nope, q_pe, kv_b_proj, cache, cfg, nx)
+        return reproducible.absorbed(q_nope, q_pe, kv_b_proj, cache, cfg, nx)
     scale, H = nx.dtype(softmax_scale(cfg)), cfg.num_attention_heads
     if isinstance(kv_b_proj, Heads):
         k_b, v_b = kernel_view(kv_b_proj.k_b), kernel_view(kv_b_proj.v_b)
@@ -96,7 +96,7 @@ def absorbed(
             return _by_head(context, v_b, 0, cfg.v_head_dim, cfg.v_head_dim)
     known = kernel_view(kv_b_proj)
     if known is None or known.how.sum is None:
-        return mla.absorbed(q_nope, q_pe, kv_b_proj, cache, cfg, nx)
+        return reproducible.absorbed(q_nope, q_pe, kv_b_proj, cache, cfg, nx)
     q_latent = _to_latent(q_nope, known)  # [T, H, C]
     context = _attend(q_latent, q_pe, cache, scale)  # [T, H, C]
     N, V = cfg.qk_nope_head_dim, cfg.v_head_dim
@@ -208,11 +208,8 @@ def _attend(
         parts[i] = add(e)
 
     pieces = [partial(block, i) for i in range(count)]
-    if count == 1:
-        block(0)
-    else:
-        with threads.one_blas_thread():
-            threads.pool().run(pieces)
+    with threads.single_blas_thread():
+        threads.pool().run(pieces)
     seen = np.where(total > 0, most, -np.inf)
     weight = np.exp(seen - seen.max(axis=0))
     return ((weight * parts).sum(axis=0) / (weight * total).sum(axis=0)).reshape(T, H, C)

@@ -7,7 +7,7 @@
 
 `linear` never makes a second copy of a matrix (the head of K2 would be 4.7 GB in float32): what no
 kernel reads (float64, a product rounded as another engine does, sizes that are no whole steps) is
-dequantised in tiles of whole rows. Twins: `refmoe.model.matrix.linear` and
+multiplied by `reproducible.linear`, in tiles of whole rows. Twins: `refmoe.model.matrix.linear` and
 `refmoe.model.experts.routed_experts`.
 
 `exact` products multiply float32 activations; `fast` ones of INT4 and Q4_0, and of Q8 with many
@@ -22,19 +22,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refmoe.fast import kernels, threads
+from refmoe.fast import kernels, reproducible, threads
 from refmoe.fast.kernels import FORMATS, Form, Kernels
 from refmoe.fast.kquants import DECODERS, HALVES
-from refmoe.model import matrix
 from refmoe.model.experts import Experts, MlpWeights, routed_experts
 from refmoe.model.formats.coded import Coded
-from refmoe.model.formats.heads import Heads
 from refmoe.model.formats.tiled import Tiled
 from refmoe.model.matrix import Matrix, format_of
 from refmoe.model.numerics import Numerics
 from refmoe.model.router import Routing, sigmoid
 
-TILE = 1 << 20  # elements of a tile that NumPy dequantises: 4 MB of float32
+TILE = 1 << 18  # elements of a tile of a K-quant: 1 MB of float32
 DECODED = 1 << 21  # elements of a tile that a kernel decodes: 8 MB, of a cache that cores share
 PIECE = 1 << 20  # bytes of weights that a thread takes at a time
 FEW = 12  # tokens; beyond, decoding once and multiplying by BLAS is quicker
@@ -181,12 +179,12 @@ def multiply(products: Sequence[tuple[Inputs, KernelMatrix]]) -> list[np.ndarray
             pieces += _many(inputs.many(m.form), m, y)
             blas = True
         out.append(y)
-    if sum(m.nbytes * len(inputs.x) for inputs, m in products) < ALONE:
-        for piece in pieces:
-            piece()
-        return out
-    with threads.one_blas_thread() if blas else nullcontext():
-        threads.pool().run(pieces)
+    with threads.single_blas_thread() if blas else nullcontext():
+        if sum(m.nbytes * len(inputs.x) for inputs, m in products) < ALONE:
+            for piece in pieces:
+                piece()
+        else:
+            threads.pool().run(pieces)
     return out
 
 
@@ -254,7 +252,7 @@ def linear(
 ) -> np.ndarray:
     """y = x Wᵀ: x [T, I] → [T, O]."""
     if isinstance(m, np.ndarray) and m.dtype == x.dtype and (len(x) > FEW or x.dtype != np.float32):
-        return x @ m.T
+        return reproducible.linear(x, m)
     if x.dtype == np.float32 and len(x) and not _rounds(m, rounded):
         known = kernel_view(m, fast)
         if known is not None:
@@ -267,28 +265,23 @@ def linear(
         for block, tile in m.tiles():
             y[:, block] = linear(x, tile, rounded, fast)
         return y
-    if isinstance(m, Heads):
-        return matrix.linear(x, m, rounded)
     if isinstance(m, Coded) and m.name in DECODERS and x.dtype == np.float32 and len(x):
         return _coded(np.ascontiguousarray(x), m)
-    y = np.empty((len(x), m.shape[0]), x.dtype)
-    for block, tile in matrix.tiles(m, TILE):
-        y[:, block] = matrix.linear(x, tile, rounded)
-    return y
+    return reproducible.linear(x, m, rounded)
 
 
 def _coded(x: np.ndarray, m: Coded) -> np.ndarray:
     """Return x Wᵀ of K-quants: plain kernels decode a tile, which is multiplied in the cache."""
     O, I = m.shape
     y = np.empty((O, len(x)), np.float32).T
-    step = max(1, TILE // 4 // I)
+    step = max(1, TILE // I)
 
     def tile(begin: int, end: int) -> None:
         w = np.empty((end - begin, I), np.float32)
         DECODERS[m.name](m.blocks, HALVES, w, begin, end)
         np.matmul(w, x.T, out=y.T[begin:end])
 
-    with threads.one_blas_thread():
+    with threads.single_blas_thread():
         threads.pool().run([partial(tile, n, min(n + step, O)) for n in range(0, O, step)])
     return y
 
@@ -324,7 +317,8 @@ def experts(
         for group in _groups({e: rows[e] for e in matrices}):
             _swiglu(whole, [(rows[e], known[e]) for e in group], K, parts)
     weights = routing.weights.astype(np.float32, copy=False)
-    y = (weights[:, None] @ parts.reshape(T, K, -1))[:, 0]
+    with threads.single_blas_thread():
+        y = (weights[:, None] @ parts.reshape(T, K, -1))[:, 0]
     if nx.stop_at_nonfinite and not np.isfinite(y).all():
         return routed_experts(x, routing, experts, nx)  # which names the first point of them
     return y

@@ -2,7 +2,8 @@
 
 NumPy multiplies matrices of a few hundred rows as quickly as kernels do, once they are decoded, and
 there is nothing to load or to compile: the first word comes at once. Generation takes them where
-the whole model is tiny (`run.generate.is_tiny`). Twins: `matrix.linear`, `norm.rms_norm`,
+the whole model is tiny (`run.generate.is_tiny`), with BLAS in one thread, so that no token depends
+on how many there are. Twins: `matrix.linear`, `norm.rms_norm`,
 `experts.routed_experts`, `mla.expanded` and `mla.absorbed`, whose results they have to the bit.
 """
 

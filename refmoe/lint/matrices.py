@@ -1,13 +1,13 @@
 """Find the matrices of a checkpoint under one name each, whatever they are stored in."""
 
 import re
+from functools import cache
 
 import numpy as np
 
 from refmoe.config import Fp8Scheme
 from refmoe.model.formats.bf16 import BF16
-from refmoe.model.formats.fp8_block import Fp8Block
-from refmoe.model.formats.int4 import Int4
+from refmoe.model.formats.registry import all_formats
 from refmoe.model.matrix import Matrix, dequantize
 from refmoe.weights.checkpoint import Checkpoint
 from refmoe.weights.gguf import Gguf
@@ -33,16 +33,14 @@ def keys_of(checkpoint: Checkpoint) -> list[str]:
         if isinstance(checkpoint, Gguf) and name.endswith(KV_HALVES):
             out[re.sub(r"[kv]_b_proj\.weight$", "kv_b_proj.weight", name)] = None
             continue
-        module = re.sub(r"\.weight_(scale|shape|scale_inv)$", "", name)
-        part = module != name and tensors.keys() & {module + ".weight", module + ".weight_packed"}
-        if not part:
-            out[re.sub(r"\.weight_packed$", ".weight", name)] = None
+        out[re.sub(r"\.weight_\w+$", ".weight", name)] = None
     return list(out)
 
 
 def parts_of(checkpoint: Checkpoint, key: str) -> list[str]:
     """Return the names of the tensors that hold the weight of a key; none if it is not there."""
-    names = [key + part for part in ("", "_packed", "_scale", "_scale_inv")]
+    module = key.removesuffix(".weight")
+    names = [key, *(module + mark for mark in _marks()), key + "_scale"]
     if isinstance(checkpoint, Gguf) and key.endswith(".kv_b_proj.weight"):
         names += [key.replace(".kv_b_proj.weight", half) for half in KV_HALVES]
     return [name for name in names if name in checkpoint.tensors]
@@ -59,13 +57,24 @@ def matrix_of(checkpoint: Checkpoint, key: str) -> Matrix:
         return (
             checkpoint.matrix(module) if module != key else _plain(array(key), tensors[key].dtype)
         )
-    if key + "_packed" in tensors:
-        return Int4(array(key + "_packed"), array(key + "_scale"))
-    if key + "_scale_inv" in tensors and tensors[key].dtype == "F8_E4M3":
-        scheme = checkpoint.cfg.quantization
-        block = scheme.block if isinstance(scheme, Fp8Scheme) else (128, 128)
-        return Fp8Block(array(key), array(key + "_scale_inv"), block)
+    module, scheme = key.removesuffix(".weight"), checkpoint.cfg.quantization
+    for f in all_formats() if module != key else ():
+        if f.scheme is None or module + f.mark not in tensors:
+            continue
+        if f.scheme is Fp8Scheme:
+            if tensors[key].dtype != "F8_E4M3":
+                continue
+            # a dump of loaded weights may have no config that states the blocks
+            scheme = scheme if isinstance(scheme, Fp8Scheme) else Fp8Scheme((128, 128), ())
+        opened: Matrix = f.matrix.open(lambda suffix: array(module + suffix), scheme)
+        return opened
     return _plain(array(key), tensors[key].dtype)
+
+
+@cache
+def _marks() -> tuple[str, ...]:
+    """Return the suffixes by which modules in a safetensors format are known."""
+    return tuple(f.mark for f in all_formats() if f.scheme is not None)
 
 
 def _plain(x: np.ndarray, dtype: str) -> Matrix:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from refmoe.fast.threads import single_blas_thread
 from refmoe.files import InputError, write_atomically
 from refmoe.progress import Progress
 from refmoe.run.load import Model
@@ -43,6 +44,7 @@ class Base(NamedTuple):
         return values
 
 
+@single_blas_thread()
 def write_base(model: Model, tokens: Sequence[int], n_ctx: int, out: Path) -> int:
     """Write the logits of a text's chunks of n_ctx tokens, in the model's own numerics.
 

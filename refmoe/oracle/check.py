@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from refmoe.engines import Profile, find_profile, profile_of
+from refmoe.fast.reproducible import reproducible_policy
+from refmoe.fast.threads import single_blas_thread
 from refmoe.files import InputError
-from refmoe.model.decoder import policy
 from refmoe.oracle.cause import describe_error, find_cause
 from refmoe.oracle.envelope import sample_envelope
 from refmoe.oracle.judge import Judgement, Report, judge
@@ -57,6 +58,7 @@ def check(
     return judge_dump(model, dump, tokens, engine, profile, alpha, runs, keep).report
 
 
+@single_blas_thread()
 def judge_dump(
     model: Model,
     dump: Dump,
@@ -77,7 +79,7 @@ def judge_dump(
     tokens = dump.tokens if tokens is None else tokens
     if tokens is None:
         raise InputError(f"{dump.path}: it does not say its tokens; give them (--tokens FILE)")
-    decoder = model.decoder.using(policy("float64", engine))  # refuses unknown engines
+    decoder = model.decoder.using(reproducible_policy("float64", engine))  # refuses unknown engines
     profile = profile or profile_of(dump.rounded, engine)
     dump = replace(dump, arrays=adapt(dump.arrays, model.cfg))
     exact = replay(dump, decoder, tokens)

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from math import isinf
 from typing import Any
 
 import numpy as np
@@ -276,5 +277,5 @@ def flips(decoder: Decoder, exact: Replay, envelope: Envelope) -> Iterator[Flip]
             gap = float(max(score[row, lost]) - min(score[row, taken])) if taken else np.inf
             groups = float(margin[row])
             # another group altogether: its two best are near the two best of the one refused
-            near = gap <= tie or (np.isinf(gap) and bool(taken) and groups <= 2 * tie)
+            near = gap <= tie or (isinf(gap) and bool(taken) and groups <= 2 * tie)
             yield Flip(path, row, taken, lost, gap, tie, groups, near)

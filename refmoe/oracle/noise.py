@@ -22,7 +22,7 @@ from dataclasses import replace
 import numpy as np
 
 from refmoe.engines import Profile
-from refmoe.model import matrix
+from refmoe.fast.reproducible import for_each_tile
 from refmoe.model.decoder import Decoder
 from refmoe.model.formats.fp8_block import Fp8Block
 from refmoe.model.matrix import Matrix, dequantize
@@ -37,7 +37,6 @@ UNIT = {  # unit roundoffs
     "float8": 2.0**-4,  # e4m3
 }
 ROUNDING = 0.425  # RMS of one rounding's relative error, in units of u
-TILE = 1 << 24  # elements of a matrix at once: 128 MB of float64
 
 
 def rms(x: np.ndarray) -> np.ndarray:
@@ -76,10 +75,12 @@ def emulated(
             relative = ROUNDING * UNIT["float8"] * rng.standard_normal(x.shape) * x
             x = x + relative + rng.uniform(-0.5, 0.5, x.shape) * least
         y = np.empty_like(drawn)
-        whole = [(slice(0, O), m)]
-        for rows, tile in matrix.tiles(m, TILE) if O * I > TILE else whole:
+
+        def multiply(rows: slice, tile: Matrix) -> None:
             w = dequantize(tile, x.dtype, decoder.nx.conventions.rounded_products)
             y[:, rows] = x @ w.T + drawn[:, rows] * np.sqrt(square @ (w * w).T)
+
+        for_each_tile(m, multiply)
         return y
 
     def unit_of(path: str) -> float:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from refmoe.fast.threads import single_blas_thread
 from refmoe.files import InputError
 from refmoe.model.decoder import Decoder
 from refmoe.model.experts import MlpWeights, routed_experts
@@ -74,6 +75,7 @@ class Cost(NamedTuple):
         return self._asdict()
 
 
+@single_blas_thread()
 def expect(
     model: Model,
     kind: str,

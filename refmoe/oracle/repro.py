@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from refmoe.fast.threads import single_blas_thread
 from refmoe.files import InputError, write_atomically
 from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import MlpWeights, MoeWeights
@@ -106,6 +107,7 @@ class Dumped:
         raise InputError(f"a repro needs the operation's inputs; dump {' or '.join(paths)} as well")
 
 
+@single_blas_thread()
 def write(case: Judgement, file: str | Path, point: str | None = None) -> list[Path]:
     """Write script and arrays for a point, by default the one that the report names.
 

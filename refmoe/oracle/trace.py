@@ -18,6 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from refmoe.fast.threads import single_blas_thread
 from refmoe.files import InputError, write_atomically
 from refmoe.run.load import Model
 
@@ -25,6 +26,7 @@ DIRECTIONS = 64  # of a sketch
 COLUMNS = 1 << 14  # of the random matrix made at once
 
 
+@single_blas_thread()
 def sketch(name: str, x: np.ndarray) -> np.ndarray:
     """Return the sketch of x [T, ...] as [T, 1 + 64].
 

@@ -161,7 +161,7 @@ def interact(
     turn = 0
     while True:
         try:
-            ctrl_c.does = "once"
+            ctrl_c.does = "last"
             line = input("> " if sys.stdin.isatty() else "").strip()
             ctrl_c.does = "wait"
         except (EOFError, KeyboardInterrupt):

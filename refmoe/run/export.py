@@ -56,7 +56,7 @@ class Exported(NamedTuple):
 # --- INT4 and Q4_0
 
 
-def q4_of(m: Int4) -> Q4:
+def int4_to_q4(m: Int4) -> Q4:
     """Return an INT4 matrix as Q4_0: codes in Q4_0's order, scales rounded to float16."""
     O, G = m.scale.shape
     two = np.ascontiguousarray(m.packed).view(np.uint8).reshape(O, G, 16)
@@ -68,7 +68,7 @@ def q4_of(m: Int4) -> Q4:
     return Q4(blocks)
 
 
-def int4_of(m: Q4) -> Int4:
+def q4_to_int4(m: Q4) -> Int4:
     """Return a Q4_0 matrix as INT4: codes in pack-quantized's order, scales rounded to bf16."""
     O = len(m.blocks)
     low, high = m.blocks[..., 2:] & 15, m.blocks[..., 2:] >> 4
@@ -207,7 +207,9 @@ def _plan_stack(
     codes = [m for m in each if isinstance(m, Int4)]
     kind = experts
     if kind == "q4_0" and len(codes) == len(each) and all(survives(m.scale) for m in codes):
-        return _Plan(name, kind, shape, lambda: (np.stack([_flat(q4_of(m)) for m in codes]), True))
+        return _Plan(
+            name, kind, shape, lambda: (np.stack([_flat(int4_to_q4(m)) for m in codes]), True)
+        )
     if kind == "q4_0":
         kind = otherwise if codes else dense
     kind = "f32" if kind == "q8_0" and shape[-1] % 32 else kind
@@ -449,7 +451,7 @@ def _quantize_int4(m: Matrix, divisor: float) -> tuple[Int4, bool]:
     if isinstance(m, Int4):
         return m, True
     if isinstance(m, Q4):
-        again = int4_of(m)
+        again = q4_to_int4(m)
     else:
         again = Int4(*pack_int4(dequantize(m, np.float64), divisor))
     return again, bool((dequantize(again) == dequantize(m)).all())

@@ -7,16 +7,14 @@ the end of the context.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import numpy as np
 
-from refmoe.fast import threads
+from refmoe.fast.threads import single_blas_thread
 from refmoe.files import InputError
 from refmoe.model.cache import LatentCache
 from refmoe.model.decoder import Decoder, check_tokens
-from refmoe.model.experts import routed_experts
 from refmoe.run.load import Model
 from refmoe.run.sampler import Sampling, sample
 from refmoe.weights.checkpoint import Checkpoint
@@ -40,7 +38,7 @@ def prefill(
     if chunk is None:
         chunk = STREAMED_CHUNK if decoder.experts[0].streamed else CHUNK
     chunk = min(chunk, decoder.cache_options.rows or chunk)
-    with single_blas_thread(decoder):
+    with single_blas_thread():
         for start in range(0, len(tokens), chunk):
             x = decoder.hidden([tokens[start : start + chunk]], [memory])
         return decoder.head(x[-1:])[0]
@@ -48,17 +46,8 @@ def prefill(
 
 def step(decoder: Decoder, token: int, memory: Sequence[LatentCache]) -> np.ndarray:
     """Put one more token into `memory` and return the logits [Z] after it."""
-    with single_blas_thread(decoder):
+    with single_blas_thread():
         return decoder.logits([token], memory)[0]
-
-
-def single_blas_thread(decoder: Decoder) -> AbstractContextManager[object]:
-    """Return a context in which BLAS uses one thread, if the decoder has threads of its own.
-
-    Two pools that wait for each other by spinning would take half of the processor each.
-    """
-    own = decoder.nx.experts is not routed_experts
-    return threads.one_blas_thread() if own else nullcontext()
 
 
 def context_length(decoder: Decoder) -> int:

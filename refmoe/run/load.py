@@ -9,8 +9,10 @@ import numpy as np
 
 from refmoe.config import Config
 from refmoe.engines import Conventions
+from refmoe.fast.reproducible import reproducible_policy
+from refmoe.fast.threads import single_blas_thread
 from refmoe.files import InputError, read_object
-from refmoe.model.decoder import Decoder, policy
+from refmoe.model.decoder import Decoder
 from refmoe.model.numerics import Numerics
 from refmoe.text.tokenizer import Tokenizer
 from refmoe.weights.checkpoint import Checkpoint
@@ -116,7 +118,8 @@ class Model:
 
         Raises `InputError` for an empty list, ids outside the vocabulary, or more than the context.
         """
-        return self.decoder.logits(tokens)
+        with single_blas_thread():
+            return self.decoder.logits(tokens)
 
 
 def load(
@@ -172,7 +175,7 @@ def choose_numerics(name: str, conventions: Conventions | str, reference: bool) 
     Raises `InputError` for an unknown name of numerics or conventions.
     """
     if reference:
-        return policy(name, conventions)
+        return reproducible_policy(name, conventions)
     from refmoe.fast.engine import engine
 
     return engine(name, conventions)

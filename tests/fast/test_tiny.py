@@ -23,7 +23,7 @@ def test_tiny_operations_have_the_definitions_bits(attention, conventions):
     nx = replace(policy("float32", conventions), attention=attention)
     pair = decoder.using(nx), decoder.using(with_tiny_operations(nx, keep=True))
     memory = [d.caches() for d in pair]
-    with threads.one_blas_thread():
+    with threads.single_blas_thread():
         a, b = (d.logits(PROMPT, m) for d, m in zip(pair, memory, strict=True))
         assert np.array_equal(a, b)
         for token in (3, 77, 1500):

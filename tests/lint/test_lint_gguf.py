@@ -1,6 +1,5 @@
 """Lint of a GGUF, alone and against a folder: faults planted in exports of tiny-k2 are named."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,6 @@ from refmoe.run import export
 from refmoe.run.export import to_gguf
 from refmoe.weights.checkpoint import Checkpoint
 from refmoe.weights.gguf import read_part
-from refmoe.weights.synthetic import members
 from refmoe.weights.synthetic.members import MEMBERS, write_member
 from tests.lint.test_lint import errors, only, says
 
@@ -275,7 +273,7 @@ def test_a_vocabulary_that_does_not_fit_is_named(files, tmp_path):
 def test_a_router_in_a_lower_type_is_read_as_what_it_is(files, tmp_path):
     """A gate in Q8_0, and a bias in F16, which near ties do not survive."""
     model = refmoe.load()
-    gate = export._tile(
+    gate = export._encode_tile(
         refmoe.model.matrix.dequantize(model.checkpoint.matrix("model.layers.2.mlp.gate")), "q8_0"
     )[0]
     bias = model.checkpoint.array("model.layers.2.mlp.gate.e_score_correction_bias")
@@ -293,15 +291,14 @@ def test_a_router_in_a_lower_type_is_read_as_what_it_is(files, tmp_path):
 
 
 def published(name: str) -> Config:
-    raw = json.loads((members.HERE / f"{MEMBERS[name].config}.json").read_text("utf-8"))
-    return Config.from_dict(MEMBERS[name].edit(raw))
+    return Config.from_dict(MEMBERS[name].published())
 
 
 def header(cfg: Config, out: Path, **changed: Any) -> Path:
     """A GGUF of metadata alone, as `export` writes them."""
     writer = gguf.GGUFWriter(out, "deepseek2")
     checkpoint = Checkpoint(out.parent, cfg, {})
-    export._metadata(writer, SimpleNamespace(cfg=cfg, checkpoint=checkpoint))
+    export._write_metadata(writer, SimpleNamespace(cfg=cfg, checkpoint=checkpoint))
     for key, value in changed.items():
         writer.kv_data[0][f"deepseek2.{key}"].value = value
     writer.write_header_to_file()

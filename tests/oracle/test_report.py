@@ -1,5 +1,6 @@
 """The page of a report: what it says, that it is well-formed, that no dump can write into it."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -184,6 +185,14 @@ def test_other_faults_have_their_evidence(pages):
     assert "No known fault fits." in pages["unknown"].text
     assert "no expert's index" in pages["broken"].text
     assert "another group," in pages["groups"].text
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_report_of_any_kind_is_a_json_document(cases, name):
+    report = cases[name].report
+    document = json.loads(json.dumps(report.as_json(), allow_nan=False))
+    assert document["verdict"] == report.verdict
+    assert document["router"] == report.router
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -115,18 +115,19 @@ def test_the_engine_and_the_definition_agree(random_int4):
 
 def test_linear_in_tiles_is_linear(monkeypatch):
     from refmoe.fast import linear as fast
+    from refmoe.fast import reproducible
     from refmoe.model import matrix
     from refmoe.model.formats.bf16 import BF16
     from refmoe.model.formats.int4 import Int4
     from refmoe.model.matrix import bf16_bits
     from refmoe.weights.synthetic.random import pack_int4
 
-    monkeypatch.setattr(fast, "TILE", 200)  # several tiles, the last one short
+    monkeypatch.setattr(reproducible, "TILE", 200)  # several tiles, the last one short
     rng = np.random.default_rng(0)
     w = rng.standard_normal((23, 64))
     for m in (BF16(bf16_bits(w)), Int4(*pack_int4(w)), w.astype(np.float16), w.astype(np.float32)):
         x = rng.standard_normal((3, 64)).astype(np.float32)
         size = np.abs(x).astype(np.float64) @ np.abs(matrix.dequantize(m, np.float64)).T
         exact = x.astype(np.float64) @ matrix.dequantize(m, np.float64).T
-        for got in (fast.linear(x, m), matrix.linear(x, m)):
+        for got in (fast.linear(x, m), reproducible.linear(x, m), matrix.linear(x, m)):
             assert (np.abs(got - exact) <= gamma(65, np.float32) * size).all()

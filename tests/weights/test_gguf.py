@@ -24,7 +24,7 @@ from refmoe.model.formats.int4 import Int4
 from refmoe.model.formats.q4_0 import Q4
 from refmoe.model.matrix import dequantize
 from refmoe.run import export
-from refmoe.run.export import int4_of, q4_of, to_gguf, to_safetensors
+from refmoe.run.export import int4_to_q4, q4_to_int4, to_gguf, to_safetensors
 from refmoe.run.generate import generate_tokens, generation_decoder
 from refmoe.text.tokenizer import Tokenizer
 from refmoe.weights.gguf import Gguf, config_of, is_gguf, read_part
@@ -94,11 +94,11 @@ def test_q4_and_int4_are_one_number(seed, O, G):
     packed = rng.integers(-(2**31), 2**31, (O, 4 * G), dtype=np.int32)
     scale = rng.uniform(0.001, 100, (O, G)).astype(np.float32).view(np.uint32) >> 16
     m = Int4(packed, scale.astype(np.uint16))
-    q4 = q4_of(m)
+    q4 = int4_to_q4(m)
     np.testing.assert_array_equal(dequantize(q4), dequantize(m))
     library = gguf.quants.dequantize(q4.blocks.reshape(O, -1), gguf.GGMLQuantizationType.Q4_0)
     np.testing.assert_array_equal(library, dequantize(m))
-    again = int4_of(q4)
+    again = q4_to_int4(q4)
     np.testing.assert_array_equal(again.packed, m.packed)
     np.testing.assert_array_equal(again.scale, m.scale)
 
@@ -188,7 +188,7 @@ def test_the_kernel_of_q4_is_its_twin(T):
     rng = np.random.default_rng(T)
     for O, I in ((1, 32), (70, 96), (40, 2048)):
         packed, scale = pack_int4(rng.standard_normal((O, I)))
-        m = q4_of(Int4(packed, scale))
+        m = int4_to_q4(Int4(packed, scale))
         x = rng.standard_normal((T, I)).astype(np.float32)
         assert (np.abs(linear(x, m) - exact(x, m)) <= bound(x, m)).all()
 
@@ -374,11 +374,8 @@ def test_lint_reads_a_gguf(files, tmp_path, capsys):
     (tmp_path / "nan.gguf").write_bytes(raw)
     assert main(["lint", str(tmp_path / "nan.gguf"), "--json"]) == 1
     errors = json.loads(capsys.readouterr().out)["findings"]
-    assert {
-        "level": "error",
-        "tensor": "lm_head.weight",
-        "text": "1 scales are not finite",
-    } in errors
+    wanted = {"level": "error", "tensor": "lm_head.weight", "text": "1 scales are not finite"}
+    assert {**wanted, "rule": "tensor-nonfinite"} in errors
     (tmp_path / "cut.gguf").write_bytes(raw[:100_000])
     assert main(["lint", str(tmp_path / "cut.gguf"), "--json"]) == 1
     assert "truncated" in capsys.readouterr().out

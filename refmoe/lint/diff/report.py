@@ -24,8 +24,7 @@ from refmoe.lint.facts.settings import SHAPE, compare_configs
 from refmoe.lint.facts.shards import gather
 from refmoe.lint.matrices import keys_of, matrix_of, parts_of, values_of
 from refmoe.lint.registry import select as select_rules
-from refmoe.model.formats.fp8_block import Fp8Block
-from refmoe.model.formats.int4 import Int4
+from refmoe.model.formats.registry import all_formats
 from refmoe.model.matrix import Matrix
 from refmoe.weights.checkpoint import Checkpoint, expected, known_extra, tensor_class
 from refmoe.weights.gguf import Gguf, is_gguf
@@ -244,14 +243,11 @@ def _compare(key: str, a: Checkpoint, b: Checkpoint, seek: bool) -> Pair | Damag
 
 def _format(m: Matrix, checkpoint: Checkpoint, key: str) -> str:
     """Return the name of the format of a weight as it is summed up."""
-    match m:
-        case Int4():
-            return "INT4"
-        case Fp8Block():
-            return "FP8"
-        case _:
-            parts = parts_of(checkpoint, key)
-            return "/".join(dict.fromkeys(checkpoint.tensors[name].dtype for name in parts))
+    name = getattr(m, "format", None)
+    if any(f.name == name and f.scheme is not None for f in all_formats()):
+        return str(name).upper()
+    parts = parts_of(checkpoint, key)
+    return "/".join(dict.fromkeys(checkpoint.tensors[part].dtype for part in parts))
 
 
 def _rounded_bias(a: Checkpoint, b: Checkpoint, key: str) -> RoundedBias | None:

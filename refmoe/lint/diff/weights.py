@@ -12,7 +12,8 @@ differ:
 
         |x - y| ≤ h(a) + h(b)
 
-    where h(m) is the most by which a number may be from the value that m stores for it:
+    where h(m) is the most by which a number may be from the value that m stores for it. A quantised
+format states it as `half_step` (model/formats/):
 
         float64, float32, float16, bf16    half a unit in the last place
         INT4     s·(1/2 + 8·2⁻⁸)     half a code, and 8 codes times the rounding of s to bf16
@@ -38,10 +39,10 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
+from refmoe.fast.threads import single_blas_thread
 from refmoe.lint.base import TILE, same_bytes
 from refmoe.lint.matrices import widen
 from refmoe.model.formats.bf16 import BF16
-from refmoe.model.formats.coded import Coded
 from refmoe.model.formats.fp8_block import Fp8Block
 from refmoe.model.formats.heads import Heads
 from refmoe.model.formats.int4 import Int4
@@ -79,6 +80,7 @@ def compare(a: Matrix, b: Matrix) -> Compared:
         return _compare_values(a, b)
 
 
+@single_blas_thread()
 def _compare_values(a: Matrix, b: Matrix) -> Compared:
     """Compare two matrices of numbers and one shape, whose bytes differ."""
     exact = np.float32 if _fits_float32(a) and _fits_float32(b) else np.float64
@@ -112,7 +114,7 @@ def _compare_values(a: Matrix, b: Matrix) -> Compared:
     largest = worst / most if most else worst
     if near:
         return Compared("rounded", error, largest)
-    if not strict and (_is_coded(a) or _is_coded(b)):
+    if not strict and (_has_no_steps(a) or _has_no_steps(b)):
         step = error is not None and error <= LOOSE
     if aa > 0 and np.isfinite(ab):
         factor = ab / aa
@@ -134,15 +136,10 @@ def same_format(a: Matrix, b: Matrix) -> bool:
         assert isinstance(halves, Heads)
         plain = isinstance(whole, BF16 | np.ndarray)
         return plain and same_format(halves.k_b, whole) and same_format(halves.v_b, whole)
-    match a, b:
-        case np.ndarray(), np.ndarray():
-            return a.dtype == b.dtype
-        case Coded(), Coded():
-            return a.name == b.name
-        case Fp8Block(), Fp8Block():
-            return a.block == b.block
-        case _:
-            return type(a) is type(b)
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and a.dtype == b.dtype
+    kinds = [(type(m), getattr(m, "block", None), getattr(m, "name", None)) for m in (a, b)]
+    return kinds[0] == kinds[1]
 
 
 def allowed(
@@ -221,14 +218,11 @@ def is_float(m: Matrix) -> bool:
     return not isinstance(m, np.ndarray) or np.issubdtype(m.dtype, np.floating)
 
 
-def is_quantised(*each: Matrix) -> bool:
-    """Return whether one of these has blocks of a GGUF."""
-    return any(isinstance(m, Q8 | Q4 | Coded | Heads) for m in each)
-
-
-def _is_coded(m: Matrix) -> bool:
-    """Return whether another library decodes it, so that its steps are not known here."""
-    return isinstance(m, Coded) or (isinstance(m, Heads) and (_is_coded(m.k_b) or _is_coded(m.v_b)))
+def _has_no_steps(m: Matrix) -> bool:
+    """Return whether m is in a format that states no `half_step`, or half of it is."""
+    if isinstance(m, Heads):
+        return _has_no_steps(m.k_b) or _has_no_steps(m.v_b)
+    return not isinstance(m, np.ndarray) and not hasattr(m, "half_step") and not isinstance(m, BF16)
 
 
 def _rounds_to_bf16(a: Matrix, x: np.ndarray, b: Matrix, y: np.ndarray) -> bool:
@@ -258,6 +252,7 @@ def _same_parts(a: Matrix, b: Matrix) -> bool:
 
 
 def _arrays(m: Matrix) -> list[np.ndarray]:
+    """Return the stored arrays of a matrix."""
     return list(m.arrays().values()) if hasattr(m, "arrays") else [m]
 
 

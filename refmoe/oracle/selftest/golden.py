@@ -32,7 +32,7 @@ import safetensors.numpy
 
 from refmoe.files import InputError
 from refmoe.oracle.trace import trace
-from refmoe.run.generate import generation_decoder, prefill
+from refmoe.run.generate import generation_decoder, prefill, step
 from refmoe.run.load import Model, golden_folder, load
 from refmoe.weights.synthetic.members import write_member
 from refmoe.weights.synthetic.random import write_random
@@ -176,7 +176,7 @@ def _greedy(model: Model, prompt: Sequence[int], wanted: dict[str, Any]) -> floa
     wrong = 0
     for token, margin in zip(wanted["tokens"], wanted["margins"], strict=True):
         wrong += margin > tie and int(logits.argmax()) != token
-        logits = decoder.logits([token], memory)[0]
+        logits = step(decoder, token, memory)
     return wrong / len(wanted["tokens"])
 
 

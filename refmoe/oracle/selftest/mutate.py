@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 
 from refmoe.engines import PROFILES, Profile
+from refmoe.fast.threads import single_blas_thread
 from refmoe.model.decoder import Decoder
 from refmoe.model.points import kind, parse
 from refmoe.oracle.cause import judged_points
@@ -164,15 +165,15 @@ def mutate(
         for fault in wanted:
             yield fault, mutator.judge(fault, seeds)
         return
-    with _single_blas_thread(), ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+    with _one_thread_each(), ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         work = partial(_judge, folder, quick, seeds)
         yield from zip(wanted, pool.map(work, [f.id for f in wanted]), strict=True)
 
 
 @contextmanager
-def _single_blas_thread() -> Iterator[None]:
-    """Give processes that are started meanwhile one BLAS thread, as they share the processors."""
-    names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+def _one_thread_each() -> Iterator[None]:
+    """Give processes that are started meanwhile one thread, as they share the processors."""
+    names = ("REFMOE_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))
     try:
@@ -214,6 +215,7 @@ class Mutator:
         every = [(m, p) for m in CHECKPOINTS for p in NAMES if _makes_sense(m, p)]
         self.models, self.quick, self.pairs = models, quick, QUICK if quick else every
 
+    @single_blas_thread()
     def judge(self, fault: Fault, seeds: int) -> Score:
         """Return how many mutants of a fault were found."""
         score = Score(fault.id)

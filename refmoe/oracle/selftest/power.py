@@ -23,8 +23,10 @@ from typing import Any
 import numpy as np
 
 from refmoe.engines import PROFILES, Profile
+from refmoe.fast.reproducible import reproducible_policy
+from refmoe.fast.threads import single_blas_thread
 from refmoe.files import InputError
-from refmoe.model.decoder import Decoder, policy
+from refmoe.model.decoder import Decoder
 from refmoe.model.formats.fp8_block import E4M3, Fp8Block
 from refmoe.model.matrix import Matrix, dequantize, round_bf16
 from refmoe.model.numerics import round_float16
@@ -134,6 +136,7 @@ def _healthy(model: Model, profile: Profile, i: int) -> Report:
     return check(model, dump, profile=profile)
 
 
+@single_blas_thread()
 def rounded_run(model: Model, profile: Profile, tokens: Sequence[int], seed: int) -> Dump:
     """Return the dump of every point of an engine of this profile that really rounds."""
     recorder = Recorder()
@@ -149,7 +152,7 @@ def really_rounding(decoder: Decoder, profile: Profile, seed: int, seen: Recorde
     seed  of the order in which sums are made
     """
     rng = np.random.Generator(np.random.SFC64(seed))
-    nx = policy("float64" if profile.sums == "float64" else "float32")
+    nx = reproducible_policy("float64" if profile.sums == "float64" else "float32")
 
     def linear(x: np.ndarray, m: Matrix) -> np.ndarray:
         if profile.activations == "int8/32":

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from refmoe.engines import CONVENTIONS, Profile, find_conventions, find_profile, profile_of
+from refmoe.fast.threads import single_blas_thread
 from refmoe.files import InputError
 from refmoe.oracle.judge import Report
 from refmoe.oracle.noise import UNIT, rms
@@ -45,6 +46,7 @@ from refmoe.oracle.truth.values import DumpValues
 TYPES = [f.name for f in fields(Profile) if f.name not in ("name", "cache", "activations")]
 
 
+@single_blas_thread()
 def check_truth(
     truth: Truth,
     dump: Dump,

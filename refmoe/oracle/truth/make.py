@@ -12,11 +12,10 @@ import numpy as np
 import refmoe
 from refmoe.config import Config
 from refmoe.engines import PROFILES
+from refmoe.fast.reproducible import reproducible_policy
+from refmoe.fast.threads import single_blas_thread
 from refmoe.files import InputError
-from refmoe.model.decoder import (
-    check_tokens,
-    policy,
-)
+from refmoe.model.decoder import check_tokens
 from refmoe.oracle.statistics import RUNS
 from refmoe.oracle.trace import write
 from refmoe.oracle.truth.envelope import each_run, emulation, sample
@@ -36,6 +35,7 @@ from refmoe.run.load import Model
 from refmoe.weights.checkpoint import DTYPES
 
 
+@single_blas_thread()
 def make(
     model: Model,
     tokens: Sequence[int],
@@ -74,7 +74,7 @@ def make(
 
     exact = Seen(model.decoder, top, tick)
     passes = [Pass(model.decoder.using(model.nx.watching(exact)), [tokens], exact)]
-    decoder = model.decoder.using(policy("float64", model.nx.conventions))
+    decoder = model.decoder.using(reproducible_policy("float64", model.nx.conventions))
     for name in profiles:
         passes.append(emulation(decoder, PROFILES[name], tokens, exact, runs))
     forward(passes)

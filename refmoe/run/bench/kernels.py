@@ -15,7 +15,7 @@ from refmoe.model.formats.q8_0 import Q8
 from refmoe.model.matrix import Matrix
 from refmoe.run.bench import base
 from refmoe.run.bench.base import Stream, describe_machine, relative_error, time_call
-from refmoe.run.export import q4_of
+from refmoe.run.export import int4_to_q4
 
 NAMES = ("bf16", "q8", "int4-fast", "int4-exact", "q4-fast", "q4", "fp8", "f16", "f32")
 SHAPES = ((2048, 7168), (7168, 2048))  # K2's experts: gate and up, down
@@ -28,7 +28,7 @@ def draw(name: str, O: int, I: int, rng: np.random.Generator) -> Matrix:
     if name.startswith("q4"):
         m = draw("int4", O, I, rng)
         assert isinstance(m, Int4)
-        return q4_of(m)
+        return int4_to_q4(m)
     if name.startswith("int4"):
         packed = rng.integers(-(2**31), 2**31, (O, I // 8), np.int32)
         scale = rng.uniform(0.5, 1, (O, I // 32)).astype(np.float32).view(np.uint32) >> 16

@@ -37,7 +37,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refmoe.run.generate import CHUNK, single_blas_thread
+from refmoe.fast.threads import single_blas_thread
+from refmoe.run.generate import CHUNK
 from refmoe.run.load import Model
 from refmoe.run.sweep.files import explain_errors, lock_folder, remove_folder
 from refmoe.run.sweep.head import sweep_head
@@ -94,10 +95,8 @@ def sweep(
     folder = out.with_name(out.name + ".part")
     with lock_folder(folder, restart), explain_errors(plan, folder), np.errstate(over="ignore"):
         began = time.perf_counter()
-        with (
-            np.errstate(invalid="ignore"),
-            single_blas_thread(model.decoder),
-        ):  # points name what is not finite
+        # points name what is not finite
+        with np.errstate(invalid="ignore"), single_blas_thread():
             run = begin_run(plan, folder)
             before, read = run.state["done"], run.state["bytes_read"]
             with run.bar:
