@@ -13,10 +13,10 @@ import pytest
 import refmoe
 from refmoe.config import Config
 from refmoe.engines import CONVENTIONS, PROFILES
+from refmoe.fast import reproducible
 from refmoe.files import InputError
 from refmoe.model.decoder import policy
 from refmoe.model.experts import ExpertsFrom
-from refmoe.oracle import noise
 from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.readers.dump import read_dump
 from refmoe.oracle.selftest.power import rounded_run
@@ -170,7 +170,7 @@ def test_weights_under_a_budget_make_the_same_truth(tiny_k2, tmp_path):
     assert made.read_bytes() == make(model, TOKENS[:5], tmp_path / "t", **how).read_bytes()
     assert store.counters.asked == store.counters.missed > 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(noise, "TILE", 1 << 13)
+        patch.setattr(reproducible, "TILE", 1 << 13)
         tiled = read_truth(make(model, TOKENS[:5], tmp_path / "tiled", **how))
     whole = read_truth(tmp_path / "t")
     for name, x in whole.arrays.items():

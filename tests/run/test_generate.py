@@ -56,7 +56,10 @@ def test_a_bf16_cache_costs_less_than_an_engine_in_bf16(small, with_kernels):
 
 
 def test_a_first_compilation_is_told(tmp_path):
-    script = "import sys; from refmoe.cli import main; sys.exit(main(sys.argv[1:]))"
+    script = (  # so that tiny-k2 is not so tiny that it is generated from without kernels
+        "import sys; from refmoe.run import generate; generate.TINY = 0; "
+        "from refmoe.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
     command = [sys.executable, "-c", script, "generate", "My", "--max-new-tokens", "2"]
     told = []
     for _ in range(2):

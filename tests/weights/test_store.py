@@ -370,6 +370,7 @@ def test_bench_store_prints_its_document(capsys):
 
 BUDGET = """
 import sys
+from refmoe.run import generate
 from refmoe.run.load import load
 from refmoe.run.generate import generation_decoder, prefill, step
 from refmoe.weights.streaming.reader import high_water
@@ -378,7 +379,8 @@ def start(model):
     memory = decoder.caches()
     prefill(decoder, [1], memory)
     return decoder, memory
-start(load())  # kernels are loaded
+generate.TINY = 0  # tiny-k2 needs kernels, too, which are loaded here
+start(load())
 model = load(sys.argv[1], ram=int(sys.argv[2]))
 before = high_water()
 decoder, memory = start(model)
