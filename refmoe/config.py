@@ -15,7 +15,7 @@ Axis letters, everywhere in this project:
 A stored matrix is [O, I], as on disk. There is no batch axis: many prompts are many rows.
 """
 
-import re
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,35 +36,33 @@ class Yarn:
 
 
 @dataclass(frozen=True)
-class Int4Scheme:
-    """The INT4 of compressed-tensors (`pack-quantized`), and which modules are stored in it.
+class Quantization:
+    """A `quantization_config` as config.json has it; the files of model/formats/ interpret it.
 
-    `targets` and `ignore` are matched against module names. A plain entry is a whole name or the
-    class `Linear`; an entry that begins with `re:` is a regular expression matched at the start.
+    `model.formats.registry.announced_formats` asks them, and raises their errors.
     """
 
-    targets: tuple[str, ...]
-    ignore: tuple[str, ...]
-    group_size: int
+    text: str  # JSON with sorted keys, so that equal settings are equal and have one hash
 
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "Quantization":
+        """Keep a decoded `quantization_config`. Raises `InputError` if it cannot be JSON."""
+        try:
+            return cls(json.dumps(raw, sort_keys=True))
+        except (TypeError, ValueError, RecursionError) as e:
+            raise InputError(f"quantization_config cannot be JSON ({e})") from None
 
-@dataclass(frozen=True)
-class Fp8Scheme:
-    """The FP8 of DeepSeek: codes in e4m3 and one float32 scale a block.
+    def settings(self) -> dict[str, Any]:
+        """Return a new copy of the decoded settings."""
+        raw: dict[str, Any] = json.loads(self.text)
+        return raw
 
-    Every linear module is stored in it but those in `ignore`: `lm_head`, and the
-    `modules_to_not_convert` of the config.
-    """
-
-    block: tuple[int, int]  # rows, columns; last blocks may be partial
-    ignore: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class OtherScheme:
-    """A quantisation whose settings can be read, but not its weights."""
-
-    quant_method: str
+    @property
+    def label(self) -> str:
+        """Return `quant_method` and, if there is one, `format`, as messages name them."""
+        raw = self.settings()
+        form = raw.get("format")
+        return f"{raw.get('quant_method')}{f' {form}' if form else ''}"
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ class Config:
     rope_scaling: Yarn | None
     max_position_embeddings: int
     eos_token_id: tuple[int, ...]
-    quantization: Int4Scheme | Fp8Scheme | OtherScheme | None
+    quantization: Quantization | None
 
     @property
     def qk_head_dim(self) -> int:
@@ -127,8 +125,10 @@ class Config:
         """Parse a decoded config.json.
 
         Raises `InputError` naming the field that is missing, malformed, or asks for another graph.
+        The settings in `quantization_config` are not examined; `weights.checkpoint.read_config`
+        does that too.
         """
-        text = _object(raw, "text_config") or raw
+        text = get_object(raw, "text_config") or raw
         model_type = text.get("model_type")
         if model_type not in MODEL_TYPES:
             raise InputError(
@@ -144,20 +144,22 @@ class Config:
 
         def count(key: str, least: int = 1, default: int | None = None) -> int:
             value = text.get(key)
-            return _count(key, default if value is None and default is not None else value, least)
+            return check_count(
+                key, default if value is None and default is not None else value, least
+            )
 
         if not isinstance(norm := text.get("norm_topk_prob"), bool):
             raise InputError(f"norm_topk_prob = {norm!r}, expected true or false")
-        rope = _object(text, "rope_parameters") or _object(text, "rope_scaling")
+        rope = get_object(text, "rope_parameters") or get_object(text, "rope_scaling")
         q_lora = text.get("q_lora_rank")
-        scheme = _object(text, "quantization_config") or _object(raw, "quantization_config")
+        scheme = get_object(text, "quantization_config") or get_object(raw, "quantization_config")
         cfg = cls(
             model_type=model_type,
             vocab_size=count("vocab_size"),
             hidden_size=count("hidden_size"),
             num_hidden_layers=count("num_hidden_layers"),
             num_attention_heads=count("num_attention_heads"),
-            q_lora_rank=None if q_lora is None else _count("q_lora_rank", q_lora),
+            q_lora_rank=None if q_lora is None else check_count("q_lora_rank", q_lora),
             kv_lora_rank=count("kv_lora_rank"),
             qk_nope_head_dim=count("qk_nope_head_dim"),
             qk_rope_head_dim=count("qk_rope_head_dim"),
@@ -178,7 +180,7 @@ class Config:
             rope_scaling=_yarn(rope),
             max_position_embeddings=count("max_position_embeddings"),
             eos_token_id=as_ids(text.get("eos_token_id")),
-            quantization=_scheme(scheme),
+            quantization=Quantization.from_dict(scheme) if scheme else None,
         )
         _check_consistency(cfg)
         return cfg
@@ -194,10 +196,10 @@ def as_ids(value: Any) -> tuple[int, ...]:
     Raises `InputError` if it is none of these.
     """
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    return tuple(_count("eos_token_id", i, 0) for i in ids)
+    return tuple(check_count("eos_token_id", i, 0) for i in ids)
 
 
-def _object(raw: dict[str, Any], key: str) -> dict[str, Any]:
+def get_object(raw: dict[str, Any], key: str) -> dict[str, Any]:
     """Return a field that holds an object, or an empty one if it is absent."""
     value = raw.get(key)
     if value is None:
@@ -207,7 +209,7 @@ def _object(raw: dict[str, Any], key: str) -> dict[str, Any]:
     return value
 
 
-def _names(raw: dict[str, Any], key: str) -> tuple[str, ...]:
+def get_names(raw: dict[str, Any], key: str) -> tuple[str, ...]:
     """Return a field that holds a list of names; none if it is absent."""
     value = raw.get(key) or []
     if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
@@ -215,7 +217,7 @@ def _names(raw: dict[str, Any], key: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _count(key: str, value: Any, least: int = 1) -> int:
+def check_count(key: str, value: Any, least: int = 1) -> int:
     """Return a value that must be a whole number from `least` to 2^31."""
     if value is None:
         raise InputError(f"{key} is missing")
@@ -250,7 +252,7 @@ def _yarn(rope: dict[str, Any]) -> Yarn | None:
         raise InputError(f"rope_scaling type = {kind!r} is not supported; supported: yarn, default")
     return Yarn(
         factor=_positive(rope, "factor"),
-        original_max_position_embeddings=_count(
+        original_max_position_embeddings=check_count(
             "original_max_position_embeddings", rope.get("original_max_position_embeddings")
         ),
         beta_fast=_positive(rope, "beta_fast"),
@@ -258,71 +260,6 @@ def _yarn(rope: dict[str, Any]) -> Yarn | None:
         mscale=_positive(rope, "mscale"),
         mscale_all_dim=_positive(rope, "mscale_all_dim"),
     )
-
-
-def _scheme(raw: dict[str, Any]) -> Int4Scheme | Fp8Scheme | OtherScheme | None:
-    """Return how a `quantization_config` stores weights; None if there is none."""
-    if not raw:
-        return None
-    match raw.get("quant_method"), raw.get("format"):
-        case "compressed-tensors", "pack-quantized":
-            return _int4_scheme(raw)
-        case "fp8", _:
-            return _fp8_scheme(raw)
-        case method, form:
-            return OtherScheme(f"{method}{f' {form}' if form else ''}")
-
-
-def _fp8_scheme(raw: dict[str, Any]) -> Fp8Scheme:
-    """Parse the settings of FP8 in blocks."""
-    if raw.get("fmt", "e4m3") != "e4m3":
-        raise InputError(f"quantization_config.fmt = {raw['fmt']!r}; supported: 'e4m3'")
-    block = raw.get("weight_block_size")
-    if not isinstance(block, list) or len(block) != 2:
-        raise InputError(
-            f"quantization_config.weight_block_size = {block!r}; supported: [rows, columns]"
-        )
-    rows, cols = (_count("quantization_config.weight_block_size", n) for n in block)
-    return Fp8Scheme((rows, cols), ("lm_head", *_names(raw, "modules_to_not_convert")))
-
-
-def _int4_scheme(raw: dict[str, Any]) -> Int4Scheme:
-    """Parse the settings of compressed-tensors, which must be INT4 in groups of 32, symmetric."""
-    targets: list[str] = []
-    sizes: set[int] = set()
-    groups = _object(raw, "config_groups")
-    for name in groups:
-        where = f"quantization_config.config_groups.{name}"
-        group = _object(groups, name)
-        weights = _object(group, "weights")
-        wanted = {
-            "num_bits": 4,
-            "type": "int",
-            "symmetric": True,
-            "strategy": "group",
-            "group_size": 32,
-            "actorder": None,
-        }
-        for key, value in wanted.items():
-            if weights.get(key) != value:
-                raise InputError(
-                    f"{where}.weights.{key} = {weights.get(key)!r}; supported: {value!r}"
-                )
-        if group.get("input_activations") is not None:
-            raise InputError(f"{where}.input_activations: quantised activations are not supported")
-        targets += _names(group, "targets")
-        sizes.add(weights["group_size"])
-    if not targets:
-        raise InputError("quantization_config.config_groups names no targets")
-    ignore = _names(raw, "ignore")
-    for entry in (*targets, *ignore):
-        try:
-            re.compile(entry.removeprefix("re:"))
-        except (re.error, OverflowError, RecursionError) as e:
-            raise InputError(
-                f"quantization_config: {entry!r} is no name or pattern ({e})"
-            ) from None
-    return Int4Scheme(tuple(targets), ignore, sizes.pop())
 
 
 def _check_consistency(cfg: Config) -> None:

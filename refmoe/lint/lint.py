@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from refmoe.config import Config, OtherScheme
+from refmoe.config import Config
 from refmoe.files import InputError, read_object
 from refmoe.lint.base import Finding, Findings
 from refmoe.lint.diff.report import compare_checkpoints, open_pair
@@ -42,6 +42,7 @@ from refmoe.lint.facts.settings import (
 from refmoe.lint.facts.shards import Shards, gather
 from refmoe.lint.facts.tensors import read_tensors
 from refmoe.lint.registry import select as select_rules
+from refmoe.model.formats.registry import announced_formats, unknown_method
 from refmoe.weights.checkpoint import Checkpoint
 from refmoe.weights.gguf import Gguf, is_gguf
 
@@ -87,7 +88,7 @@ def _lint_folder(folder: Path, findings: Findings) -> None:
     if cfg is None:
         return
     findings.judge(Network(cfg))
-    if isinstance(cfg.quantization, OtherScheme):
+    if unknown_method(cfg.quantization) is not None:
         return
     if not any(folder.glob("*.safetensors")):
         findings.judge(Shards(folder))
@@ -107,8 +108,9 @@ def _read_settings(folder: Path, findings: Findings) -> Config | None:
     cfg, refused = None, None
     try:
         cfg = Config.from_dict(raw)
+        announced_formats(cfg.quantization)
     except InputError as e:
-        refused = str(e)
+        cfg, refused = None, str(e)
     text = raw.get("text_config") or raw
     findings.judge(ConfigFile(text if isinstance(text, dict) else {}, refused))
     if not isinstance(text, dict):

@@ -2,12 +2,20 @@
 
 import re
 from functools import cache
+from typing import Any
 
 import numpy as np
 
-from refmoe.config import Fp8Scheme
+from refmoe.config import Quantization
+from refmoe.files import InputError
+from refmoe.model.formats.base import StoredFormat, TensorSpec
 from refmoe.model.formats.bf16 import BF16
-from refmoe.model.formats.registry import all_formats
+from refmoe.model.formats.registry import (
+    Announced,
+    announced_formats,
+    formats_by_part,
+    safetensors_formats,
+)
 from refmoe.model.matrix import Matrix, dequantize
 from refmoe.weights.checkpoint import Checkpoint
 from refmoe.weights.gguf import Gguf
@@ -28,12 +36,14 @@ def keys_of(checkpoint: Checkpoint) -> list[str]:
 
     Parts of one matrix (codes, scales, shape; the halves of kv_b_proj) have one key.
     """
-    tensors, out = checkpoint.tensors, dict[str, None]()
-    for name in tensors:
+    parts, out = formats_by_part(checkpoint.cfg.quantization), dict[str, None]()
+    for name in checkpoint.tensors:
         if isinstance(checkpoint, Gguf) and name.endswith(KV_HALVES):
             out[re.sub(r"[kv]_b_proj\.weight$", "kv_b_proj.weight", name)] = None
             continue
-        out[re.sub(r"\.weight_\w+$", ".weight", name)] = None
+        module, _, part = name.rpartition(".")
+        own = part.startswith("weight_") or "." + part in parts
+        out[f"{module}.weight" if own else name] = None
     return list(out)
 
 
@@ -57,24 +67,44 @@ def matrix_of(checkpoint: Checkpoint, key: str) -> Matrix:
         return (
             checkpoint.matrix(module) if module != key else _plain(array(key), tensors[key].dtype)
         )
-    module, scheme = key.removesuffix(".weight"), checkpoint.cfg.quantization
-    for f in all_formats() if module != key else ():
-        if f.scheme is None or module + f.mark not in tensors:
+    module = key.removesuffix(".weight")
+    for f, scheme in _schemes(checkpoint.cfg.quantization) if module != key else ():
+        if module + f.mark not in tensors:
             continue
-        if f.scheme is Fp8Scheme:
-            if tensors[key].dtype != "F8_E4M3":
+        if ".weight" in f.parts:
+            codes = tensors[key]
+            if len(codes.shape) != 2 or codes.dtype not in _dtypes(f, scheme, codes.shape):
                 continue
-            # a dump of loaded weights may have no config that states the blocks
-            scheme = scheme if isinstance(scheme, Fp8Scheme) else Fp8Scheme((128, 128), ())
         opened: Matrix = f.matrix.open(lambda suffix: array(module + suffix), scheme)
         return opened
     return _plain(array(key), tensors[key].dtype)
 
 
+def _dtypes(form: StoredFormat, scheme: Any, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """Return the dtypes that `.weight` may have in a format; none at a shape it cannot have."""
+    try:
+        tensors: dict[str, TensorSpec] = form.matrix.tensors(*shape, scheme)
+    except InputError:
+        return ()
+    return tensors[".weight"][1]
+
+
+def _schemes(quantization: Quantization | None) -> list[Announced]:
+    """Return every safetensors format, those that the config announces first.
+
+    The others have their usual settings: a dump of loaded weights may have no config that states
+    them.
+    """
+    announced = announced_formats(quantization)
+    known = {a.format.name for a in announced}
+    others = (f for f in safetensors_formats().values() if f.name not in known)
+    return [*announced, *(Announced(f, f.scheme()) for f in others if f.scheme is not None)]
+
+
 @cache
 def _marks() -> tuple[str, ...]:
     """Return the suffixes by which modules in a safetensors format are known."""
-    return tuple(f.mark for f in all_formats() if f.scheme is not None)
+    return tuple(f.mark for f in safetensors_formats().values())
 
 
 def _plain(x: np.ndarray, dtype: str) -> Matrix:

@@ -6,9 +6,9 @@
 
 Weights are views of the mapped files: opening copies nothing, and a tensor is read when it is
 used. The reader is ours because safetensors' NumPy side has no bf16 and no FP8; the library
-writes, and reads the same files in the tests. A linear module is INT4 where `quantization_config`
-targets it and does not ignore it, as vllm-project/compressed-tensors matches names; a module's
-weight and its scale may be in different shards.
+writes, and reads the same files in the tests. A linear module is stored in a format that
+`quantization_config` announces where that covers it (model/formats/); a module's weight and its
+scale may be in different shards.
 
 Tensors have one name here, the one of K2-Instruct: `model.layers.0…`, `lm_head.weight`. K2.5 and
 later wrap the text model and write `language_model.model.layers.0…`; transformers' own K2.5 writes
@@ -29,12 +29,20 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from refmoe.config import Config, Fp8Scheme, Int4Scheme, OtherScheme, as_ids
+from refmoe.config import Config, Quantization, as_ids
 from refmoe.files import InputError, read_object
 from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import ExpertsFrom, MlpWeights, MoeWeights
+from refmoe.model.formats.base import StoredFormat
 from refmoe.model.formats.bf16 import BF16
-from refmoe.model.formats.registry import format_for, gguf_formats
+from refmoe.model.formats.names import canonical
+from refmoe.model.formats.registry import (
+    announced_formats,
+    formats_by_part,
+    gguf_formats,
+    supported_methods,
+    unknown_method,
+)
 from refmoe.model.matrix import Matrix
 from refmoe.model.mla import AttentionWeights
 from refmoe.model.numerics import Numerics
@@ -123,6 +131,21 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     return out
 
 
+def read_config(path: str | Path) -> Config:
+    """Read a config.json, given itself or by its folder, and examine its `quantization_config`.
+
+    Raises `InputError` as `Config.load` does, and if a format of model/formats/ refuses the
+    settings of the quantisation. One that no format reads is left to the caller.
+    """
+    path = Path(path)
+    cfg = Config.load(path)
+    try:
+        announced_formats(cfg.quantization)
+    except InputError as e:
+        raise InputError(f"{path / 'config.json' if path.is_dir() else path}: {e}") from None
+    return cfg
+
+
 @dataclass
 class Checkpoint:
     """The tensors of a folder by name. `missing`, `unread` and `stray` say what does not fit.
@@ -154,12 +177,11 @@ class Checkpoint:
         path = Path(path)
         if not path.is_dir():
             raise InputError(f"{path}: no such folder; --model takes a checkpoint's folder")
-        cfg = Config.load(path)
-        if isinstance(cfg.quantization, OtherScheme):
-            method = cfg.quantization.quant_method
+        cfg = read_config(path)
+        if (method := unknown_method(cfg.quantization)) is not None:
             raise InputError(
                 f"{path}: quant_method = {method!r} is not supported; "
-                "supported: compressed-tensors pack-quantized (INT4), fp8, and none"
+                f"supported: {supported_methods()}"
             )
         tensors, stray = _shards(path)
         out = cls(path, cfg, tensors, _generation_eos(path), stray=stray)
@@ -242,11 +264,13 @@ class Checkpoint:
 
     def matrix(self, module: str) -> Matrix:
         """Return the weight of a module, as stored."""
-        form = format_for(self.cfg.quantization)
-        if form is None or module + form.mark not in self.tensors:
+        announced = announced_formats(self.cfg.quantization)
+        found = [a for a in announced if module + a.format.mark in self.tensors]
+        if not found:
             return self._plain(module + ".weight")
+        form, scheme = next((a for a in found if a.scheme.covers(module)), found[0])
         try:
-            return form.matrix.open(lambda part: self.array(module + part), self.cfg.quantization)
+            return form.matrix.open(lambda part: self.array(module + part), scheme)
         except InputError as e:
             file = next(t.file for name, t in self.tensors.items() if name.startswith(module + "."))
             raise InputError(f"{file}: {module}: {e}") from None
@@ -329,19 +353,6 @@ def advise(file: Any, how: str) -> None:
         file._mmap.madvise(advice)
 
 
-def canonical(name: str) -> str:
-    """Return the one name of a tensor here, whichever wrapper wrote it."""
-    for prefix, plain in (
-        ("language_model.model.", "model."),
-        ("language_model.lm_head.", "lm_head."),
-        ("model.language_model.", "model."),
-        ("language_model.", "model."),
-    ):
-        if name.startswith(prefix):
-            return plain + name.removeprefix(prefix)
-    return name
-
-
 def _shards(path: Path) -> tuple[dict[str, TensorEntry], list[str]]:
     """Return tensors by canonical name, and the names that are not where the index says."""
     tensors: dict[str, TensorEntry] = {}
@@ -396,7 +407,6 @@ def _generation_eos(path: Path) -> tuple[int, ...]:
         raise InputError(f"{file}: {e}") from None
 
 
-Scheme = Int4Scheme | Fp8Scheme | OtherScheme | None
 Expected = tuple[str, tuple[int, ...], tuple[str, ...]]  # name, shape, dtypes
 
 
@@ -441,36 +451,18 @@ def expected(cfg: Config) -> Iterator[Expected]:
     yield from linear("lm_head", cfg.vocab_size, D)
 
 
-def _linear(scheme: Scheme, module: str, O: int, I: int) -> Iterator[Expected]:
-    form = format_for(scheme)
-    if form is None or not covers(scheme, module):
-        yield module + ".weight", (O, I), FLOATS
+def _linear(quantization: Quantization | None, module: str, O: int, I: int) -> Iterator[Expected]:
+    for form, scheme in announced_formats(quantization):
+        if not scheme.covers(module):
+            continue
+        try:
+            tensors = form.matrix.tensors(O, I, scheme)
+        except InputError as e:
+            raise InputError(f"{module}: {e}") from None
+        for suffix, (shape, dtypes) in tensors.items():
+            yield module + suffix, shape, dtypes
         return
-    try:
-        tensors = form.matrix.tensors(O, I, scheme)
-    except InputError as e:
-        raise InputError(f"{module}: {e}") from None
-    for suffix, (shape, dtypes) in tensors.items():
-        yield module + suffix, shape, dtypes
-
-
-def covers(scheme: Scheme, module: str) -> bool:
-    """Tell whether a `quantization_config` quantises this linear module."""
-    if isinstance(scheme, Fp8Scheme):
-        return module not in scheme.ignore
-    return isinstance(scheme, Int4Scheme) and is_int4(module, scheme)
-
-
-def is_int4(module: str, scheme: Int4Scheme) -> bool:
-    """Tell whether a compressed-tensors config packs this linear module: targeted, not ignored."""
-
-    def matches(entry: str) -> bool:
-        if entry.startswith("re:"):
-            return re.match(entry[3:], module) is not None
-        return canonical(entry + ".") == module + "."
-
-    targeted = any(t == "Linear" or matches(t) for t in scheme.targets)
-    return targeted and not any(matches(entry) for entry in scheme.ignore)
+    yield module + ".weight", (O, I), FLOATS
 
 
 def known_extra(name: str, cfg: Config) -> bool:
@@ -508,6 +500,24 @@ def tensor_class(name: str, cfg: Config) -> str:
     return "other"
 
 
+def format_of_part(cfg: Config, name: str, dtype: str) -> StoredFormat | None:
+    """Return the safetensors format that has such a tensor; None for floats and for a GGUF's."""
+    part = "." + name.rpartition(".")[2]
+    form = formats_by_part(cfg.quantization).get(part)
+    if form is None or dtype not in DTYPES or (form.parts[part] and dtype in FLOATS):
+        return None
+    return form
+
+
+def count_numbers(cfg: Config, name: str, dtype: str, shape: tuple[int, ...]) -> int:
+    """Return how many numbers of a weight a tensor holds, also in packed codes; 0 for scales."""
+    form = format_of_part(cfg, name, dtype)
+    if form is None:
+        return prod(shape)
+    bits = form.parts["." + name.rpartition(".")[2]]
+    return prod(shape) * 8 * np.dtype(DTYPES[dtype]).itemsize // bits if bits else 0
+
+
 def summary(checkpoint: Checkpoint) -> dict[str, Any]:
     """Count bytes by class, and parameters in total and those that one token uses."""
     cfg = checkpoint.cfg
@@ -516,11 +526,10 @@ def summary(checkpoint: Checkpoint) -> dict[str, Any]:
     for name, stored in checkpoint.tensors.items():
         kind = tensor_class(name, cfg)
         bytes_by_class[kind] = bytes_by_class.get(kind, 0) + stored.nbytes
-        scales = (".weight_scale", ".weight_shape", ".weight_scale_inv")
-        if kind == "other" or name.endswith(scales):
+        if kind == "other":
             continue
         use = {"routed experts": "routed", "embedding": "embedding"}.get(kind, "once")
-        count[use] += prod(stored.shape) * (8 if name.endswith(".weight_packed") else 1)
+        count[use] += count_numbers(cfg, name, stored.dtype, stored.shape)
     chosen = count["routed"] * cfg.num_experts_per_tok // cfg.n_routed_experts
     active = count["once"] + chosen + cfg.hidden_size  # a token looks up one row of the embedding
     return {

@@ -24,7 +24,7 @@ from refmoe.files import InputError, cache_folder
 from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import MlpWeights, MoeWeights
 from refmoe.model.formats.q8_0 import Q8
-from refmoe.model.formats.registry import all_formats
+from refmoe.model.formats.registry import all_formats, formats_by_part
 from refmoe.model.matrix import Matrix, dequantize, format_of, tiles
 from refmoe.model.numerics import Numerics
 from refmoe.weights.checkpoint import Checkpoint, read_header, tensor_class
@@ -75,7 +75,9 @@ def checkpoint_q8(checkpoint: Checkpoint, nx: Numerics) -> Checkpoint:
     out = checkpoint.reading(checkpoint.source)
     out.tensors = dict(checkpoint.tensors)
     for name, t in read_header(file).items():
-        out.tensors.pop(f"{name}.weight_scale_inv", None)
+        for part in formats_by_part(checkpoint.cfg.quantization):
+            if part != ".weight":
+                out.tensors.pop(name + part, None)
         shape = tuple(matrices[name].shape)
         out.tensors[f"{name}.weight"] = t._replace(dtype="Q8_0", shape=shape)
     return out

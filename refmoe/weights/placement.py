@@ -28,9 +28,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refmoe.config import Config, OtherScheme
+from refmoe.config import Config
 from refmoe.files import InputError
-from refmoe.weights.checkpoint import DTYPES, Checkpoint, expected, tensor_class
+from refmoe.model.formats.registry import supported_methods, unknown_method
+from refmoe.weights.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    count_numbers,
+    expected,
+    format_of_part,
+    tensor_class,
+)
 from refmoe.weights.dense import CLASSES
 
 KINDS = ("vram", "ram", "pmem", "disk")  # fastest first
@@ -73,10 +81,10 @@ class Parts:
         dense  exact, or q8: 8-bit weights for what every token uses. Raises `InputError` for a
         quantisation whose sizes are not known.
         """
-        if isinstance(cfg.quantization, OtherScheme):
+        if (method := unknown_method(cfg.quantization)) is not None:
             raise InputError(
-                f"quant_method = {cfg.quantization.quant_method!r}: the sizes of its weights are "
-                "not known; known: compressed-tensors pack-quantized (INT4), fp8, and none"
+                f"quant_method = {method!r}: the sizes of its weights are "
+                f"not known; known: {supported_methods()}"
             )
         few = replace(cfg, n_routed_experts=1)  # they are all alike, and 23,040 in K2
         build = _Build(cfg, dense)
@@ -164,10 +172,13 @@ class _Build:
         kind = tensor_class(name, self.cfg)
         if kind == "other":
             return
-        scale = name.endswith((".weight_scale", ".weight_shape", ".weight_scale_inv"))
-        numbers = 0 if scale else prod(shape) * (8 if name.endswith(".weight_packed") else 1)
+        numbers = count_numbers(self.cfg, name, dtype, shape)
         if self.dense == "q8" and kind in CLASSES and "layernorm" not in name:
-            nbytes = _in_8_bits(name, shape, dtype, nbytes)
+            form = format_of_part(self.cfg, name, dtype)
+            if form is None or (form.eight_bits and numbers):
+                nbytes = _in_8_bits(name, shape, dtype, nbytes)
+            elif form.eight_bits:  # scales go with the codes that are replaced
+                nbytes = 0
         at = re.match(r"model\.layers\.(\d+)\.", name)
         layer = int(at[1]) if at else None
         if kind == "routed experts":
@@ -219,10 +230,7 @@ def _module(kind: str, layer: int | None) -> str:
 
 
 def _in_8_bits(name: str, shape: tuple[int, ...], dtype: str, nbytes: int) -> int:
-    """Return a tensor's bytes as `dense_q8` holds it: in blocks, unless it is INT4 or has no whole
-    groups of columns."""
-    if name.endswith("_inv"):
-        return 0
+    """Return a tensor's bytes as `dense_q8` holds it: in blocks, if it has whole groups."""
     group, block = Q8_BLOCK
     alone = dtype == "I32" or not name.endswith(".weight") or shape[-1] % group
     return nbytes if alone else prod(shape) // group * block

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refmoe import cli
+from refmoe.config import Quantization
 from refmoe.files import InputError, parse_size
 from refmoe.run.export import to_gguf
 from refmoe.run.load import load
@@ -116,9 +117,8 @@ def test_a_gguf_is_counted_from_its_tensors(tmp_path):
 
 
 def test_an_unknown_quantisation_is_refused():
-    from refmoe.config import OtherScheme
-
-    cfg = replace(plan_time.model_config(), quantization=OtherScheme("modelopt NVFP4"))
+    nvfp4 = Quantization.from_dict({"quant_method": "modelopt", "format": "NVFP4"})
+    cfg = replace(plan_time.model_config(), quantization=nvfp4)
     with pytest.raises(InputError, match="NVFP4"):
         Parts.of(cfg)
 

@@ -12,6 +12,7 @@ import safetensors.numpy
 import refmoe
 from refmoe.config import Config
 from refmoe.files import InputError
+from refmoe.model.formats.registry import announced_formats
 from refmoe.weights.checkpoint import Checkpoint, expected, read_header, summary
 from refmoe.weights.synthetic.random import INT4_CONFIG, axes, write_random
 from tests.networks import SHAPE
@@ -310,7 +311,7 @@ def test_another_int4_scheme_is_refused_by_field(key, value):
     raw = json.loads(json.dumps(INT4_CONFIG))
     raw["config_groups"]["group_0"]["weights"][key] = value
     with pytest.raises(InputError, match=rf"group_0\.weights\.{key}"):
-        Config.from_dict({**SHAPE, "quantization_config": raw})
+        announced_formats(Config.from_dict({**SHAPE, "quantization_config": raw}).quantization)
 
 
 def test_published_configs_parse(kimi):

@@ -24,9 +24,15 @@ from refmoe.lint.facts.settings import SHAPE, compare_configs
 from refmoe.lint.facts.shards import gather
 from refmoe.lint.matrices import keys_of, matrix_of, parts_of, values_of
 from refmoe.lint.registry import select as select_rules
-from refmoe.model.formats.registry import all_formats
+from refmoe.model.formats.registry import safetensors_formats
 from refmoe.model.matrix import Matrix
-from refmoe.weights.checkpoint import Checkpoint, expected, known_extra, tensor_class
+from refmoe.weights.checkpoint import (
+    Checkpoint,
+    expected,
+    known_extra,
+    read_config,
+    tensor_class,
+)
 from refmoe.weights.gguf import Gguf, is_gguf
 
 CAUSES = 100  # wrong tensors whose cause is sought: each takes seconds at K2's sizes
@@ -180,7 +186,7 @@ def _open(path: str | Path, cfg: Config | None, findings: Findings) -> Checkpoin
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{folder}: no *.safetensors file")
     if cfg is None or (folder / "config.json").exists():
-        cfg = Config.load(folder)
+        cfg = read_config(folder)
     return Checkpoint(folder, cfg, gather(folder, findings))
 
 
@@ -244,7 +250,7 @@ def _compare(key: str, a: Checkpoint, b: Checkpoint, seek: bool) -> Pair | Damag
 def _format(m: Matrix, checkpoint: Checkpoint, key: str) -> str:
     """Return the name of the format of a weight as it is summed up."""
     name = getattr(m, "format", None)
-    if any(f.name == name and f.scheme is not None for f in all_formats()):
+    if name in safetensors_formats():
         return str(name).upper()
     parts = parts_of(checkpoint, key)
     return "/".join(dict.fromkeys(checkpoint.tensors[part].dtype for part in parts))

@@ -9,7 +9,8 @@ import numpy as np
 
 from refmoe.files import InputError, read_object
 from refmoe.lint.base import Findings, Place, same_bytes
-from refmoe.weights.checkpoint import INDEX, TensorEntry, canonical, read_header
+from refmoe.model.formats.names import canonical
+from refmoe.weights.checkpoint import INDEX, TensorEntry, read_header
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from refmoe.config import OtherScheme
 from refmoe.lint.base import Found
 from refmoe.lint.facts.names import Names
 from refmoe.lint.facts.settings import (
@@ -18,6 +17,7 @@ from refmoe.lint.facts.settings import (
 )
 from refmoe.lint.facts.shards import BadFile
 from refmoe.lint.registry import rule
+from refmoe.model.formats.registry import unknown_method
 
 
 @rule(
@@ -52,8 +52,7 @@ def config_format(net: Network) -> Iterator[Found]:
 
     The settings were still examined, but no tensor was.
     """
-    if isinstance(net.cfg.quantization, OtherScheme):
-        method = net.cfg.quantization.quant_method
+    if (method := unknown_method(net.cfg.quantization)) is not None:
         yield Found(f"quant_method = {method!r}: its weights cannot be read here")
 
 

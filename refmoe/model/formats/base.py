@@ -1,6 +1,8 @@
 """What a stored matrix is, and what a format file says about its format."""
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -48,20 +50,44 @@ class GgufType(NamedTuple):
     nbytes: int  # of a block
 
 
+class Scheme(Protocol):
+    """How a `quantization_config` announces a safetensors format, with the settings it states.
+
+    Made without arguments it has the settings that are usual: a dump of weights may lack a config.
+    """
+
+    announced_as: ClassVar[str]  # `quant_method` and more, for the list of what is supported
+
+    @classmethod
+    def parse(cls, raw: dict[str, Any]) -> Self | None:
+        """Read a `quantization_config`; None if it announces other formats.
+
+        Raises `InputError`, with the field's name, if it announces this one with settings that
+        cannot be read; it reaches the user unless another format reads the config.
+        """
+        ...
+
+    def covers(self, module: str) -> bool:
+        """Tell whether this linear module, by its canonical name, is stored in the format."""
+        ...
+
+
 class StoredFormat(NamedTuple):
     """One format: every file of this folder that has one ends with `FORMAT = StoredFormat(…)`.
 
-    Of a safetensors format `scheme` is the class of `quantization_config` (config.py) that chooses
-    it; the class then has `tensors(O, I, scheme)`, the tensors of a module by suffix, each with
-    shape and dtypes, and `open(array, scheme)`, the matrix that they are; `mark` is the suffix by
-    which such a module is known.
+    A safetensors format has a `scheme`, the class of its announcement. Its matrix class then has
+    `tensors(O, I, scheme)`, which returns the tensors of a module by suffix, each with shape and
+    dtypes, and `open(array, scheme)`, which makes the matrix of them. `parts` has the same suffixes
+    with the bits that a number of the matrix takes there, 0 for scales and the like; by the part
+    `mark` one sees that a module is stored so.
     """
 
     name: str  # `StoredMatrix.format`: what kernels and `Conventions.rounded_products` call it
     matrix: Any  # the class
     gguf: GgufType | None = None
-    scheme: type | None = None
+    scheme: type[Scheme] | None = None
     mark: str = ""
+    parts: Mapping[str, int] = MappingProxyType({})
     eight_bits: bool = True  # `--dense q8` replaces a matrix of this format
 
     def from_bytes(self, raw: np.ndarray, shape: tuple[int, ...]) -> Any:

@@ -11,11 +11,13 @@ published checkpoint. Safetensors: `weight`, `weight_scale_inv` of every linear 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from refmoe.config import Fp8Scheme
+from refmoe.config import check_count, get_names
+from refmoe.files import InputError
 from refmoe.model.formats.base import StoredFormat, TensorSpec
 from refmoe.model.matrix import array_module, round_bf16
 
@@ -31,6 +33,41 @@ def _e4m3() -> np.ndarray:
 
 
 E4M3 = _e4m3()
+
+
+@dataclass(frozen=True)
+class Fp8Scheme:
+    """The FP8 of DeepSeek: codes in e4m3 and one float32 scale a block.
+
+    Every linear module is stored in it but those in `ignore`: `lm_head`, and the
+    `modules_to_not_convert` of the config.
+    """
+
+    block: tuple[int, int] = (128, 128)  # rows, columns; last blocks may be partial
+    ignore: tuple[str, ...] = ("lm_head",)
+    announced_as: ClassVar[str] = "fp8"
+
+    @classmethod
+    def parse(cls, raw: dict[str, Any]) -> "Fp8Scheme | None":
+        """Read the settings of FP8; None for another `quant_method`.
+
+        Raises `InputError`, with the field's name, unless it is e4m3 in blocks.
+        """
+        if raw.get("quant_method") != "fp8":
+            return None
+        if raw.get("fmt", "e4m3") != "e4m3":
+            raise InputError(f"quantization_config.fmt = {raw['fmt']!r}; supported: 'e4m3'")
+        block = raw.get("weight_block_size")
+        if not isinstance(block, list) or len(block) != 2:
+            raise InputError(
+                f"quantization_config.weight_block_size = {block!r}; supported: [rows, columns]"
+            )
+        rows, columns = (check_count("quantization_config.weight_block_size", n) for n in block)
+        return cls((rows, columns), ("lm_head", *get_names(raw, "modules_to_not_convert")))
+
+    def covers(self, module: str) -> bool:
+        """Tell whether this linear module is converted."""
+        return module not in self.ignore
 
 
 class Fp8Block(NamedTuple):
@@ -122,4 +159,10 @@ class Fp8Block(NamedTuple):
         return cls(array(".weight"), array(".weight_scale_inv"), scheme.block)
 
 
-FORMAT = StoredFormat("fp8", Fp8Block, scheme=Fp8Scheme, mark=".weight_scale_inv")
+FORMAT = StoredFormat(
+    "fp8",
+    Fp8Block,
+    scheme=Fp8Scheme,
+    mark=".weight_scale_inv",
+    parts={".weight": 8, ".weight_scale_inv": 0},
+)

@@ -10,16 +10,79 @@ that `quantization_config` targets and does not ignore.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from refmoe.config import Int4Scheme
+from refmoe.config import get_names, get_object
 from refmoe.files import InputError
 from refmoe.model.formats.base import StoredFormat, TensorSpec
+from refmoe.model.formats.names import check_entries, matches, targets_linear
 from refmoe.model.matrix import array_module, bf16_bits, round_bf16, widen_bf16
 
 GROUP = 32  # columns to a scale
+
+
+@dataclass(frozen=True)
+class Int4Scheme:
+    """The INT4 of compressed-tensors (`pack-quantized`), and which modules are stored in it.
+
+    `targets` and `ignore` are matched against names of modules as `names.matches` does; the target
+    `Linear` is all linear modules.
+    """
+
+    targets: tuple[str, ...] = ("Linear",)
+    ignore: tuple[str, ...] = ()
+    group_size: int = GROUP
+    announced_as: ClassVar[str] = "compressed-tensors pack-quantized (INT4)"
+
+    @classmethod
+    def parse(cls, raw: dict[str, Any]) -> "Int4Scheme | None":
+        """Read the settings of compressed-tensors; None for another `quant_method` or `format`.
+
+        Raises `InputError`, with the field's name, unless every group is INT4 in groups of 32,
+        symmetric, with activations as they are.
+        """
+        if (raw.get("quant_method"), raw.get("format")) != ("compressed-tensors", "pack-quantized"):
+            return None
+        targets: list[str] = []
+        groups = get_object(raw, "config_groups")
+        for name in groups:
+            where = f"quantization_config.config_groups.{name}"
+            group = get_object(groups, name)
+            weights = get_object(group, "weights")
+            for key, value in _WEIGHTS.items():
+                if weights.get(key) != value:
+                    raise InputError(
+                        f"{where}.weights.{key} = {weights.get(key)!r}; supported: {value!r}"
+                    )
+            if group.get("input_activations") is not None:
+                raise InputError(
+                    f"{where}.input_activations: quantised activations are not supported"
+                )
+            targets += get_names(group, "targets")
+        if not targets:
+            raise InputError("quantization_config.config_groups names no targets")
+        ignore = get_names(raw, "ignore")
+        check_entries((*targets, *ignore))
+        return cls(tuple(targets), ignore)
+
+    def covers(self, module: str) -> bool:
+        """Tell whether this linear module is targeted and not ignored."""
+        return any(targets_linear(entry, module) for entry in self.targets) and not any(
+            matches(entry, module) for entry in self.ignore
+        )
+
+
+_WEIGHTS = {  # what `weights` of a config group must say
+    "num_bits": 4,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "group",
+    "group_size": GROUP,
+    "actorder": None,
+}
 
 
 class Int4(NamedTuple):
@@ -100,4 +163,11 @@ class Int4(NamedTuple):
         return m
 
 
-FORMAT = StoredFormat("int4", Int4, scheme=Int4Scheme, mark=".weight_packed", eight_bits=False)
+FORMAT = StoredFormat(
+    "int4",
+    Int4,
+    scheme=Int4Scheme,
+    mark=".weight_packed",
+    parts={".weight_packed": 4, ".weight_scale": 0, ".weight_shape": 0},
+    eight_bits=False,
+)

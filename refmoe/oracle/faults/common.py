@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.config import Config, Fp8Scheme, Int4Scheme
+from refmoe.config import Config
 from refmoe.model.decoder import Decoder, LayerWeights
 from refmoe.model.experts import Experts, MlpWeights, MoeWeights
 from refmoe.model.formats.bf16 import BF16
 from refmoe.model.formats.fp8_block import Fp8Block
 from refmoe.model.formats.int4 import Int4
+from refmoe.model.formats.registry import find_scheme
 from refmoe.model.matrix import Matrix, dequantize
 from refmoe.model.numerics import Numerics
 from refmoe.model.points import parse
@@ -44,9 +45,9 @@ def _can_halve_groups(cfg: Config) -> bool:
 WITH_GROUPS = Models("several groups of experts", _limits_groups)
 WITH_LARGE_GROUPS = Models("groups that can be halved", _can_halve_groups)
 WITH_SHARED = Models("shared experts", lambda cfg: cfg.n_shared_experts > 0)
-WITH_INT4 = Models("INT4 weights", lambda cfg: isinstance(cfg.quantization, Int4Scheme))
+WITH_INT4 = Models("INT4 weights", lambda cfg: find_scheme(cfg.quantization, "int4") is not None)
 WITHOUT_INT4 = Models("no INT4 weights", lambda cfg: not WITH_INT4(cfg))
-WITH_FP8 = Models("FP8 weights", lambda cfg: isinstance(cfg.quantization, Fp8Scheme))
+WITH_FP8 = Models("FP8 weights", lambda cfg: find_scheme(cfg.quantization, "fp8") is not None)
 WITH_Q_LORA = Models("`q_lora_rank`", lambda cfg: cfg.q_lora_rank is not None)
 WITH_NORM_TOPK = Models("`norm_topk_prob`", lambda cfg: cfg.norm_topk_prob)
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from refmoe.files import InputError
+from refmoe.model.formats.names import canonical
 from refmoe.oracle.readers.base import Arrays, Dump, narrowest_type, read_ids
 from refmoe.oracle.readers.huggingface import name_outputs
-from refmoe.weights.checkpoint import canonical
 
 TOKENS = ("tokens", "input_ids", "sequences")
 DEPTH = 20  # of dicts in dicts: a pickle may hold itself

@@ -49,8 +49,9 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.config import Config, Fp8Scheme, Int4Scheme
+from refmoe.config import Config
 from refmoe.engines import Conventions
+from refmoe.model.formats.registry import announced_formats
 from refmoe.oracle.trace import DIRECTIONS
 from refmoe.weights.checkpoint import DTYPES
 
@@ -150,12 +151,12 @@ COLUMNS = {  # tensor of the file → the point of each layer
 
 def network_conventions(conventions: Conventions, cfg: Config) -> dict[str, Any]:
     """Return what of the conventions makes a difference to float64 under this config."""
-    scheme = {Int4Scheme: "int4", Fp8Scheme: "fp8"}.get(type(cfg.quantization))
+    stored = {a.format.name for a in announced_formats(cfg.quantization)}
     yarn = cfg.rope_scaling
     betas = conventions.yarn_betas or (yarn and (yarn.beta_fast, yarn.beta_slow))
     return {
         "latent_norm_eps": conventions.latent_norm_eps or cfg.rms_norm_eps,
-        "rounded_products": scheme in conventions.rounded_products,
+        "rounded_products": not stored.isdisjoint(conventions.rounded_products),
         "masked_groups": conventions.masked_groups if cfg.n_group != cfg.topk_group else None,
         "routed_scale": conventions.routed_scale,
         "yarn_betas": betas if yarn else None,

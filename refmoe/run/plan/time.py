@@ -10,6 +10,7 @@ from refmoe.config import Config
 from refmoe.files import InputError
 from refmoe.run.plan.hardware import Hardware, check_hardware, check_range
 from refmoe.run.plan.units import NUMBER_BYTES
+from refmoe.weights.checkpoint import read_config
 from refmoe.weights.placement import Parts, Placement, Share, Tier, bytes_per_token, place
 from refmoe.weights.synthetic.members import MEMBERS, published
 
@@ -24,7 +25,7 @@ def model_config(config: Path | None = None, member: str | None = None) -> Confi
     Without either it is K2-Thinking's. Raises `InputError` for an unknown member.
     """
     if config is not None:
-        return Config.load(config)
+        return read_config(config)
     name = member or "k2-thinking"
     if name not in MEMBERS:
         raise InputError(f"no member {name!r}; known: {', '.join(MEMBERS)}")

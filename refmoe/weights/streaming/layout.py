@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from refmoe.model.formats.registry import formats_by_part
 from refmoe.weights.checkpoint import Checkpoint, TensorEntry
 from refmoe.weights.streaming.reader import PAGE, Extent
 
@@ -68,8 +69,8 @@ def lay_out(tensors: Iterable[TensorEntry]) -> Layout:
 def expert_tensors(checkpoint: Checkpoint, layer: int, e: int) -> list[TensorEntry]:
     """Return the tensors of a routed expert."""
     at = f"model.layers.{layer}.mlp.experts.{e}."
-    ends = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_scale_inv")
-    names = (f"{at}{part}_proj.{end}" for part in ("gate", "up", "down") for end in ends)
+    ends = dict.fromkeys((".weight", *formats_by_part(checkpoint.cfg.quantization)))
+    names = (f"{at}{part}_proj{end}" for part in ("gate", "up", "down") for end in ends)
     tensors = checkpoint.tensors
     return [tensors[name] for name in names if name in tensors]
 

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from safetensors import TensorSpec, serialize_file
 
-from refmoe.config import Config, Fp8Scheme
+from refmoe.config import Config
 from refmoe.files import InputError, write_atomically
 from refmoe.model.formats.fp8_block import Fp8Block
 from refmoe.model.formats.int4 import Int4
+from refmoe.model.formats.registry import find_scheme
 from refmoe.model.matrix import bf16_bits
 from refmoe.weights.checkpoint import INDEX, expected, tensor_class
 
@@ -160,9 +161,8 @@ def draw(cfg: Config, dtype: str, seed: int) -> Tensors:
             tensors[name.replace("_packed", "_scale")] = ("bfloat16", scale)
             tensors[name.replace("_packed", "_shape")] = ("int32", np.array([O, words * 8], "<i4"))
         elif dtypes == ("F8_E4M3",):
-            assert isinstance(cfg.quantization, Fp8Scheme)
             w = rng.standard_normal(size) / sqrt(size[-1])
-            bits, scale = pack_fp8(w, cfg.quantization.block)
+            bits, scale = pack_fp8(w, find_scheme(cfg.quantization, "fp8").block)
             tensors[name] = ("float8_e4m3fn", bits)
             tensors[name + "_scale_inv"] = ("float32", scale)
         elif name not in tensors:
