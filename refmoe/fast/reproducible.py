@@ -41,6 +41,9 @@ def reproducible_policy(name: str, conventions: Conventions | str = "refmoe") ->
 
 def linear(x: np.ndarray, m: Matrix, rounded: tuple[str, ...] = ()) -> np.ndarray:
     """Return y = x Wᵀ by the definition, tile by tile: x [T, I] → [T, O]."""
+    if _is_one_tile(m):
+        with single_blas_thread():
+            return matrix.linear(x, m, rounded)
     y = np.empty((len(x), m.shape[0]), x.dtype)
 
     def multiply(rows: slice, tile: Matrix) -> None:
@@ -56,13 +59,20 @@ def for_each_tile(m: Matrix, work: Callable[[slice, Matrix], None]) -> None:
     BLAS uses one thread in each call.
     """
     with single_blas_thread():
-        if isinstance(m, Heads):  # which has no rows of its own
+        if _is_one_tile(m):
             work(slice(0, m.shape[0]), m)
         elif isinstance(m, Tiled):  # each tile becomes invalid when the next one is asked for
             for rows, tile in m.tiles():
                 _share(tile, rows.start, work)
         else:
             _share(m, 0, work)
+
+
+def _is_one_tile(m: Matrix) -> bool:
+    """Tell whether a matrix is small, or its rows lie in two places: then nothing is shared."""
+    if isinstance(m, Tiled):
+        return False
+    return isinstance(m, Heads) or m.shape[0] * m.shape[1] <= TILE
 
 
 def _share(m: Matrix, first: int, work: Callable[[slice, Matrix], None]) -> None:
