@@ -101,6 +101,58 @@ def test_the_rule_notices_a_breach(tmp_path):
     ]
 
 
+def needed_at_once(path: Path, modules: set[str]) -> set[str]:
+    """The modules that a module imports while it is loaded, not in functions or for types."""
+    left: list[ast.stmt] = list(ast.parse(path.read_text("utf-8")).body)
+    found: set[str] = set()
+    while left:
+        match left.pop():
+            case ast.ImportFrom(module=str(module), names=names):
+                found |= {f"{module}.{a.name}" for a in names} | {module}
+            case ast.If(test=test, body=body, orelse=others) if "TYPE_CHECKING" not in ast.dump(
+                test
+            ):
+                left += [*body, *others]
+            case ast.Try(body=body) | ast.With(body=body):
+                left += body
+    return found & modules
+
+
+def circle(needs: dict[str, set[str]]) -> list[str]:
+    """Some modules that need each other; none if they can be loaded one after another."""
+    left = dict(needs)
+    while ready := [m for m, others in left.items() if not others & left.keys()]:
+        for m in ready:
+            del left[m]
+    return sorted(left)
+
+
+def test_no_modules_import_each_other():
+    paths = {
+        ".".join(("refmoe", *p.relative_to(PACKAGE).with_suffix("").parts)): p
+        for p in PACKAGE.rglob("*.py")
+        if p.name != "__init__.py"
+    }
+    assert circle({m: needed_at_once(p, paths.keys() - {m}) for m, p in paths.items()}) == []
+    assert circle({"a": {"b"}, "b": {"a"}, "c": {"a"}, "d": set()}) == ["a", "b", "c"]
+
+
+def test_docstrings_stand_alone():
+    """None begins as the end of the one above it."""
+    fragments = ("The same ", "Of ", "What ", "Where ", "So ", "Those ", "Whichever ", "Some ")
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                text = ast.get_docstring(node) or ""
+                assert not text.startswith(fragments), f"{path}:{node.lineno}: {text}"
+
+
+def test_files_are_short_enough_to_be_read():
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "kernels.py" or path.parent.name != "fast":  # which says why it is one file
+            assert len(path.read_text("utf-8").splitlines()) <= 850, path
+
+
 def test_the_paper_needs_only_numpy():
     allowed = {"numpy", "refmoe"} | set(sys.stdlib_module_names)
     for path in (PACKAGE / "model").rglob("*.py"):

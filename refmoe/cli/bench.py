@@ -35,6 +35,7 @@ SLICE_SHAPE = {"experts": 384, "vocab": 163840, "layers": 2}  # K2's own, but fo
 
 
 def add(parser: Parser) -> None:
+    """Add the options of `refmoe bench` to its parser."""
     describe(
         parser,
         "Measure. Speeds are given beside the rate of plain reading in the same run, since rates "

@@ -22,6 +22,7 @@ from refmoe.text.messages import read_tools
 
 
 def add(parser: Parser) -> None:
+    """Add the options of `refmoe chat` to its parser."""
     describe(
         parser,
         "Talk with the model: read lines from standard input, answer each through the "
@@ -44,6 +45,7 @@ def add(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> int:
+    """Run `refmoe chat` and return its exit code."""
     check_sampling(args)
     ctrl_c.does = "leave"  # until there is a prompt: loading leaves nothing behind
     model = open_model(args)

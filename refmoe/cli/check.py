@@ -19,6 +19,7 @@ from refmoe.run.load import load
 
 
 def add(parser: Parser) -> None:
+    """Add the options of `refmoe check` to its parser."""
     describe(
         parser,
         "Judge what another engine computed: each operation in float64 on the engine's own "
@@ -61,6 +62,7 @@ def add(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> int:
+    """Run `refmoe check` and return its exit code."""
     if args.truth:
         model_only = ("--model", "--tokens", "--against", "--repro", "--html")
         refuse(args, model_only, "needs the model; --truth has none")

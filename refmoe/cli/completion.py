@@ -11,6 +11,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 def add(parser: Parser) -> None:
+    """Add the options of `refmoe completion` to its parser."""
     describe(
         parser,
         "Print a script with which a shell completes verbs, options, and names such as engines "
@@ -28,6 +29,7 @@ def add(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> int:
+    """Run `refmoe completion` and return its exit code."""
     try:
         shtab: Any = importlib.import_module("shtab")
     except ImportError:

@@ -14,6 +14,7 @@ NAMED = 4  # tensors that are not exact and are named
 
 
 def add(parser: Parser) -> None:
+    """Add the options of `refmoe export` to its parser."""
     describe(
         parser,
         "Write a model in another format. Tensors whose values are not exactly those of the "
@@ -51,6 +52,7 @@ def add(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> int:
+    """Run `refmoe export` and return its exit code."""
     if args.to == "gguf":
         if args.experts not in (None, "q4_0"):
             refuse(args, ("--otherwise",), f"is for --experts q4_0, not {args.experts}")

@@ -29,6 +29,7 @@ from refmoe.weights.streaming.store import describe_store, format_store
 
 
 def add(parser: Parser) -> None:
+    """Add the options of `refmoe generate` to its parser."""
     describe(
         parser,
         "Continue a prompt and print the text as it is made.",
@@ -51,6 +52,7 @@ def add(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> int:
+    """Run `refmoe generate` and return its exit code."""
     if args.tokens:
         refuse(args, ("prompt",), "and --tokens: give one of the two")
     check_sampling(args)

@@ -22,6 +22,7 @@ from refmoe.run.load import load
 
 
 def add(parser: Parser) -> None:
+    """Add the options of `refmoe golden` to its parser."""
     describe(
         parser,
         "Goldens are results that other engines computed, stored with their origin. A truth is "

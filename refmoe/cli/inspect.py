@@ -17,6 +17,7 @@ SHOWN = 20  # names of missing, unread and stray tensors; --json lists all
 
 
 def add(parser: Parser) -> None:
+    """Add the options of `refmoe inspect` to its parser."""
     describe(
         parser,
         "Show what a checkpoint holds: configuration, parameters, bytes and formats by class of "
@@ -29,6 +30,7 @@ def add(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> int:
+    """Run `refmoe inspect` and return its exit code."""
     checkpoint = open_checkpoint(args.model or golden_folder() / "tiny-k2")
     if args.json:
         print_json(_document(checkpoint))

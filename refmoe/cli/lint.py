@@ -13,6 +13,7 @@ from refmoe.run.load import golden_folder
 
 
 def add(parser: Parser) -> None:
+    """Add the options of `refmoe lint` to its parser."""
     describe(
         parser,
         "Compare a checkpoint with what is known of its family: configuration, router bias, YaRN "
@@ -44,6 +45,7 @@ def _ids(text: str) -> list[str]:
 
 
 def run(args: Namespace) -> int:
+    """Run `refmoe lint` and return its exit code."""
     if args.rules:
         others = ("folder", "--against", "--select", "--ignore", "--json")
         refuse(args, others, "does not go with --rules, which lists all rules and stops")

@@ -40,6 +40,7 @@ def open_model(args: argparse.Namespace, passing: bool = False) -> Model:
 
 
 def set_threads(count: int) -> None:
+    """Let so many threads compute from now on."""
     from refmoe.fast.threads import use
 
     use(count)

@@ -18,6 +18,7 @@ MISSED = 4  # mutants of a fault that --verbose lists
 
 
 def add(parser: Parser) -> None:
+    """Add the options of `refmoe mutate` to its parser."""
     describe(
         parser,
         "Plant known faults in healthy runs and count how many `refmoe check` detects, places at "
@@ -40,6 +41,7 @@ def add(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> int:
+    """Run `refmoe mutate` and return its exit code."""
     for name in args.faults:
         if name not in BY_ID:
             raise InputError(f"fault {unknown_name(name, BY_ID)}")

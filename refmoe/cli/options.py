@@ -33,6 +33,7 @@ def add_json(parser: Group) -> None:
 
 
 def add_model(parser: Group) -> None:
+    """Add --model."""
     parser.add_argument("--model", type=Path, metavar="PATH", help=MODEL)
 
 
@@ -47,6 +48,7 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
 
 
 def add_conventions(group: Group) -> None:
+    """Add --conventions."""
     help = (
         f"compute as this engine does where engines differ: {', '.join(ENGINES)}; default: refmoe"
     )
@@ -69,6 +71,7 @@ def add_sampling(parser: argparse.ArgumentParser, temperature: float) -> None:
 
 
 def add_dense(group: Group, default: str | None = "exact") -> None:
+    """Add --dense; a default of None leaves it to the preset."""
     said = "exact" if default else "exact, or the preset's"
     help = "exact: weights as stored; q8: attention, shared experts, dense MLP and head in 8 bits; "
     group.add_argument(
@@ -77,6 +80,7 @@ def add_dense(group: Group, default: str | None = "exact") -> None:
 
 
 def add_int4(group: Group) -> None:
+    """Add --int4."""
     help = (
         "fast: 16-bit activations for INT4, Q4_0 and, in prompts, 8-bit weights (2e-5 of a "
         "result); exact: float32; default: fast"
@@ -85,11 +89,13 @@ def add_int4(group: Group) -> None:
 
 
 def add_cache(group: Group) -> None:
+    """Add --cache."""
     help = "format of the latent cache: float32, or bf16 in half the memory; default: float32"
     group.add_argument("--cache", choices=CACHES, default="float32", metavar="FORMAT", help=help)
 
 
 def add_threads(group: Group) -> None:
+    """Add --threads."""
     help = "how many threads compute; default: one for each processor"
     group.add_argument("--threads", type=int, metavar="N", help=help)
 

@@ -25,6 +25,7 @@ MEMORIES = {"ram": "main memory", "vram": "card memory", "pmem": "persistent mem
 
 
 def add(parser: Parser) -> None:
+    """Add the options of `refmoe plan` to its parser."""
     describe(
         parser,
         "Predict where a model's weights will lie, whether they fit, and how fast it decodes. "
@@ -83,6 +84,7 @@ def _add_hardware(group: argparse._ArgumentGroup) -> None:
 
 
 def run(args: Namespace) -> int:
+    """Run `refmoe plan` and return its exit code."""
     if args.validate:
         return _validate(args)
     hardware = _hardware(args)

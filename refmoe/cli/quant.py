@@ -23,6 +23,7 @@ WORST = 5  # tensors that `expect` lists; --all lists every one
 
 
 def add(parser: Parser) -> None:
+    """Add the options of `refmoe quant` to its parser."""
     describe(
         parser,
         "Compare two files of one model tensor by tensor, or measure what a format costs.",

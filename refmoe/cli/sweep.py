@@ -25,6 +25,7 @@ from refmoe.weights.streaming.store import format_store
 
 
 def add(parser: Parser) -> None:
+    """Add the options of `refmoe sweep` to its parser."""
     describe(
         parser,
         "Take many prompts through the network layer by layer, so that each weight is read once "
@@ -66,6 +67,7 @@ def add(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> int:
+    """Run `refmoe sweep` and return its exit code."""
     if args.logits == "none":
         refuse(args, ("--positions",), "says where logits are wanted; --logits none writes none")
     model = open_model(args, passing=True)

@@ -17,6 +17,7 @@ from refmoe.weights.synthetic.k2_full import k2_full
 
 
 def add(parser: Parser) -> None:
+    """Add the options of `refmoe tiny` to its parser."""
     describe(
         parser,
         "Write a small checkpoint of random weights, as any engine that reads Hugging Face's "
@@ -48,6 +49,7 @@ def add(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> int:
+    """Run `refmoe tiny` and return its exit code."""
     shape = _shape([item for item in args.shape if item != FULL])
     if FULL in args.shape:
         why = f"does not go with --shape {FULL}: {FULL} decides layout, format and shards"

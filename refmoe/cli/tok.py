@@ -15,6 +15,7 @@ from refmoe.text.tokenizer import Tokenizer
 
 
 def add(parser: Parser) -> None:
+    """Add the options of `refmoe tok` to its parser."""
     describe(
         parser,
         "Print the token ids of a text, or of messages rendered by the chat template. With "
@@ -45,6 +46,7 @@ def add(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> int:
+    """Run `refmoe tok` and return its exit code."""
     folder = args.model or golden_folder() / "tiny-k2"
     words = Tokenizer.load(folder)
     ids, text = _input(args, folder, words)

@@ -14,6 +14,7 @@ from refmoe.version import __version__
 
 
 def add(parser: Parser) -> None:
+    """Add the options of `refmoe trace` to its parser."""
     describe(
         parser,
         "Compute one forward pass and write the tensors of its points (docs/points.md names them) "
@@ -42,6 +43,7 @@ def add(parser: Parser) -> None:
 
 
 def run(args: Namespace) -> int:
+    """Run `refmoe trace` and return its exit code."""
     model = open_model(args)
     sequences = read_tokens(args.tokens) if args.tokens else [model.tokenizer.encode(args.text)]
     arrays = {}

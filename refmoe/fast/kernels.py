@@ -638,81 +638,97 @@ _decoded_int4 = decoded(INT4)
 
 @kernel
 def f32(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end):  # type: ignore
+    """Multiply rows of float32 with a few tokens; see `dots`."""
     _dots_f32(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end)
 
 
 @kernel
 def f16(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end):  # type: ignore
+    """Multiply rows of float16 with a few tokens; see `dots`."""
     _dots_f16(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end)
 
 
 @kernel
 def bf16(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end):  # type: ignore
+    """Multiply rows of bf16 with a few tokens; see `dots`."""
     _dots_bf16(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end)
 
 
 @kernel
 def fp8(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end):  # type: ignore
+    """Multiply rows of FP8 with a few tokens; see `dots`."""
     _dots_fp8(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end)
 
 
 @kernel
 def q8(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end):  # type: ignore
+    """Multiply rows of Q8_0 with a few tokens; see `dots`."""
     _dots_q8(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end)
 
 
 @kernel
 def q4(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end):  # type: ignore
+    """Multiply rows of Q4_0 with a few tokens; see `dots`."""
     _dots_q4(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end)
 
 
 @kernel
 def q4_fast(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end):  # type: ignore
+    """Multiply rows of Q4_0, with x in 16 bits with a few tokens; see `dots`."""
     _dots_q4_fast(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end)
 
 
 @kernel
 def int4(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end):  # type: ignore
+    """Multiply rows of INT4 with a few tokens; see `dots`."""
     _dots_int4(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end)
 
 
 @kernel
 def int4_fast(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end):  # type: ignore
+    """Multiply rows of INT4, with x in 16 bits with a few tokens; see `dots`."""
     _dots_int4_fast(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, T, begin, end)
 
 
 @kernel
 def f32_rows(w, w_row, s, s_row, share, out, out_row, steps, begin, end):  # type: ignore
+    """Decode rows of float32 to float32; see `decoded`."""
     _decoded_f32(w, w_row, s, s_row, share, out, out_row, steps, begin, end)
 
 
 @kernel
 def f16_rows(w, w_row, s, s_row, share, out, out_row, steps, begin, end):  # type: ignore
+    """Decode rows of float16 to float32; see `decoded`."""
     _decoded_f16(w, w_row, s, s_row, share, out, out_row, steps, begin, end)
 
 
 @kernel
 def bf16_rows(w, w_row, s, s_row, share, out, out_row, steps, begin, end):  # type: ignore
+    """Decode rows of bf16 to float32; see `decoded`."""
     _decoded_bf16(w, w_row, s, s_row, share, out, out_row, steps, begin, end)
 
 
 @kernel
 def fp8_rows(w, w_row, s, s_row, share, out, out_row, steps, begin, end):  # type: ignore
+    """Decode rows of FP8 to float32; see `decoded`."""
     _decoded_fp8(w, w_row, s, s_row, share, out, out_row, steps, begin, end)
 
 
 @kernel
 def q8_rows(w, w_row, s, s_row, share, out, out_row, steps, begin, end):  # type: ignore
+    """Decode rows of Q8_0 to float32; see `decoded`."""
     _decoded_q8(w, w_row, s, s_row, share, out, out_row, steps, begin, end)
 
 
 @kernel
 def q4_rows(w, w_row, s, s_row, share, out, out_row, steps, begin, end):  # type: ignore
+    """Decode rows of Q4_0 to float32; see `decoded`."""
     _decoded_q4(w, w_row, s, s_row, share, out, out_row, steps, begin, end)
 
 
 @kernel
 def int4_rows(w, w_row, s, s_row, share, out, out_row, steps, begin, end):  # type: ignore
+    """Decode rows of INT4 to float32; see `decoded`."""
     _decoded_int4(w, w_row, s, s_row, share, out, out_row, steps, begin, end)
 
 
@@ -768,26 +784,31 @@ _summed_q8 = summed(Q8)
 
 @kernel
 def f32_sum(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, count, every, begin, end):  # type: ignore
+    """Add up rows of float32, weighted; see `summed`."""
     _summed_f32(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, count, every, begin, end)
 
 
 @kernel
 def f16_sum(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, count, every, begin, end):  # type: ignore
+    """Add up rows of float16, weighted; see `summed`."""
     _summed_f16(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, count, every, begin, end)
 
 
 @kernel
 def bf16_sum(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, count, every, begin, end):  # type: ignore
+    """Add up rows of bf16, weighted; see `summed`."""
     _summed_bf16(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, count, every, begin, end)
 
 
 @kernel
 def fp8_sum(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, count, every, begin, end):  # type: ignore
+    """Add up rows of FP8, weighted; see `summed`."""
     _summed_fp8(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, count, every, begin, end)
 
 
 @kernel
 def q8_sum(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, count, every, begin, end):  # type: ignore
+    """Add up rows of Q8_0, weighted; see `summed`."""
     _summed_q8(w, w_row, s, s_row, share, x, x_row, y, y_row, steps, count, every, begin, end)
 
 
@@ -796,6 +817,7 @@ _multiplied_q8 = multiplied()
 
 @kernel
 def q8_many(w, w_row, scratch, x, x_row, u, u_row, y, y_row, steps, T, begin, end):  # type: ignore
+    """Multiply rows of Q8_0 with many tokens of 16 bits; see `multiplied`."""
     _multiplied_q8(w, w_row, scratch, x, x_row, u, u_row, y, y_row, steps, T, begin, end)
 
 
@@ -820,7 +842,7 @@ def sixteen(x, codes, units):  # type: ignore
 
 
 class Kernels(NamedTuple):
-    """What multiplies by, decodes and adds up the rows of one form."""
+    """The kernels of one form: they multiply by its rows, decode them and add them up."""
 
     form: Form
     few: Callable[..., None]  # rows times tokens

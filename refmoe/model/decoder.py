@@ -104,7 +104,7 @@ def vocabulary(x: np.ndarray, lm_head: Matrix, nx: Numerics) -> np.ndarray:
 
 
 def head(x: np.ndarray, norm: Matrix, lm_head: Matrix, cfg: Config, nx: Numerics) -> np.ndarray:
-    """x [T, D] → logits [T, Z]."""
+    """Return the logits [T, Z] of the last layer's output x [T, D]."""
     return vocabulary(final_norm(x, norm, cfg, nx), lm_head, nx)
 
 

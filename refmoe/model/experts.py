@@ -73,7 +73,7 @@ class ExpertsFrom:
 
 
 def swiglu(x: np.ndarray, w: MlpWeights, nx: Numerics) -> np.ndarray:
-    """x [T, D] → W_down (silu(W_gate x) · W_up x) [T, D]."""
+    """Return W_down (silu(W_gate x) · W_up x), [T, D], of x [T, D]."""
     gate = nx.point("gate_proj", nx.linear(x, w.gate_proj))  # [T, F]
     up = nx.point("up_proj", nx.linear(x, w.up_proj))  # [T, F]
     act = nx.point("act", gate * sigmoid(gate) * up)  # [T, F]
@@ -99,7 +99,7 @@ def routed_experts(x: np.ndarray, routing: Routing, experts: Experts, nx: Numeri
 
 
 def moe(x: np.ndarray, w: MoeWeights, experts: Experts, cfg: Config, nx: Numerics) -> np.ndarray:
-    """x [T, D] → [T, D]: route, sum the chosen experts, add the shared one."""
+    """Route x [T, D], sum its chosen experts and add the shared one: [T, D]."""
     routing = route(x, w.gate, cfg, nx)
     y = nx.point("experts", nx.experts(x, routing, experts, nx))
     return add_shared_expert(x, y, w, nx)

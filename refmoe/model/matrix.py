@@ -65,14 +65,14 @@ def array_module(x: Any) -> ModuleType:
 
 
 def widen_bf16(bits: np.ndarray) -> np.ndarray:
-    """bf16 bits (uint16) → float32, exact."""
+    """Widen bf16 bits (uint16) to float32, exactly."""
     out = array_module(bits).zeros((*bits.shape, 2), np.uint16)
     out[..., 1] = bits  # a bf16 is the upper half of a float32, second in memory
     return out.view(np.float32)[..., 0]
 
 
 def round_bf16(x: np.ndarray) -> np.ndarray:
-    """float32 → the nearest bf16, ties to even, as float32; NaN and infinity stay."""
+    """Round float32 to the nearest bf16, ties to even, as float32; NaN and infinity stay."""
     xp = array_module(x)
     bits = xp.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) & np.uint32(0xFFFF0000)
@@ -80,5 +80,5 @@ def round_bf16(x: np.ndarray) -> np.ndarray:
 
 
 def bf16_bits(x: np.ndarray) -> np.ndarray:
-    """float32 → the bits of the nearest bf16 (uint16)."""
+    """Return the bits (uint16) of the bf16 nearest to float32."""
     return (round_bf16(x).view(np.uint32) >> 16).astype(np.uint16)

@@ -65,7 +65,7 @@ def attention(
     cfg: Config,
     nx: Numerics,
 ) -> np.ndarray:
-    """x [T, D] → [T, D]. Appends each segment's rows to its cache."""
+    """Attend within each segment: x [T, D] → [T, D]. Appends its rows to its cache."""
     H, N, C = cfg.num_attention_heads, cfg.qk_nope_head_dim, cfg.kv_lora_rank
     eps = nx.conventions.latent_norm_eps or cfg.rms_norm_eps
     T = len(x)

@@ -51,7 +51,7 @@ class Precision:
 
 @dataclass(frozen=True, kw_only=True)
 class Operations:
-    """What a layer is built of. Each has its definition in model/; fast/ has quicker twins."""
+    """The building blocks of a layer: each is defined in model/, and fast/ has quicker twins."""
 
     linear: Linear  # x [T, I], W [O, I] → x Wᵀ [T, O]                          matrix.linear
     gate: Linear  # the router's product, float32 or wider                      matrix.linear

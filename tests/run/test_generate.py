@@ -56,17 +56,16 @@ def test_a_bf16_cache_costs_less_than_an_engine_in_bf16(small, with_kernels):
 
 
 def test_a_first_compilation_is_told(tmp_path):
-    script = (  # so that tiny-k2 is not so tiny that it is generated from without kernels
-        "import sys; from refmoe.run import generate; generate.TINY = 0; "
-        "from refmoe.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", script, "generate", "My", "--max-new-tokens", "2"]
+    script = "import sys; from refmoe.cli import main; sys.exit(main(sys.argv[1:]))"
+    generate = ["generate", "My", "--max-new-tokens", "2"]  # of a tiny model: needs no kernels
+    trace = ["trace", "--text", "My", "--points", "lm_head", "--out", str(tmp_path / "out")]
     told = []
-    for _ in range(2):
+    for argv in (generate, trace, trace):
         env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+        command = [sys.executable, "-c", script, *argv]
         done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
         told.append("compiling kernels for this processor" in done.stderr)
-    assert told == [True, False]
+    assert told == [False, True, False]
 
 
 def test_no_number_of_threads_below_one(capsys):
