@@ -22,6 +22,7 @@ from refmoe.model.formats.coded import Coded
 from refmoe.model.formats.heads import Heads
 from refmoe.model.formats.int4 import Int4
 from refmoe.model.formats.q4_0 import Q4
+from refmoe.model.formats.registry import announced_formats
 from refmoe.model.matrix import dequantize
 from refmoe.run import export
 from refmoe.run.export import int4_to_q4, q4_to_int4, to_gguf, to_safetensors
@@ -84,7 +85,11 @@ def test_experts_keep_their_codes_both_ways(files, tmp_path):
     np.testing.assert_array_equal(
         back.tokenizer.encode("God save the King!"), source.tokenizer.encode("God save the King!")
     )
-    assert back.cfg == dataclasses.replace(source.cfg, model_type=back.cfg.model_type)
+    assert back.cfg == dataclasses.replace(
+        source.cfg, model_type=back.cfg.model_type, quantization=back.cfg.quantization
+    )
+    formats = announced_formats(back.cfg.quantization)  # which the two may say in other words
+    assert formats == announced_formats(source.cfg.quantization)
 
 
 @settings(max_examples=50, deadline=None)

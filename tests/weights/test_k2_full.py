@@ -18,6 +18,7 @@ from refmoe.cli import main
 from refmoe.config import Config
 from refmoe.files import InputError
 from refmoe.model.formats.int4 import Int4
+from refmoe.model.formats.registry import announced_formats
 from refmoe.model.matrix import widen_bf16
 from refmoe.weights.checkpoint import INDEX, Checkpoint, read_header
 from refmoe.weights.synthetic import k2_full as module
@@ -140,7 +141,9 @@ def test_its_config_is_that_of_k2_5_but_for_what_thinking_has_otherwise(kimi):
     assert theirs.rope_scaling is not None
     yarn = replace(theirs.rope_scaling, beta_fast=1.0)
     ours = Config.from_dict(CONFIG)
-    assert ours == replace(theirs, rope_scaling=yarn, eos_token_id=(163586,))
+    same = {"quantization": ours.quantization}  # in other words: compared as it is understood
+    assert ours == replace(theirs, rope_scaling=yarn, eos_token_id=(163586,), **same)
+    assert announced_formats(ours.quantization) == announced_formats(theirs.quantization)
 
 
 # --- a small one
