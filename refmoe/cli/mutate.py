@@ -6,10 +6,9 @@ from argparse import Namespace
 from typing import Any
 
 from refmoe.cli.options import add_json, positive
-from refmoe.cli.parser import Parser, describe, unknown_name
+from refmoe.cli.parser import Parser, describe
 from refmoe.cli.show import print_json
-from refmoe.files import InputError
-from refmoe.oracle.faults.dictionary import BY_ID
+from refmoe.oracle.faults.dictionary import BY_ID, select
 from refmoe.oracle.selftest import mutate
 
 SHARES = ("detected", "placed", "named")
@@ -42,9 +41,7 @@ def add(parser: Parser) -> None:
 
 def run(args: Namespace) -> int:
     """Run `refmoe mutate` and return its exit code."""
-    for name in args.faults:
-        if name not in BY_ID:
-            raise InputError(f"fault {unknown_name(name, BY_ID)}")
+    select(args.faults)  # refuses an unknown one before anything is printed
 
     def show(fault: Any, score: Any, seconds: float) -> None:
         if args.json:

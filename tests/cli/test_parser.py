@@ -133,7 +133,8 @@ def test_an_unknown_name_without_likeness_is_refused_with_all_if_they_are_few(ca
     assert "Known: direct, cached" in refusal(
         capsys, "generate", "x", "--ram", "1GB", "--reads", "z"
     )
-    assert refusal(capsys, "mutate", "xyz") == "refmoe: fault 'xyz' is not known.\n"
+    said = "refmoe: fault 'xyz' is not in the dictionary; docs/faults.md lists them\n"
+    assert refusal(capsys, "mutate", "xyz") == said
 
 
 TOKENS = ["--tokens", "t.json"]
