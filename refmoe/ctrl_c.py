@@ -1,15 +1,16 @@
 """Handle Ctrl-C from a command's first line to its last.
 
-    leave    the process ends at once with 130; at the start, while there is nothing to clean up
+    leave    the process ends at once with 130; while it is imported and its arguments are read
     raise    KeyboardInterrupt wherever the command is, as Python has it; it ends with 130
     last     as `raise`, and every later one is ignored: at a prompt, where Ctrl-C leaves
     wait     it is remembered until `look()`, which is called where a computation can be stopped
     (ended)  nothing happens; the command ends with the code that it has
 
 The exception can be raised between any two lines, also between two handlers of exceptions, and
-inside code that loses it or does not survive it. Numba loses it while it compiles. `input` calls
-handlers again with the exception set, which is a SystemError. So a conversation, which goes on
-afterwards, lets none be raised in a reply: there Ctrl-C waits until the conversation looks.
+inside code that loses it or does not survive it. An import loses it in the callbacks that free its
+locks, and prints so; Numba loses it while it compiles. `input` calls handlers again with the
+exception set, which is a SystemError. So nothing is raised before a verb runs, and a conversation,
+which goes on afterwards, lets none be raised in a reply: there Ctrl-C waits until it looks.
 
 `does` is set by plain assignment: Python runs handlers of signals at calls and at jumps backwards,
 and there is neither between `except KeyboardInterrupt:` and an assignment.
@@ -69,7 +70,6 @@ def command(run: Callable[[], int]) -> int:
     """Run the whole of a command and return its exit code, whenever Ctrl-C comes."""
     code = CODE
     try:
-        ctrl_c.does = "raise"
         code = run()
     except KeyboardInterrupt:  # between two handlers of `run`, or in one
         pass

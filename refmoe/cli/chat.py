@@ -46,8 +46,8 @@ def add(parser: Parser) -> None:
 
 def run(args: Namespace) -> int:
     """Run `refmoe chat` and return its exit code."""
-    check_sampling(args)
     ctrl_c.does = "leave"  # until there is a prompt: loading leaves nothing behind
+    check_sampling(args)
     model = open_model(args)
     tools = read_tools(args.tools) if args.tools else None
     variables = {} if args.thinking is None else {"thinking": args.thinking}

@@ -16,6 +16,7 @@ from functools import partial
 from importlib import import_module
 
 from refmoe.cli.parser import Parser
+from refmoe.ctrl_c import ctrl_c
 from refmoe.files import InputError
 from refmoe.version import __version__
 
@@ -91,6 +92,7 @@ def _fill(verb: str, parser: Parser) -> None:
 def _run_verb(args: Namespace) -> int:
     from refmoe.model.numerics import NonFinite  # with NumPy, which --version does not need
 
+    ctrl_c.does = "raise"  # from here on there may be something to clean up
     try:
         code: int = args.run(args)
     except NonFinite as e:
