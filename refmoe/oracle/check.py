@@ -13,23 +13,23 @@ than the noise of a score, and what follows uses the engine's choice (judge.py).
 point every known fault is tried (cause.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import log
 from typing import Any
 
 import numpy as np
 
-from refmoe.engines import Profile, find_profile, profile_of
-from refmoe.fast.reproducible import reproducible_policy
+from refmoe.engines import Profile, read_conventions
 from refmoe.fast.threads import single_blas_thread
 from refmoe.files import InputError
-from refmoe.oracle.cause import describe_error, find_cause
-from refmoe.oracle.envelope import sample_envelope
-from refmoe.oracle.judge import Judgement, Report, judge
+from refmoe.oracle.caches import read_cache
+from refmoe.oracle.cause import describe_error
+from refmoe.oracle.judge import Judgement, Report
+from refmoe.oracle.profiles import read_profile
 from refmoe.oracle.readers.adapt import adapt
 from refmoe.oracle.readers.base import Dump
-from refmoe.oracle.replay import replay
+from refmoe.oracle.settle import Bench, Declared, cause_of, settle
 from refmoe.oracle.statistics import ALPHA, RUNS
 from refmoe.run.load import Model
 
@@ -39,23 +39,31 @@ def check(
     dump: Dump,
     tokens: Sequence[int] | None = None,
     *,
-    engine: str = "refmoe",
+    engine: str | None = None,
     profile: Profile | str | None = None,
     alpha: float = ALPHA,
     runs: int = RUNS,
     keep: bool = True,
+    conventions: Iterable[str] = (),
+    cache: str | None = None,
 ) -> Report:
     """Judge a dump of the same tokens and weights.
 
-    tokens   of the dump; without them, those that its file has
-    engine   whose conventions it is to be held to
-    profile  its precision; without one, that of the values in the dump
-    alpha    chance of a false alarm in the whole report
-    runs     emulated runs that an envelope is sampled from
-    keep     False: sample the envelope anew, and leave nothing on disk
+    tokens       of the dump; without them, those that its file has
+    engine       whose conventions it is to be held to; None: refmoe's, and a free choice of another
+                 engine that explains the dump leaves it undecided
+    profile      its precision, as `read_profile` reads it; None: guessed from the values
+    alpha        chance of a false alarm in the whole report
+    runs         emulated runs that an envelope is sampled from
+    keep         False: sample the envelope anew, and leave nothing on disk
+    conventions  NAME=VALUE each, in place of the engine's sides
+    cache        type of the cache where it is narrower than the tensors, a key of `CACHES`
     Raises `InputError` where tokens are missing, or a name is unknown.
     """
-    return judge_dump(model, dump, tokens, engine, profile, alpha, runs, keep).report
+    case = judge_dump(
+        model, dump, tokens, engine, profile, alpha, runs, keep, True, conventions, cache
+    )
+    return case.report
 
 
 @single_blas_thread()
@@ -63,33 +71,35 @@ def judge_dump(
     model: Model,
     dump: Dump,
     tokens: Sequence[int] | None = None,
-    engine: str = "refmoe",
+    engine: str | None = None,
     profile: Profile | str | None = None,
     alpha: float = ALPHA,
     runs: int = RUNS,
     keep: bool = True,
     explain: bool = True,
+    conventions: Iterable[str] = (),
+    cache: str | None = None,
 ) -> Judgement:
     """Judge a dump as `check` does, and return all that the report rests on.
 
-    explain  False: do not look for the cause of a fault
+    explain  False: do not look for the cause of a fault, nor for settings that would explain it
     """
     if isinstance(profile, str):
-        profile = find_profile(profile)
+        profile = read_profile(profile)
     tokens = dump.tokens if tokens is None else tokens
     if tokens is None:
         raise InputError(f"{dump.path}: it does not say its tokens; give them (--tokens FILE)")
-    decoder = model.decoder.using(reproducible_policy("float64", engine))  # refuses unknown engines
-    profile = profile or profile_of(dump.rounded, engine)
+    conventions = list(conventions)
+    sides = read_conventions(engine or "refmoe", conventions)  # refuses unknown engines
+    pinned = frozenset(setting.partition("=")[0] for setting in conventions)
     dump = replace(dump, arrays=adapt(dump.arrays, model.cfg))
-    exact = replay(dump, decoder, tokens)
-    identity = model.checkpoint.identity if keep else None
-    envelope = sample_envelope(decoder, profile, tokens, exact.lenses, runs, identity)
-    found = judge(decoder, dump, tokens, exact, envelope, engine, profile, alpha)
+    bench = Bench(model, dump, tokens, engine or "refmoe", alpha, runs, keep)
+    declared = Declared(engine, sides, pinned, profile, read_cache(cache))
+    found = settle(bench, declared, explain)
     if not explain or found.report.verdict != "fault":
         return found
-    cause = find_cause(found)
-    shape = None if cause else describe_error(found)
+    cause = cause_of(found)
+    shape = None if cause or found.report.passes_under else describe_error(found)
     return replace(found, report=replace(found.report, cause=cause, shape=shape))
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from math import isinf
 from typing import Any
 
@@ -16,6 +16,7 @@ from refmoe.model.matrix import dequantize
 from refmoe.model.points import parents, parse
 from refmoe.model.router import limit_groups, sigmoid
 from refmoe.oracle.envelope import Envelope
+from refmoe.oracle.noise import UNIT
 from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.replay import TOP, Replay
 from refmoe.oracle.statistics import WIDE, PointResult, RowErrors, judge_points, row_errors
@@ -67,6 +68,11 @@ class Report:
     cause: Cause | None = None
     shape: str | None = None  # of a residual that no known fault explains
     coverage: Coverage | None = None
+    profile_guessed: bool = False
+    profile_from: str | None = None  # what it was guessed from
+    passes_under: tuple[str, ...] = ()  # options under which nothing would be wrong
+    seen: dict[str, str] = field(default_factory=dict)  # sides seen in place of the engine's own
+    cache: str | None = None  # the declared one, in the form that was found
 
     def judged_with(self, point: str | None) -> tuple[str, ...]:
         """Return the points that the dump lacks and that are judged with this one."""
@@ -118,7 +124,7 @@ def judge(
     order = dict.fromkeys(exact.order)
     through = {p: tuple(points_between(p, fed, order, decoder.cfg)) for p in rows}
     outside, points = judge_points(rows, through, alpha)
-    flipped = list(flips(decoder, exact, envelope))
+    flipped = list(flips(decoder, exact, envelope, profile))
     suspects = {p: exact.misfits[p] for p in exact.broken}
     suspects |= {p: "not finite" for p in numbers if p not in finite}
     suspects |= {p: f"{points[p].multiple:.3g} times what rounding explains" for p in outside}
@@ -217,7 +223,9 @@ def coverage(
     alone = [p for p in operations if p in exact.theirs]
     together = {p for points in through.values() for p in points} & set(operations) - set(alone)
     judged = {parse(p).layer for p in (*alone, *together)}
-    layers = sorted({i for p in operations if (i := parse(p).layer) is not None and i not in judged})
+    layers = sorted(
+        {i for p in operations if (i := parse(p).layer) is not None and i not in judged}
+    )
     rows = np.zeros(tokens, bool)
     for p in alone:
         if p.endswith("kv_b_proj") or parse(p).expert is None:
@@ -357,7 +365,7 @@ class Flip:
 DEVIATIONS = 7  # of a difference of two scores: a larger gap is no tie
 
 
-def flips(decoder: Decoder, exact: Replay, envelope: Envelope) -> Iterator[Flip]:
+def flips(decoder: Decoder, exact: Replay, envelope: Envelope, profile: Profile) -> Iterator[Flip]:
     """Yield the tokens whose set of experts is not ours, and whether noise explains it.
 
     Noise explains a flip if the scores that changed places are nearer than seven deviations of a
@@ -374,7 +382,8 @@ def flips(decoder: Decoder, exact: Replay, envelope: Envelope) -> Iterator[Flip]
         score = sigmoid(exact.theirs[gate] if whole else ours)
         score = score + dequantize(weights.gate.e_score_correction_bias, np.float64)
         score, margin = limit_groups(score, decoder.cfg, decoder.nx)
-        tie = float(DEVIATIONS * np.sqrt(2) * 0.25 * envelope.gates[gate] + 4 * 2.0**-24)
+        tie = DEVIATIONS * np.sqrt(2) * 0.25 * envelope.gates[gate]
+        tie = float(tie + 4 * UNIT[profile.weights])  # scores have the type of the weights
         pairs = zip(exact.ours[path].astype(int), exact.theirs[path].astype(int), strict=True)
         for row, (mine, theirs) in enumerate(pairs):
             lost = sorted(set(mine.tolist()) - set(theirs.tolist()))

@@ -9,7 +9,8 @@ An emulated run is the float64 network with random errors of the size that these
     normed     x·(1 + 2u·N), N one for a row: the mean of squares and its root are shared
     rotated    each pair turned by position·inv_freq·2u·N    angles computed in float32
     quantised  x + U(-d/2, d/2), d the step of its group    activations in 8 bits, before a product
-    cached     x·(1 + r·N)             latent and rotated key as the cache holds them
+    cached     Q(x′) - x′ more, x′ = x·(1 + U(-1/16, 1/16))  latent and rotated key; Q: caches.py
+    narrowed   y + √2·r·N·√(x²W²ᵀ)     both operands of a product rounded before it
 
 with N standard normal, U uniform, drawn anew everywhere. r = 0.425·u for values spread over a
 binade (one bf16 rounding is 0.166 %). √(I/6): partial sums grow as √k, so the variance of a sum's
@@ -26,8 +27,9 @@ from refmoe.fast.reproducible import for_each_tile
 from refmoe.model.decoder import Decoder
 from refmoe.model.formats.fp8_block import Fp8Block
 from refmoe.model.matrix import Matrix, dequantize
-from refmoe.model.points import roundings
+from refmoe.model.points import kind, roundings
 from refmoe.model.rope import inv_freq
+from refmoe.oracle.caches import CACHES
 
 UNIT = {  # unit roundoffs
     "float64": 2.0**-53,
@@ -36,6 +38,10 @@ UNIT = {  # unit roundoffs
     "bfloat16": 2.0**-8,
     "float8": 2.0**-4,  # e4m3
 }
+GROUPS = {  # names for several ends of points in `Profile.points`
+    "norms": ("layernorm", "model.norm"),
+    "residual": ("#attn_residual", "model.layers"),
+}
 ROUNDING = 0.425  # RMS of one rounding's relative error, in units of u
 
 
@@ -43,6 +49,16 @@ def rms(x: np.ndarray) -> np.ndarray:
     """Return the root mean square of each row, [T, ...] → [T]."""
     flat = x.reshape(len(x), -1)
     return np.sqrt((flat * flat).mean(axis=1))
+
+
+def storage_of(profile: Profile, path: str) -> str:
+    """Return the type in which an engine of this profile stores a point."""
+    for name, type in profile.points:
+        if kind(path).endswith(GROUPS.get(name, (name,))):
+            return type
+    if path.endswith(".mlp.gate"):
+        return profile.logits
+    return profile.weights if path.endswith("gate#weights") else profile.storage
 
 
 def emulated(
@@ -66,7 +82,10 @@ def emulated(
     def linear(x: np.ndarray, m: Matrix) -> np.ndarray:
         """Return x Wᵀ with the errors of its sums, x as the engine quantises it."""
         O, I = m.shape
-        drawn = sums * np.sqrt(I / 6) * rng.standard_normal((len(x), O))
+        each = sums * np.sqrt(I / 6)
+        if profile.activations in ("bfloat16", "float16"):
+            each = np.hypot(each, np.sqrt(2) * ROUNDING * UNIT[profile.activations])
+        drawn = each * rng.standard_normal((len(x), O))
         square = x * x
         if profile.activations == "int8/32":
             x = x + rng.uniform(-0.5, 0.5, x.shape) * _steps(x, 32) / 127
@@ -83,17 +102,12 @@ def emulated(
         for_each_tile(m, multiply)
         return y
 
-    def unit_of(path: str) -> float:
-        """Return the unit roundoff of the type that this point is stored in."""
-        if path.endswith(".mlp.gate"):
-            return UNIT[profile.logits]
-        return UNIT[profile.weights if path.endswith("gate#weights") else profile.storage]
-
     def watch(path: str, x: np.ndarray) -> np.ndarray:
         """Return a point with the errors of its operation, as `inject` gives it back."""
         if x.dtype.kind != "f":
             return inject(path, x)
-        noise = ROUNDING * unit_of(path) * np.sqrt(roundings(path)) * rng.standard_normal(x.shape)
+        unit = ROUNDING * UNIT[storage_of(profile, path)]
+        noise = unit * np.sqrt(roundings(path)) * rng.standard_normal(x.shape)
         if path.endswith(("#q_pe", "#k_pe")):
             turned = _turned(x, rng, inv_freq(cfg, decoder.nx.conventions.yarn_betas), profile)
             return cached(path, inject(path, turned + noise * _pair_size(x)))
@@ -109,7 +123,12 @@ def emulated(
         """Return what the cache holds of a point that goes into it, and any other as it is."""
         if profile.cache is None or not path.endswith(("kv_a_layernorm", "#k_pe")):
             return x
-        return x * (1 + ROUNDING * UNIT[profile.cache] * rng.standard_normal(x.shape))
+        if profile.cache in UNIT:
+            return x * (1 + ROUNDING * UNIT[profile.cache] * rng.standard_normal(x.shape))
+        moved = x * (1 + rng.uniform(-1 / 16, 1 / 16, x.shape))  # else all runs would err alike
+        form = CACHES[profile.cache][0]
+        write = form.latent if path.endswith("kv_a_layernorm") else form.key
+        return x + write(moved) - moved
 
     return decoder.using(replace(decoder.nx, linear=linear, watch=watch, round=None))
 
