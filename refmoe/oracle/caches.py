@@ -24,7 +24,7 @@ ggml-org/llama.cpp `ggml/src/ggml-quants.c`.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -214,10 +214,31 @@ def read_cache(name: str | None) -> str | None:
     return SHORT[name]
 
 
+class Reader(Protocol):
+    """How attention reads a cache: as it was written, or not."""
+
+    @property
+    def expanded(self) -> bool:
+        """Whether keys and values of each head are held, not the latent."""
+
+    def read(self, latent: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return latent [S, C] and key [S, R] as they are read back."""
+
+    def heads(self, kv: np.ndarray, cfg: Config) -> np.ndarray:
+        """Return each head's key and value [S, H(N+V)] as they are read back."""
+
+
 def keeping(decoder: Decoder, forms: Mapping[int, Form]) -> Decoder:
     """Return the decoder whose attention in these layers reads a cache of this form."""
-    if not forms:
-        return decoder
+    return reading(decoder, forms.get) if forms else decoder
+
+
+def reading(decoder: Decoder, reader: Callable[[int], Reader | None]) -> Decoder:
+    """Return the decoder whose attention in layer i reads its cache by reader(i).
+
+    Keys and values are made from what is read. An engine may have dumped others as kv_b_proj, that
+    it made from the latent before it was cached: they are judged as those, and not gone on with.
+    """
     inside = decoder.nx.expanded
 
     def expanded(
@@ -229,17 +250,17 @@ def keeping(decoder: Decoder, forms: Mapping[int, Form]) -> Decoder:
         nx: Numerics,
     ) -> np.ndarray:
         layer = parse(nx.path("#context")).layer
-        form = None if layer is None else forms.get(layer)
-        if form is None:
+        how = None if layer is None else reader(layer)
+        if how is None:
             return inside(q_nope, q_pe, kv_b_proj, cache, cfg, nx)
-        latent, key = form.read(cache.c_kv, cache.k_pe)
+        latent, key = how.read(cache.c_kv, cache.k_pe)
         held = LatentCache(cfg, latent.dtype, room=max(1, len(latent)))
         held.append(latent, key)
         fresh = nx.linear(cache.c_kv, kv_b_proj)
         theirs = nx.point("kv_b_proj", fresh)
-        if form.expanded:
-            kv = form.heads(theirs, cfg)
-        else:  # made from what was cached; an engine may have dumped others, made before
+        if how.expanded:
+            kv = how.heads(theirs, cfg)
+        else:
             kv = nx.linear(latent, kv_b_proj)
             if np.linalg.norm(theirs - kv) < np.linalg.norm(theirs - fresh):
                 kv = nx.point("kv_b_proj", kv)

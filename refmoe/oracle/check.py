@@ -26,6 +26,7 @@ from refmoe.files import InputError
 from refmoe.oracle.caches import read_cache
 from refmoe.oracle.cause import describe_error
 from refmoe.oracle.judge import Judgement, Report
+from refmoe.oracle.noise import UNIT
 from refmoe.oracle.profiles import read_profile
 from refmoe.oracle.readers.adapt import adapt
 from refmoe.oracle.readers.base import Dump
@@ -94,7 +95,12 @@ def judge_dump(
     pinned = frozenset(setting.partition("=")[0] for setting in conventions)
     dump = replace(dump, arrays=adapt(dump.arrays, model.cfg))
     bench = Bench(model, dump, tokens, engine or "refmoe", alpha, runs, keep)
-    declared = Declared(engine, sides, pinned, profile, read_cache(cache))
+    cache = read_cache(cache)
+    if profile is not None and profile.cache not in (None, *UNIT):
+        cache = cache or profile.cache  # what is deterministic is recomputed, and is no noise
+    if profile is not None and cache is not None:
+        profile = replace(profile, cache=None)
+    declared = Declared(engine, sides, pinned, profile, cache)
     found = settle(bench, declared, explain)
     if not explain or found.report.verdict != "fault":
         return found

@@ -39,7 +39,7 @@ UNIT = {  # unit roundoffs
     "float8": 2.0**-4,  # e4m3
 }
 GROUPS = {  # names for several ends of points in `Profile.points`
-    "norms": ("layernorm", "model.norm"),
+    "norms": ("input_layernorm", "post_attention_layernorm", "model.norm"),
     "residual": ("#attn_residual", "model.layers"),
 }
 ROUNDING = 0.425  # RMS of one rounding's relative error, in units of u

@@ -6,9 +6,9 @@ head whose logits are float32, of products in bfloat16). Hence
 
     storage       the type that most outputs of matrix products have; without one, the narrowest of
                   any other tensor that is computed
-    points        tensors that are all of a narrower type than storage; and norms and residual
-                  streams of a wider one, which are sums that nobody would round on the way. The
-                  same without the latter is a second guess, for those who do
+    points        tensors that are all of a narrower type than storage; and the residual stream and
+                  its norms of a wider one, which nobody would round on the way. The profile
+                  without the latter is a second guess, for those who do
     logits,       of the router: float32, or as storage where the engine's conventions say so, or
     weights       the type of their values where that is narrower
     activations   storage, where norms are wider: both operands of products are rounded before
@@ -239,8 +239,8 @@ def _wide_groups(known: Mapping[str, str], storage: str) -> list[tuple[str, str]
 
 
 def _feeds_products(k: str) -> bool:
-    """Tell whether tensors of this kind are multiplied by a matrix next."""
-    return k.endswith((*GROUPS["norms"], ".act", "#context"))
+    """Tell whether tensors of this kind are multiplied by matrices inside the layers."""
+    return k.endswith(("layernorm", ".act", "#context"))
 
 
 # --- what was not declared, and may be

@@ -362,10 +362,7 @@ def _explained(
         if any(c.sort == "side" for c in added):
             return _telling(first.case, facts)
         report = first.case.report
-        said = (
-            f"under {_described(bench, first)} {report.reason}, which "
-            f"{' and '.join(c.option for c in added)} explains; declare it if it is so"
-        )
+        said = f"{report.reason} under {_described(bench, first)}; {_explaining(state, added)}"
         undecided = replace(report, verdict="undecidable", reason=said)
         return _telling(replace(first.case, report=undecided), facts)
     if added and added[0].sort == "free":  # a side that no engine was declared for; the rest stays
@@ -373,6 +370,26 @@ def _explained(
         if free == len(added):
             return _telling(state.case, {**facts, "seen": _seen(state)})
     return _telling(first.case, facts)
+
+
+def _explaining(state: State, changes: Sequence[Change]) -> str:
+    """Return what would explain all that is wrong, and how it is declared."""
+    said = []
+    for change in changes:
+        if change.sort == "cache":
+            forms = dict.fromkeys(map(str, state.setting.forms.values()))
+            said.append(f"a cache in {' and '.join(forms)}")
+        elif change.matter is not None:
+            takers = ", ".join(
+                other_sides(change.matter, CONVENTIONS["refmoe"])[
+                    change.matter.side(state.setting.sides)
+                ]
+            )
+            said.append(f"a convention of {takers}")
+        else:
+            said.append(f"profile {change.setting.profile.name}")
+    options = " ".join(c.option for c in changes)
+    return f"{' and '.join(said)} leaves only rounding: declare it with {options} if it is so"
 
 
 def _described(bench: Bench, state: State) -> str:

@@ -24,10 +24,11 @@ def report_lines(report: Report, every: bool = False, truth: bool = False) -> It
     how = "end to end" if truth else "each operation on the engine's own inputs"
     yield (
         f"{report.compared} tensors compared, {how}; "
-        f"profile {report.profile}, conventions of {report.engine}"
+        f"profile {report.profile}{' (guessed)' if report.profile_guessed else ''}, "
+        f"conventions of {report.engine}"
     )
     if report.profile_guessed:
-        yield f"  profile: guessed; {report.profile_from}"
+        yield f"  guessed: {report.profile_from}"
     if report.cache:
         yield f"  cache: {report.cache}"
     for name, value in report.conventions.items():
