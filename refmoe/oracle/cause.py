@@ -24,6 +24,7 @@ from refmoe.oracle.faults.base import Fault, altered, strength_of
 from refmoe.oracle.faults.dictionary import BY_ID, candidates, same_as
 from refmoe.oracle.judge import Cause, Judgement
 from refmoe.oracle.noise import rms
+from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.replay import Replay
 from refmoe.oracle.solve import solve
 
@@ -190,15 +191,29 @@ class _Reached(Exception):
 class _UntilPoint(Replay):
     """A replay that ends at one point."""
 
-    def __init__(self, case: Judgement, point: str):
-        super().__init__(case.dump, case.decoder)
+    def __init__(self, dump: Dump, decoder: Decoder, point: str):
+        super().__init__(dump, decoder)
         self.point = point
 
     def __call__(self, path: str, x: np.ndarray) -> np.ndarray:
         x = super().__call__(path, x)
-        if path == self.point:
+        if path == self.point and not path.endswith("kv_b_proj"):  # shown twice: caches.reading
             raise _Reached
         return x
+
+
+def replay_until(
+    case: Judgement, decoder: Decoder, point: str, fault: Fault | None = None
+) -> Replay:
+    """Compute what leads to one point, from the engine's inputs, with a fault or under a decoder.
+
+    What follows the point is not computed.
+    """
+    seen = _UntilPoint(case.dump, decoder, point)
+    watched = decoder.using(replace(decoder.nx.watching(seen), stop_at_nonfinite=False))
+    with np.errstate(all="ignore"), suppress(_Reached):
+        run_layer(altered(watched, fault) if fault else watched, case, point)
+    return seen
 
 
 def _solved(case: Judgement, fault: Fault, point: str) -> tuple[Fault, str] | None:
@@ -208,13 +223,7 @@ def _solved(case: Judgement, fault: Fault, point: str) -> tuple[Fault, str] | No
         return None
 
     def left(trial: Fault) -> float:
-        if point.endswith("kv_b_proj"):  # it may be shown twice (caches.reading)
-            seen = _replay_layer(case, trial, None, None, point)
-        else:
-            seen = _UntilPoint(case, point)
-            nx = replace(case.decoder.nx.watching(seen), stop_at_nonfinite=False)
-            with np.errstate(all="ignore"), suppress(_Reached):
-                run_layer(altered(case.decoder.using(nx), trial), case, point)
+        seen = replay_until(case, case.decoder, point, trial)
         ours = seen.ours.get(point)
         if ours is None or ours.shape != theirs.shape or not np.isfinite(ours).all():
             return np.inf

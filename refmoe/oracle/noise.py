@@ -18,10 +18,11 @@ error is Σ k·u²/3 of a term's, Higham and Mary 2019 in expectation; blocked s
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from refmoe.config import Config
 from refmoe.engines import Profile
 from refmoe.fast.reproducible import for_each_tile
 from refmoe.model.decoder import Decoder
@@ -29,7 +30,7 @@ from refmoe.model.formats.fp8_block import Fp8Block
 from refmoe.model.matrix import Matrix, dequantize
 from refmoe.model.points import kind, roundings
 from refmoe.model.rope import inv_freq
-from refmoe.oracle.caches import CACHES
+from refmoe.oracle.caches import CACHES, Form, reading
 
 UNIT = {  # unit roundoffs
     "float64": 2.0**-53,
@@ -121,16 +122,33 @@ def emulated(
 
     def cached(path: str, x: np.ndarray) -> np.ndarray:
         """Return what the cache holds of a point that goes into it, and any other as it is."""
-        if profile.cache is None or not path.endswith(("kv_a_layernorm", "#k_pe")):
+        if profile.cache not in UNIT or not path.endswith(("kv_a_layernorm", "#k_pe")):
             return x
-        if profile.cache in UNIT:
-            return x * (1 + ROUNDING * UNIT[profile.cache] * rng.standard_normal(x.shape))
-        moved = x * (1 + rng.uniform(-1 / 16, 1 / 16, x.shape))  # else all runs would err alike
-        form = CACHES[profile.cache][0]
-        write = form.latent if path.endswith("kv_a_layernorm") else form.key
-        return x + write(moved) - moved
+        return x * (1 + ROUNDING * UNIT[profile.cache] * rng.standard_normal(x.shape))
 
+    if profile.cache is not None and profile.cache not in UNIT:
+        noisy = _NoisyCache(CACHES[profile.cache][0], rng)
+        decoder = reading(decoder, lambda i: noisy)
     return decoder.using(replace(decoder.nx, linear=linear, watch=watch, round=None))
+
+
+@dataclass(frozen=True)
+class _NoisyCache:
+    """A cache that errs as a form of one does, and otherwise in every run."""
+
+    form: Form
+    rng: np.random.Generator
+    expanded: bool = False
+
+    def read(self, latent: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return latent and key with the errors that rows near them have."""
+        near = [x * (1 + self.rng.uniform(-1 / 16, 1 / 16, x.shape)) for x in (latent, key)]
+        back = self.form.read(*near)
+        return latent + back[0] - near[0], key + back[1] - near[1]
+
+    def heads(self, kv: np.ndarray, cfg: Config) -> np.ndarray:
+        """Return keys and values as they are, as none are held."""
+        return kv
 
 
 def _steps(x: np.ndarray, group: int) -> np.ndarray:

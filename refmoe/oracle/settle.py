@@ -35,12 +35,12 @@ from refmoe.fast.reproducible import reproducible_policy
 from refmoe.model.decoder import Decoder
 from refmoe.model.points import kind, parse
 from refmoe.oracle.caches import CACHES, Form, keeping
-from refmoe.oracle.cause import find_cause, run_layer
+from refmoe.oracle.cause import find_cause, replay_until
 from refmoe.oracle.envelope import Envelope, sample_envelope
 from refmoe.oracle.judge import Cause, Judgement, judge
 from refmoe.oracle.profiles import Guess, guess_profiles, other_profiles
 from refmoe.oracle.readers.base import Dump
-from refmoe.oracle.replay import Replay, replay
+from refmoe.oracle.replay import replay
 from refmoe.run.load import Model
 
 MOST_CHANGES = 6
@@ -114,11 +114,7 @@ class Bench:
         """Return how far these settings leave the first wrong point, times what is explained."""
         point = case.report.point
         assert point is not None
-        decoder = self.decoder(setting)
-        seen = Replay(self.dump, decoder)
-        nx = replace(decoder.nx.watching(seen), stop_at_nonfinite=False)
-        with np.errstate(all="ignore"):
-            run_layer(decoder.using(nx), case, point)
+        seen = replay_until(case, self.decoder(setting), point)
         ours, theirs = seen.ours.get(point), seen.theirs.get(point)
         if ours is None or theirs is None or ours.shape != theirs.shape:
             return np.inf
@@ -341,60 +337,73 @@ def _explained(
     bench: Bench, declared: Declared, first: State, facts: dict[str, object]
 ) -> Judgement:
     """Look for what explains a dump that is wrong under all that was declared or guessed."""
-    state = first
+    state = plain = first
+    others: list[State] = []  # good ones beside the state: under other profiles
     for _ in range(MOST_CHANGES):
         if state.good:
             break
-        new = None
-        for change in _other_changes(bench, state, declared):
-            new = _tried(bench, state, change)
-            if new is not None:
-                break
-        if new is None and declared.cache is None and not state.setting.forms:
-            new = _in_some_form(bench, state, NARROW)
-        if new is None:
+        found = _next_states(bench, state, declared)
+        if not found:
             break
-        state = new
-    added = state.changes[len(first.changes) :]
-    options = tuple(c.option for c in added)
-    if state.good and added:
-        facts = {**facts, "passes_under": options}
-        if any(c.sort == "side" for c in added):
-            return _telling(first.case, facts)
-        report = first.case.report
-        said = f"{report.reason} under {_described(bench, first)}; {_explaining(state, added)}"
-        undecided = replace(report, verdict="undecidable", reason=said)
-        return _telling(replace(first.case, report=undecided), facts)
-    if added and added[0].sort == "free":  # a side that no engine was declared for; the rest stays
-        free = next((i for i, c in enumerate(added) if c.sort != "free"), len(added))
-        if free == len(added):
-            return _telling(state.case, {**facts, "seen": _seen(state)})
-    return _telling(first.case, facts)
+        state, others = found[0], found[1:]
+        if all(c.sort == "free" for c in _added(state, first)):
+            plain = state  # sides that no engine was declared for: what remains is wrong in them
+    if not state.good:
+        return _telling(plain.case, {**facts, "seen": _seen(plain)})
+    ways = [_added(s, first) for s in (state, *others)]
+    facts = {**facts, "passes_under": tuple(" ".join(c.option for c in way) for way in ways)}
+    if any(c.sort == "side" for c in ways[0]):
+        return _telling(first.case, facts)
+    report = first.case.report
+    said = (
+        f"{report.reason} under profile {report.profile} and the conventions of {bench.engine}; "
+        f"{' or '.join(_explaining(s, way) for s, way in zip((state, *others), ways, strict=True))}"
+        " leaves only rounding, and has to be declared if it is so: "
+        f"{' or '.join(' '.join(c.option for c in way) for way in ways)}"
+    )
+    undecided = replace(report, verdict="undecidable", reason=said)
+    return _telling(replace(first.case, report=undecided), facts)
+
+
+def _added(state: State, first: State) -> tuple[Change, ...]:
+    """Return what was changed since the first state."""
+    return state.changes[len(first.changes) :]
+
+
+def _next_states(bench: Bench, state: State, declared: Declared) -> list[State]:
+    """Return the state after the first change that mends the first wrong point.
+
+    If that is another profile, the states under all others that explain the dump follow.
+    """
+    found: list[State] = []
+    for change in _other_changes(bench, state, declared):
+        if found and change.sort != "profile":
+            continue
+        new = _tried(bench, state, change)
+        if new is not None and (not found or new.good):
+            found.append(new)
+        if found and (change.sort != "profile" or not found[0].good):
+            break
+    if not found and declared.cache is None and not state.setting.forms:
+        narrow = _in_some_form(bench, state, NARROW)
+        found = [narrow] if narrow else []
+    return found
 
 
 def _explaining(state: State, changes: Sequence[Change]) -> str:
-    """Return what would explain all that is wrong, and how it is declared."""
+    """Return in words what was changed."""
     said = []
     for change in changes:
         if change.sort == "cache":
             forms = dict.fromkeys(map(str, state.setting.forms.values()))
             said.append(f"a cache in {' and '.join(forms)}")
         elif change.matter is not None:
-            takers = ", ".join(
-                other_sides(change.matter, CONVENTIONS["refmoe"])[
-                    change.matter.side(state.setting.sides)
-                ]
-            )
-            said.append(f"a convention of {takers}")
+            side = change.matter.side(change.setting.sides)
+            takers = [e for e, sides in CONVENTIONS.items() if change.matter.side(sides) == side]
+            said.append(f"the side of {', '.join(takers)}")
         else:
             said.append(f"profile {change.setting.profile.name}")
-    options = " ".join(c.option for c in changes)
-    return f"{' and '.join(said)} leaves only rounding: declare it with {options} if it is so"
-
-
-def _described(bench: Bench, state: State) -> str:
-    """Return the settings that a dump is wrong under in words."""
-    return f"profile {state.setting.profile.name} and the conventions of {bench.engine}"
+    return " with ".join(said)
 
 
 def cause_of(case: Judgement) -> Cause | None:
@@ -405,6 +414,6 @@ def cause_of(case: Judgement) -> Cause | None:
     cause = find_cause(case)
     if cause is None or not case.report.passes_under:
         return cause
-    keys = [option.split(" ", 1)[1].strip("'").split("=")[0] for option in case.report.passes_under]
-    sides = {m.fault for m in MATTERS if m.key in keys}
+    ways = " ".join(case.report.passes_under)
+    sides = {m.fault for m in MATTERS if f"{m.key}=" in ways}
     return cause if sides & {cause.id, *cause.equivalent} else None

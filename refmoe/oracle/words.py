@@ -58,7 +58,7 @@ def report_lines(report: Report, every: bool = False, truth: bool = False) -> It
         first = through[: THROUGH - 1] if more else through
         yield f"judged together with {', '.join(first)}{more}, which the dump lacks"
     if report.passes_under and report.verdict == "fault":
-        yield f"nothing would be wrong under {' '.join(report.passes_under)}"
+        yield f"nothing would be wrong under {' or '.join(report.passes_under)}"
     yield from cause_lines(report)
     yield f"nominal chance of a false alarm in the whole report: {report.alpha:g}"
 

@@ -263,3 +263,13 @@ def test_blocks_are_written_as_gguf_writes_them():
         kind = gguf.GGMLQuantizationType[name]
         theirs = gguf.quants.dequantize(gguf.quants.quantize(x, kind), kind)
         np.testing.assert_array_equal(CACHES[type][0].latent(x), theirs)
+
+
+def test_a_scale_that_no_form_has_is_allowed_for_as_noise_where_declared(layer):
+    """A static scale, calibrated elsewhere: the codes cannot be told, their size can."""
+    dump = layer.over(lambda x: e4m3(x * 0.7777) / 0.7777)
+    report = layer.check(dump, cache="e4m3")
+    assert report.verdict == "pass", report.reason
+    assert report.cache == "e4m3, allowed for as noise"
+    twice = layer.with_context(layer.attend(2 * layer.latent, layer.key))
+    assert layer.check(twice, cache="e4m3").verdict == "fault"

@@ -174,11 +174,16 @@ def really_rounding(decoder: Decoder, profile: Profile, seed: int, seen: Recorde
     def watch(path: str, x: np.ndarray) -> np.ndarray:
         if x.dtype.kind == "f":
             x = ROUND[storage_of(profile, path)](x)
-        return seen(path, x)
+        x = seen(path, x)
+        if profile.cache in ROUND and path.endswith(("kv_a_layernorm", "#k_pe")):
+            x = ROUND[profile.cache](x)
+        return x
 
     engine = decoder.using(replace(nx, linear=linear, watch=watch))
-    form = CACHES[profile.cache][0] if profile.cache else None
-    return engine if form is None else reading(engine, lambda i: form)
+    if profile.cache is None or profile.cache in ROUND:
+        return engine
+    form = CACHES[profile.cache][0]
+    return reading(engine, lambda i: form)
 
 
 def _groups(x: np.ndarray, size: int) -> Iterator[np.ndarray]:
