@@ -43,6 +43,7 @@ class _Group:
     whole: list[str] = field(default_factory=list)  # those with all columns
     positions: np.ndarray | None = None  # in all prompts, one after the other; None: nowhere
     odd: np.ndarray = field(default_factory=lambda: np.empty(0, int))  # rows of no token
+    why: str = ""  # its rows are not to be trusted, although they were placed
 
 
 def place(
@@ -64,6 +65,10 @@ def place(
         if not regular:
             _find_positions(groups, decoder, prompts)
         if wrong is None and (named := _named_otherwise(groups, decoder, prompts)) is not None:
+            if sorted(named[1][0]) == sorted(prompts[0]):  # only the rows are in another order
+                regular = False
+                _find_positions(groups, decoder, prompts)
+                break
             wrong, prompts = named
             continue
         if regular:
@@ -245,6 +250,41 @@ def _find_positions(
             group.positions = align(d, starts.tolist())
         if group.positions is None and count == len(prompts) and set(group.arrays) <= set(HEAD):
             group.positions = starts + lengths - 1
+    _doubt_strange_rows(groups, starts, lengths)
+
+
+def _doubt_strange_rows(
+    groups: dict[tuple[int, int], _Group], starts: np.ndarray, lengths: np.ndarray
+) -> None:
+    """Say of rows at other positions than engines dump that no pass rests on them.
+
+    Where its embedding is beside it, or it is most of the dump, a tensor has the rows that it has.
+    Others have the first or last rows of a prompt, or those that such tensors have: anything else
+    may be an engine's own confusion of rows, which placing them by what they hold would undo.
+    """
+    sure = [g for g in groups.values() if EMBEDDING in g.arrays or NORM in g.arrays]
+    sure = sure or [max(groups.values(), key=lambda g: len(g.arrays))]
+    usual = [g.positions[g.positions >= 0] for g in sure if g.positions is not None]
+    for group in groups.values():
+        at = group.positions
+        if at is None or any(group is g for g in sure):
+            continue
+        placed = at[at >= 0]
+        own = [
+            placed[(placed >= a) & (placed < a + n)] - a
+            for a, n in zip(starts, lengths, strict=True)
+        ]
+        head = set(group.arrays) <= set(HEAD)
+        ends = all(
+            np.array_equal(p, np.arange(n - len(p), n))
+            or (not head and np.array_equal(p, np.arange(len(p))))
+            for p, n in zip(own, lengths, strict=True)
+        )
+        if not ends and not any(np.array_equal(placed, u) for u in usual):
+            group.why = (
+                f"its rows are those of positions {ranges(placed.tolist())} in this order, where "
+                f"{'the last' if head else 'the first or last'} were expected"
+            )
 
 
 def _telling(group: _Group) -> list[str]:
@@ -291,6 +331,8 @@ def _split(
         if group.positions is None:
             why = f"its {count} rows fit nowhere among the {sum(map(len, prompts))} tokens"
             unread |= dict.fromkeys(group.arrays, why)
+        elif group.why:
+            unread |= dict.fromkeys(group.arrays, group.why)
         elif len(group.odd):
             unread |= dict.fromkeys(
                 group.arrays,
@@ -374,7 +416,9 @@ def _told(groups: dict[tuple[int, int], _Group], prompts: list[list[int]]) -> li
         if cut:
             said.append(f"{count} {cut} rows of padding, which are not compared")
         inside = np.unique(at[at >= 0])
-        if len(inside) < total and len(prompts) == 1:
+        if (np.diff(at[at >= 0]) < 0).any() and len(prompts) == 1:
+            said.append(f"{count} rows in the order {ranges(at[at >= 0].tolist())}")
+        elif len(inside) < total and len(prompts) == 1:
             rows = "rows" if len(inside) > 1 else "row"
             said.append(f"{count} {rows} {ranges(inside.tolist())} of {total}")
         elif len(inside) < len(prompts) * 2 <= total:
