@@ -253,21 +253,42 @@ def reading(decoder: Decoder, reader: Callable[[int], Reader | None]) -> Decoder
         how = None if layer is None else reader(layer)
         if how is None:
             return inside(q_nope, q_pe, kv_b_proj, cache, cfg, nx)
-        latent, key = how.read(cache.c_kv, cache.k_pe)
-        held = LatentCache(cfg, latent.dtype, room=max(1, len(latent)))
-        held.append(latent, key)
+        held = _held(how, cache, cfg)
         fresh = nx.linear(cache.c_kv, kv_b_proj)
         theirs = nx.point("kv_b_proj", fresh)
         if how.expanded:
             kv = how.heads(theirs, cfg)
         else:
-            kv = nx.linear(latent, kv_b_proj)
+            kv = nx.linear(held.c_kv, kv_b_proj)
             if np.linalg.norm(theirs - kv) < np.linalg.norm(theirs - fresh):
                 kv = nx.point("kv_b_proj", kv)
         rest = nx.watching(_Given(nx.watch, kv))
         return inside(q_nope, q_pe, kv_b_proj, held, cfg, rest)
 
-    return decoder.using(replace(decoder.nx, expanded=expanded))
+    beside = decoder.nx.absorbed
+
+    def absorbed(
+        q_nope: np.ndarray,
+        q_pe: np.ndarray,
+        kv_b_proj: Matrix,
+        cache: LatentCache,
+        cfg: Config,
+        nx: Numerics,
+    ) -> np.ndarray:
+        layer = parse(nx.path("#context")).layer
+        how = None if layer is None else reader(layer)
+        held = cache if how is None or how.expanded else _held(how, cache, cfg)
+        return beside(q_nope, q_pe, kv_b_proj, held, cfg, nx)
+
+    return decoder.using(replace(decoder.nx, expanded=expanded, absorbed=absorbed))
+
+
+def _held(how: Reader, cache: LatentCache, cfg: Config) -> LatentCache:
+    """Return a cache that holds what is read back of this one."""
+    latent, key = how.read(cache.c_kv, cache.k_pe)
+    held = LatentCache(cfg, latent.dtype, room=max(1, len(latent)))
+    held.append(latent, key)
+    return held
 
 
 class _Given:

@@ -21,11 +21,14 @@ from typing import Any
 import numpy as np
 
 from refmoe.engines import Profile, read_conventions
+from refmoe.fast.reproducible import reproducible_policy
 from refmoe.fast.threads import single_blas_thread
-from refmoe.files import InputError
+from refmoe.model.points import FORMS, parse
 from refmoe.oracle.caches import read_cache
 from refmoe.oracle.cause import describe_error
-from refmoe.oracle.judge import Judgement, Report
+from refmoe.oracle.forms.place import Placed, place
+from refmoe.oracle.forms.ranks import join_ranks, wrong_ranks
+from refmoe.oracle.judge import Judgement, PromptResult, Report, joined
 from refmoe.oracle.noise import UNIT
 from refmoe.oracle.profiles import read_profile
 from refmoe.oracle.readers.adapt import adapt
@@ -34,11 +37,13 @@ from refmoe.oracle.settle import Bench, Declared, cause_of, settle
 from refmoe.oracle.statistics import ALPHA, RUNS
 from refmoe.run.load import Model
 
+VERDICTS = ("fault", "undecidable", "pass")  # the worst first
+
 
 def check(
     model: Model,
     dump: Dump,
-    tokens: Sequence[int] | None = None,
+    tokens: Sequence[int] | Sequence[Sequence[int]] | None = None,
     *,
     engine: str | None = None,
     profile: Profile | str | None = None,
@@ -50,7 +55,8 @@ def check(
 ) -> Report:
     """Judge a dump of the same tokens and weights.
 
-    tokens       of the dump; without them, those that its file has
+    tokens       of the dump, or of each of its prompts; without them, those that its file has, or
+                 that the rows of its embedding name
     engine       whose conventions it is to be held to; None: refmoe's, and a free choice of another
                  engine that explains the dump leaves it undecided
     profile      its precision, as `read_profile` reads it; None: guessed from the values
@@ -71,7 +77,7 @@ def check(
 def judge_dump(
     model: Model,
     dump: Dump,
-    tokens: Sequence[int] | None = None,
+    tokens: Sequence[int] | Sequence[Sequence[int]] | None = None,
     engine: str | None = None,
     profile: Profile | str | None = None,
     alpha: float = ALPHA,
@@ -83,30 +89,100 @@ def judge_dump(
 ) -> Judgement:
     """Judge a dump as `check` does, and return all that the report rests on.
 
+    Where the dump has several prompts, or rows that were computed again, each is judged, and what
+    is returned is of the first that is wrong; its report tells of all.
     explain  False: do not look for the cause of a fault, nor for settings that would explain it
     """
+    declared = _declared(engine, profile, list(conventions), cache)
+    decoder = model.decoder.using(reproducible_policy("float64", declared.sides))
+    ranks = tuple(adapt(arrays, model.cfg) for arrays in dump.ranks)
+    dump = replace(dump, arrays=adapt(dump.arrays, model.cfg), ranks=ranks)
+    if "absorbed" in forms_of(dump.arrays):
+        decoder = decoder.using(replace(decoder.nx, attention="absorbed"))
+    joined_ranks = join_ranks(dump, model.cfg)
+    placed = [
+        replace(p, label=", ".join(filter(None, (j.label, p.label))), notes=j.notes + p.notes)
+        for j in joined_ranks
+        for p in place(j.dump, decoder, tokens)
+    ]
+    found = []
+    for each in placed:
+        chance = alpha / len(placed)
+        attention = decoder.nx.attention
+        bench = Bench(
+            model, each.dump, each.tokens, engine or "refmoe", attention, chance, runs, keep
+        )
+        case = settle(bench, declared, explain)
+        found.append(_with_place(case, each, joined_ranks[0].parts))
+    return _first_wrong(found, [p.label for p in placed], alpha, explain)
+
+
+def _declared(
+    engine: str | None, profile: Profile | str | None, conventions: list[str], cache: str | None
+) -> Declared:
+    """Return what a user said of an engine; raise `InputError` for an unknown name or value."""
     if isinstance(profile, str):
         profile = read_profile(profile)
-    tokens = dump.tokens if tokens is None else tokens
-    if tokens is None:
-        raise InputError(f"{dump.path}: it does not say its tokens; give them (--tokens FILE)")
-    conventions = list(conventions)
-    sides = read_conventions(engine or "refmoe", conventions)  # refuses unknown engines
+    sides = read_conventions(engine or "refmoe", conventions)
     pinned = frozenset(setting.partition("=")[0] for setting in conventions)
-    dump = replace(dump, arrays=adapt(dump.arrays, model.cfg))
-    bench = Bench(model, dump, tokens, engine or "refmoe", alpha, runs, keep)
     cache = read_cache(cache)
     if profile is not None and profile.cache not in (None, *UNIT):
         cache = cache or profile.cache  # what is deterministic is recomputed, and is no noise
     if profile is not None and cache is not None:
         profile = replace(profile, cache=None)
-    declared = Declared(engine, sides, pinned, profile, cache)
-    found = settle(bench, declared, explain)
-    if not explain or found.report.verdict != "fault":
-        return found
-    cause = cause_of(found)
-    shape = None if cause or found.report.passes_under else describe_error(found)
-    return replace(found, report=replace(found.report, cause=cause, shape=shape))
+    return Declared(engine, sides, pinned, profile, cache)
+
+
+def forms_of(names: Iterable[str]) -> set[str]:
+    """Return the forms of attention of which a dump has points that only they compute."""
+    points = (parse(n.removesuffix("#sketch")).point for n in names)
+    return {p.where for p in points if p is not None and p.where in FORMS}
+
+
+def _with_place(case: Judgement, placed: Placed, ranks: int) -> Judgement:
+    """Return a judgement whose report says what `place` had to do, and which rank is wrong."""
+    report = replace(case.report, notes=placed.notes)
+    point = report.point
+    if ranks > 1 and point in case.exact.theirs and point in case.exact.ours:
+        said = wrong_ranks(case.exact.ours[point], case.exact.theirs[point], ranks)
+        report = replace(report, notes=(*placed.notes, said) if said else placed.notes)
+    if placed.wrong_tokens is not None and report.verdict == "pass":
+        reason = f"wrong list of tokens: {placed.wrong_tokens}; with its own, {report.reason}"
+        report = replace(report, verdict="undecidable", reason=reason)
+    elif placed.wrong_tokens is not None:
+        note = f"wrong list of tokens: {placed.wrong_tokens}; judged with its own"
+        report = replace(report, notes=(*report.notes, note))
+    return replace(case, report=report)
+
+
+def _first_wrong(
+    found: list[Judgement], labels: list[str], alpha: float, explain: bool
+) -> Judgement:
+    """Return the first judgement of the worst verdict, with a report that tells of all."""
+    worst = min(found, key=lambda c: VERDICTS.index(c.report.verdict))
+    report = worst.report
+    if explain and report.verdict == "fault":
+        cause = cause_of(worst)
+        shape = None if cause or report.passes_under else describe_error(worst)
+        report = replace(report, cause=cause, shape=shape)
+    if len(found) > 1:
+        label = labels[[c is worst for c in found].index(True)]
+        results = [
+            PromptResult(label, c.report.verdict, c.report.point, c.report.reason)
+            for label, c in zip(labels, found, strict=True)
+        ]
+        points = sum(len(c.report.points) for c in found)
+        passed = f"{len(found)} parts, {points} points within their rounding"
+        report = replace(
+            report,
+            reason=passed if report.verdict == "pass" else f"{label}: {report.reason}",
+            alpha=alpha,
+            compared=sum(c.report.compared for c in found),
+            notes=tuple(dict.fromkeys(n for c in found for n in c.report.notes)),
+            prompts=tuple(results),
+            coverage=joined([c.report.coverage for c in found if c.report.coverage]),
+        )
+    return replace(worst, report=report)
 
 
 @dataclass(frozen=True)

@@ -77,16 +77,18 @@ class Bench:
         dump: Dump,
         tokens: Sequence[int],
         engine: str,
+        attention: Literal["expanded", "absorbed", "auto"],
         alpha: float,
         runs: int,
         keep: bool,
     ):
         self.model, self.dump, self.tokens = model, dump, tokens
-        self.engine, self.alpha, self.runs, self.keep = engine, alpha, runs, keep
+        self.engine, self.attention = engine, attention
+        self.alpha, self.runs, self.keep = alpha, runs, keep
 
     def decoder(self, setting: Setting) -> Decoder:
         """Return the float64 decoder under these settings."""
-        nx = reproducible_policy("float64", setting.sides)
+        nx = replace(reproducible_policy("float64", setting.sides), attention=self.attention)
         return keeping(self.model.decoder.using(nx), setting.forms)
 
     def judge(self, setting: Setting, envelope: Envelope | None = None) -> Judgement:
