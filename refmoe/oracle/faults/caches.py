@@ -41,28 +41,35 @@ READ = ("kv_b_proj", SCORES, CONTEXT)
 class Misread:
     """A cache whose latent and key are read back changed."""
 
-    latent: Rows | None
-    key: Rows | None
+    change: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
     expanded: bool = False
 
     def read(self, latent: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return latent [S, C] and key [S, R] as they are read back."""
-        wrong = latent if self.latent is None else self.latent(latent)
-        return wrong, key if self.key is None else self.key(key)
+        return self.change(latent, key)
 
     def heads(self, kv: np.ndarray, cfg: Config) -> np.ndarray:
         """Return keys and values as they are, as none are held."""
         return kv
 
 
-def read_as(latent: Rows | None, key: Rows | None) -> Alter:
-    """Read the cached latent and key as these functions of them; None: as they are."""
+def read_by(change: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]) -> Alter:
+    """Read the cached latent and key as one function of both."""
 
     def alter(decoder: Decoder, layer: int | None) -> Decoder:
-        wrong = Misread(latent, key)
+        wrong = Misread(change)
         return reading(decoder, lambda i: wrong if layer in (None, i) else None)
 
     return alter
+
+
+def read_as(latent: Rows | None, key: Rows | None) -> Alter:
+    """Read the cached latent and key as these functions of them; None: as they are."""
+
+    def change(c: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return c if latent is None else latent(c), k if key is None else key(k)
+
+    return read_by(change)
 
 
 def misread_rows(
@@ -144,14 +151,16 @@ CACHE += with_free(scaled_values(4.0), "factor on the values", "factor", scaled_
 
 
 def clipped_cache(limit: float | None) -> Fault:
-    """Return the fault of a cache that holds no more than a limit; planted, it is the RMS."""
+    """Return the fault of a cache that holds no more than a limit; planted, the latent's RMS."""
 
-    def clip(x: np.ndarray) -> np.ndarray:
-        most = np.sqrt((x * x).mean()) if limit is None else limit
-        return np.clip(x, -most, most).astype(x.dtype)
+    def read(latent: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        most = float(np.sqrt((latent * latent).mean())) if limit is None else limit
+        return np.clip(latent, -most, most), np.clip(key, -most, most)
 
     text = "values beyond a limit are clipped in the cache"
-    return misread_rows("cache-clipped", text, clip, clip, "vllm-project/vllm#42956")
+    return replace(
+        changed("cache-clipped", text, "vllm-project/vllm#42956", READ, read_by(read)), by="reading"
+    )
 
 
 CACHE += with_free(clipped_cache(None), "limit of cached values", "factor", clipped_cache)
