@@ -108,10 +108,8 @@ def judge_dump(
     found = []
     for each in placed:
         chance = alpha / len(placed)
-        attention = decoder.nx.attention
-        bench = Bench(
-            model, each.dump, each.tokens, engine or "refmoe", attention, chance, runs, keep
-        )
+        how = (decoder.nx.attention, chance, runs, keep, each.before)
+        bench = Bench(model, each.dump, each.tokens, engine or "refmoe", *how)
         case = settle(bench, declared, explain)
         found.append(_with_place(case, each, joined_ranks[0].parts))
     return _first_wrong(found, [p.label for p in placed], alpha, explain)

@@ -37,6 +37,7 @@ from refmoe.model.points import kind, parse
 from refmoe.oracle.caches import CACHES, Form, keeping
 from refmoe.oracle.cause import find_cause, replay_until
 from refmoe.oracle.envelope import Envelope, sample_envelope
+from refmoe.oracle.forms.prefix import after
 from refmoe.oracle.judge import Cause, Judgement, judge
 from refmoe.oracle.profiles import Guess, guess_profiles, other_profiles
 from refmoe.oracle.readers.base import Dump
@@ -81,15 +82,17 @@ class Bench:
         alpha: float,
         runs: int,
         keep: bool,
+        before: int = 0,
     ):
         self.model, self.dump, self.tokens = model, dump, tokens
         self.engine, self.attention = engine, attention
-        self.alpha, self.runs, self.keep = alpha, runs, keep
+        self.alpha, self.runs, self.keep = alpha, runs, keep and not before
+        self.before = before  # tokens that are not given
 
     def decoder(self, setting: Setting) -> Decoder:
         """Return the float64 decoder under these settings."""
         nx = replace(reproducible_policy("float64", setting.sides), attention=self.attention)
-        return keeping(self.model.decoder.using(nx), setting.forms)
+        return after(keeping(self.model.decoder.using(nx), setting.forms), self.before)
 
     def judge(self, setting: Setting, envelope: Envelope | None = None) -> Judgement:
         """Judge the dump; by an envelope of other settings where one is given."""
