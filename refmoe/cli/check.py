@@ -15,6 +15,7 @@ from refmoe.oracle.readers.dump import read_dump
 from refmoe.oracle.truth.check import check_truth
 from refmoe.oracle.truth.file import read_truth
 from refmoe.oracle.words import arbitration_lines, report_lines
+from refmoe.progress import steps
 from refmoe.run.load import load
 
 
@@ -79,7 +80,8 @@ def run(args: Namespace) -> int:
     model = load(args.model, "float64", reference=True)
     tokens = read_sequence(args.tokens) if args.tokens else None
     engine = args.engine or "refmoe"
-    case = judge_dump(model, dump, tokens, engine, args.profile)
+    with steps() as said:
+        case = judge_dump(model, dump, tokens, engine, args.profile, progress=said)
     if args.repro and case.report.verdict == "fault":
         for path in repro.write(case, args.repro):
             remark(f"wrote {path}")
@@ -91,13 +93,15 @@ def run(args: Namespace) -> int:
         remark(f"wrote {write(case, args.html)}")
     if args.against is None:
         return _show(case.report, args)
-    second = judge_dump(
-        model,
-        read_dump(args.against),
-        tokens,
-        args.against_engine or engine,
-        args.against_profile,
-    )
+    with steps() as said:
+        second = judge_dump(
+            model,
+            read_dump(args.against),
+            tokens,
+            args.against_engine or engine,
+            args.against_profile,
+            progress=said,
+        )
     both = arbitrate(case, second)
     if args.json:
         print_json(both.as_json())

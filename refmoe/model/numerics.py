@@ -98,6 +98,14 @@ class Watching:
         wants = getattr(self.watch, "wants", None)
         return wants is None or bool(wants(self.path(name)))
 
+    def takes_rows(self, name: str) -> bool:
+        """Tell whether the watcher takes this point in blocks of rows, one after another.
+
+        One without `takes_rows(path)` gets every point whole.
+        """
+        takes = getattr(self.watch, "takes_rows", None)
+        return takes is not None and bool(takes(self.path(name)))
+
     def tap(self, name: str, x: np.ndarray) -> np.ndarray:
         """Show x as it is, and return what the computation goes on with."""
         if self.watch is None or not self.watches(name):

@@ -31,6 +31,7 @@ from refmoe.oracle.readers.adapt import adapt
 from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.replay import replay
 from refmoe.oracle.statistics import ALPHA, RUNS
+from refmoe.progress import Said, say_nothing
 from refmoe.run.load import Model
 
 
@@ -69,10 +70,12 @@ def judge_dump(
     runs: int = RUNS,
     keep: bool = True,
     explain: bool = True,
+    progress: Said = say_nothing,
 ) -> Judgement:
     """Judge a dump as `check` does, and return all that the report rests on.
 
-    explain  False: do not look for the cause of a fault
+    explain   False: do not look for the cause of a fault
+    progress  is told what is being done, and how much of it is done
     """
     if isinstance(profile, str):
         profile = find_profile(profile)
@@ -84,11 +87,11 @@ def judge_dump(
     dump = replace(dump, arrays=adapt(dump.arrays, model.cfg))
     exact = replay(dump, decoder, tokens)
     identity = model.checkpoint.identity if keep else None
-    envelope = sample_envelope(decoder, profile, tokens, exact.lenses, runs, identity)
+    envelope = sample_envelope(decoder, profile, tokens, exact.lenses, runs, identity, progress)
     found = judge(decoder, dump, tokens, exact, envelope, engine, profile, alpha)
     if not explain or found.report.verdict != "fault":
         return found
-    cause = find_cause(found)
+    cause = find_cause(found, progress)
     shape = None if cause else describe_error(found)
     return replace(found, report=replace(found.report, cause=cause, shape=shape))
 

@@ -217,7 +217,9 @@ def coverage(
     alone = [p for p in operations if p in exact.theirs]
     together = {p for points in through.values() for p in points} & set(operations) - set(alone)
     judged = {parse(p).layer for p in (*alone, *together)}
-    layers = sorted({i for p in operations if (i := parse(p).layer) is not None and i not in judged})
+    layers = sorted(
+        {i for p in operations if (i := parse(p).layer) is not None and i not in judged}
+    )
     rows = np.zeros(tokens, bool)
     for p in alone:
         if p.endswith("kv_b_proj") or parse(p).expert is None:

@@ -194,10 +194,13 @@ def test_a_nan_of_the_engine_is_no_unknown_row(traced, model, tmp_path):
 def test_prompts_side_by_side_or_without_a_beginning_are_refused(tmp_path):
     folder = tmp_path / "several"
     sglang(folder, "positions", np.array([0, 1, 2, 0, 1]))
+    x = np.ones((5, 4), np.float32)
+    sglang(folder, "non_intrusive__model.norm.output", x)
     with pytest.raises(InputError, match="step 0 holds several prompts"):
         read_dump(folder)
     folder = tmp_path / "cached"
     sglang(folder, "positions", np.array([4, 5, 6]))
+    sglang(folder, "non_intrusive__model.norm.output", x[:3])
     with pytest.raises(InputError, match="--disable-radix-cache"):
         read_dump(folder)
     sglang(folder, "positions", np.array([0, 1]), step=1)

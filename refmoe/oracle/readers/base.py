@@ -42,7 +42,9 @@ class Dump:
     step: float = 0.0  # half of the last decimal, where numbers were printed
     top: tuple[np.ndarray, np.ndarray] | None = None  # ids [T, K], -1: none; log-probabilities
     notes: tuple[str, ...] = ()  # what was not read, and why
-    unread: Mapping[str, str] = field(default_factory=dict)  # array of the file → why it is not here
+    unread: Mapping[str, str] = field(
+        default_factory=dict
+    )  # array of the file → why it is not here
     rows: Mapping[str, np.ndarray] = field(default_factory=dict)  # name → positions; absent: all
     columns: Mapping[str, slice] = field(default_factory=dict)  # name → of axis 1; absent: all
 
