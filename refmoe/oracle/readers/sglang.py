@@ -60,6 +60,14 @@ class _Prompt:
         self.following = int(positions[-1]) + 1
 
 
+class _Steps(NamedTuple):
+    """How many rows each step has, and how many of them are kept."""
+
+    lengths: Rows
+    kept: Rows
+    ends: Rows  # rows of the sequence that are there after each step
+
+
 class _Whole(NamedTuple):
     """Tensors whose parts and steps are put together."""
 
@@ -83,14 +91,19 @@ def read(path: Path) -> Dump:
     positions = _positions(path, found.pop("positions", {}))
     prompt, said = _find_prompt(path, positions)
     if prompt is None:
-        lengths = kept = _lengths(found)
+        lengths = _lengths(found)
+        ends = dict(
+            zip(lengths, np.cumsum(list(lengths.values()), dtype=int).tolist(), strict=True)
+        )
+        steps = _Steps(lengths, lengths, ends)
     else:
-        lengths, kept = {s: x.size for s, x in positions.items()}, prompt.kept
-        found = {n: {s: by[s] for s in by.keys() & kept} for n, by in found.items()}
-    whole = _put_together(found, lengths, kept)
+        lengths = {s: x.size for s, x in positions.items()}
+        steps = _Steps(lengths, prompt.kept, {s: int(x[-1]) + 1 for s, x in positions.items()})
+        found = {n: {s: by[s] for s in by.keys() & prompt.kept} for n, by in found.items()}
+    whole = _put_together(found, steps)
     arrays, partial = whole.arrays, frozenset[str]()
     if LOGITS in found and "lm_head" not in arrays:
-        logits = _logits(found[LOGITS], lengths, kept)
+        logits = _logits(found[LOGITS], steps)
         if isinstance(logits, str):
             whole.nothing[LOGITS] = logits
         else:
@@ -110,7 +123,7 @@ def _lengths(found: Files) -> Rows:
     return {s: x.size for s, x in parts.items() if not isinstance(x, str)}
 
 
-def _put_together(found: Files, lengths: Rows, kept: Rows) -> _Whole:
+def _put_together(found: Files, rows: _Steps) -> _Whole:
     """Join the parts of each tensor's ranks and the rows that are kept of its steps."""
     whole = _Whole({}, {}, {})
     for name, by_step in found.items():
@@ -121,7 +134,7 @@ def _put_together(found: Files, lengths: Rows, kept: Rows) -> _Whole:
         if len(steps) < len(parts):
             why = next(why for why in parts.values() if isinstance(why, str))
             (whole.nothing if why.endswith("no tensor") else whole.unread)[name] = why
-        elif (joined := _joined(steps, lengths, kept)) is None:
+        elif (joined := _joined(steps, rows)) is None:
             whole.unread[name] = "its shape is another in each step"
         else:
             whole.arrays[name] = joined
@@ -276,7 +289,7 @@ def _same(x: np.ndarray, y: np.ndarray) -> bool:
     return x is y or (x.shape == y.shape and np.array_equal(x, y, equal_nan=x.dtype.kind == "f"))
 
 
-def _joined(parts: dict[int, np.ndarray], lengths: Rows, kept: Rows) -> np.ndarray | None:
+def _joined(parts: dict[int, np.ndarray], steps: _Steps) -> np.ndarray | None:
     """Put the rows of one step that are kept after those of another; None where they do not fit.
 
     Keys and values that were made anew for the whole cache have the rows of all steps before: the
@@ -286,7 +299,8 @@ def _joined(parts: dict[int, np.ndarray], lengths: Rows, kept: Rows) -> np.ndarr
         return None
     if not next(iter(parts.values())).ndim:
         return next(iter(parts.values())) if len(parts) == 1 else None
-    axis, ends = _row_axis(parts, lengths), _ends(lengths, kept)
+    lengths, kept, ends = steps
+    axis = _row_axis(parts, lengths)
     cache = _row_axis(parts, ends) if axis is None else None
     if axis is not None:
         rows = [x.take(range(kept[s]), axis) for s, x in parts.items()]
@@ -310,18 +324,10 @@ def _row_axis(parts: dict[int, np.ndarray], lengths: Rows) -> int | None:
     return min(fit, key=lambda a: all(x.shape[a] == 1 for x in parts.values()), default=None)
 
 
-def _ends(lengths: Rows, kept: Rows) -> Rows:
-    """Return the rows that are there after each step, its own among them."""
-    out, before = {}, 0
-    for step in sorted(kept):
-        out[step] = before + lengths[step]
-        before += kept[step]
-    return out
-
-
-def _logits(by_step: dict[int, dict[int, Tensor]], lengths: Rows, kept: Rows) -> np.ndarray | str:
+def _logits(by_step: dict[int, dict[int, Tensor]], steps: _Steps) -> np.ndarray | str:
     """Return logits [T, Z], NaN but for the last row of each step, or in words why not."""
     out = None
+    lengths, kept, _ = steps
     total = sum(kept.values())
     end = 0
     for step in sorted(kept):

@@ -115,8 +115,8 @@ def _find_passes(ranks: dict[int, Path]) -> tuple[Files, list[str]]:
                     name = _of_pass(str(key), end)
                     if name is None:
                         continue
-                    # a pass is written when its last layer is done: logits are in the next file
-                    at = step if str(key).startswith("model.") else step - 1
+                    # a pass is written when its last norm is done: logits are in the next file
+                    at = step - (name == LOGITS)
                     found.setdefault(name, {}).setdefault(at, {}).setdefault(rank, Tensor(file, x))
         if not numbered:
             notes.append(f"{folder.name} has no file like Pass00000.pt")
@@ -137,7 +137,7 @@ def _of_pass(key: str, end: str) -> str | None:
     field = key.partition(".forward_batch_info.")[2]
     if field:
         return field if field in ("input_ids", "positions") else None
-    if key in ("lm_head", "logits_processor"):
+    if key.rpartition(".")[2] in ("lm_head", "logits_processor"):
         return LOGITS
     return _point({"name": f"non_intrusive__{key}{end}"}) if "." in key else None
 
