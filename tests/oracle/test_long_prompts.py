@@ -1,4 +1,4 @@
-"""What a long prompt costs `check`: memory grows with the prompt, and somebody is told how far it is.
+"""What a long prompt costs `check`: memory grows with the prompt, and how far it is is told.
 
 Scores and probabilities are [T, H, T]: of 64 heads and 1,500 tokens, 1.2 GB each in float64.
 """
@@ -80,7 +80,7 @@ def test_memory_grows_with_the_prompt_and_not_with_its_square(random_bf16, tmp_p
 
 
 def test_the_noise_of_blocks_is_that_of_whole_scores(random_bf16, tmp_path):
-    """The errors of scores are drawn as one where nobody wants the scores: the level is the same."""
+    """The errors of scores that nobody wants are drawn as one: the level is that of two."""
     model = refmoe.load(random_bf16)
     dump = dump_of(model, tmp_path, 40, ("self_attn#context",))
     levels = []
