@@ -36,6 +36,17 @@ Round = Callable[[np.ndarray], np.ndarray]
 Watch = Callable[[str, np.ndarray], np.ndarray]
 
 
+@dataclass(frozen=True)
+class WatchSome:
+    """A watcher of some points alone: what nobody looks at is never made whole."""
+
+    look: Watch
+    wants: Callable[[str], bool]  # by the point's name
+
+    def __call__(self, path: str, x: np.ndarray) -> np.ndarray:
+        return self.look(path, x)
+
+
 class NonFinite(ArithmeticError):
     """A point held NaN or infinity: `str()` names the first such point and the row."""
 

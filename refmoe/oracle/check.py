@@ -13,7 +13,7 @@ than the noise of a score, and what follows uses the engine's choice (judge.py).
 point every known fault is tried (cause.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import log
 from typing import Any
@@ -23,10 +23,12 @@ import numpy as np
 from refmoe.engines import Profile, find_profile, profile_of
 from refmoe.fast.reproducible import reproducible_policy
 from refmoe.fast.threads import single_blas_thread
-from refmoe.files import InputError
+from refmoe.model.points import FORMS, parse
 from refmoe.oracle.cause import describe_error, find_cause
 from refmoe.oracle.envelope import sample_envelope
-from refmoe.oracle.judge import Judgement, Report, judge
+from refmoe.oracle.forms.place import Placed, place
+from refmoe.oracle.forms.ranks import join_ranks, wrong_ranks
+from refmoe.oracle.judge import Judgement, PromptResult, Report, joined, judge
 from refmoe.oracle.readers.adapt import adapt
 from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.replay import replay
@@ -34,11 +36,13 @@ from refmoe.oracle.statistics import ALPHA, RUNS
 from refmoe.progress import Said, say_nothing
 from refmoe.run.load import Model
 
+VERDICTS = ("fault", "undecidable", "pass")  # the worst first
+
 
 def check(
     model: Model,
     dump: Dump,
-    tokens: Sequence[int] | None = None,
+    tokens: Sequence[int] | Sequence[Sequence[int]] | None = None,
     *,
     engine: str = "refmoe",
     profile: Profile | str | None = None,
@@ -48,7 +52,8 @@ def check(
 ) -> Report:
     """Judge a dump of the same tokens and weights.
 
-    tokens   of the dump; without them, those that its file has
+    tokens   of the dump, or of each of its prompts; without them, those that its file has, or that
+             the rows of its embedding name
     engine   whose conventions it is to be held to
     profile  its precision; without one, that of the values in the dump
     alpha    chance of a false alarm in the whole report
@@ -63,7 +68,7 @@ def check(
 def judge_dump(
     model: Model,
     dump: Dump,
-    tokens: Sequence[int] | None = None,
+    tokens: Sequence[int] | Sequence[Sequence[int]] | None = None,
     engine: str = "refmoe",
     profile: Profile | str | None = None,
     alpha: float = ALPHA,
@@ -74,26 +79,86 @@ def judge_dump(
 ) -> Judgement:
     """Judge a dump as `check` does, and return all that the report rests on.
 
+    Where the dump has several prompts, or rows that were computed again, each is judged, and what
+    is returned is of the first that is wrong; its report tells of all.
     explain   False: do not look for the cause of a fault
     progress  is told what is being done, and how much of it is done
     """
     if isinstance(profile, str):
         profile = find_profile(profile)
-    tokens = dump.tokens if tokens is None else tokens
-    if tokens is None:
-        raise InputError(f"{dump.path}: it does not say its tokens; give them (--tokens FILE)")
     decoder = model.decoder.using(reproducible_policy("float64", engine))  # refuses unknown engines
     profile = profile or profile_of(dump.rounded, engine)
-    dump = replace(dump, arrays=adapt(dump.arrays, model.cfg))
-    exact = replay(dump, decoder, tokens)
+    ranks = tuple(adapt(arrays, model.cfg) for arrays in dump.ranks)
+    dump = replace(dump, arrays=adapt(dump.arrays, model.cfg), ranks=ranks)
+    if "absorbed" in forms_of(dump.arrays):
+        decoder = decoder.using(replace(decoder.nx, attention="absorbed"))
     identity = model.checkpoint.identity if keep else None
-    envelope = sample_envelope(decoder, profile, tokens, exact.lenses, runs, identity, progress)
-    found = judge(decoder, dump, tokens, exact, envelope, engine, profile, alpha)
-    if not explain or found.report.verdict != "fault":
-        return found
-    cause = find_cause(found, progress)
-    shape = None if cause else describe_error(found)
-    return replace(found, report=replace(found.report, cause=cause, shape=shape))
+    joined_ranks = join_ranks(dump, model.cfg)
+    placed = [
+        replace(p, label=", ".join(filter(None, (j.label, p.label))), notes=j.notes + p.notes)
+        for j in joined_ranks
+        for p in place(j.dump, decoder, tokens)
+    ]
+    found = []
+    for each in placed:
+        exact = replay(each.dump, decoder, each.tokens)
+        own = each.tokens, exact.lenses, runs, identity, progress
+        envelope = sample_envelope(decoder, profile, *own)
+        chance = alpha / len(placed)
+        case = judge(decoder, each.dump, each.tokens, exact, envelope, engine, profile, chance)
+        found.append(_with_place(case, each, joined_ranks[0].parts))
+    return _first_wrong(found, [p.label for p in placed], alpha, explain, progress)
+
+
+def forms_of(names: Iterable[str]) -> set[str]:
+    """Return the forms of attention of which a dump has points that only they compute."""
+    points = (parse(n.removesuffix("#sketch")).point for n in names)
+    return {p.where for p in points if p is not None and p.where in FORMS}
+
+
+def _with_place(case: Judgement, placed: Placed, ranks: int) -> Judgement:
+    """Return a judgement whose report says what `place` had to do, and which rank is wrong."""
+    report = replace(case.report, notes=placed.notes)
+    point = report.point
+    if ranks > 1 and point in case.exact.theirs and point in case.exact.ours:
+        said = wrong_ranks(case.exact.ours[point], case.exact.theirs[point], ranks)
+        report = replace(report, notes=(*placed.notes, said) if said else placed.notes)
+    if placed.wrong_tokens is not None and report.verdict == "pass":
+        reason = f"wrong list of tokens: {placed.wrong_tokens}; with its own, {report.reason}"
+        report = replace(report, verdict="undecidable", reason=reason)
+    elif placed.wrong_tokens is not None:
+        note = f"wrong list of tokens: {placed.wrong_tokens}; judged with its own"
+        report = replace(report, notes=(*report.notes, note))
+    return replace(case, report=report)
+
+
+def _first_wrong(
+    found: list[Judgement], labels: list[str], alpha: float, explain: bool, progress: Said
+) -> Judgement:
+    """Return the first judgement of the worst verdict, with a report that tells of all."""
+    worst = min(found, key=lambda c: VERDICTS.index(c.report.verdict))
+    report = worst.report
+    if explain and report.verdict == "fault":
+        cause = find_cause(worst, progress)
+        report = replace(report, cause=cause, shape=None if cause else describe_error(worst))
+    if len(found) > 1:
+        label = labels[[c is worst for c in found].index(True)]
+        results = [
+            PromptResult(label, c.report.verdict, c.report.point, c.report.reason)
+            for label, c in zip(labels, found, strict=True)
+        ]
+        points = sum(len(c.report.points) for c in found)
+        passed = f"{len(found)} parts, {points} points within their rounding"
+        report = replace(
+            report,
+            reason=passed if report.verdict == "pass" else f"{label}: {report.reason}",
+            alpha=alpha,
+            compared=sum(c.report.compared for c in found),
+            notes=tuple(dict.fromkeys(n for c in found for n in c.report.notes)),
+            prompts=tuple(results),
+            coverage=joined([c.report.coverage for c in found if c.report.coverage]),
+        )
+    return replace(worst, report=report)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import numpy as np
 from refmoe.engines import Profile
 from refmoe.files import cache_folder, write_atomically
 from refmoe.model.decoder import Decoder
+from refmoe.model.numerics import WatchSome
 from refmoe.oracle.noise import emulated, rms
 from refmoe.progress import Said, say_nothing
 
@@ -88,8 +89,14 @@ def _sample(
 ) -> Envelope:
     """Run the exact decoder once and the emulated one `runs` times, and keep what these err."""
     exact: dict[str, np.ndarray] = {}
+
+    def record(path: str, x: np.ndarray) -> np.ndarray:
+        exact[path] = x
+        return x
+
     nx = replace(decoder.nx, stop_at_nonfinite=False)
-    decoder.using(nx.watching(_Kept(lenses, exact))).logits(tokens)
+    kept = WatchSome(record, lambda path: path in lenses or path.endswith(".mlp.gate"))
+    decoder.using(nx.watching(kept)).logits(tokens)
     # an expert that only the engine chose has no exact rows; `row_errors` pools what others have
     lenses = {name: lens for name, lens in lenses.items() if name in exact}
     size = {}
@@ -123,22 +130,6 @@ def _sample(
         {name: np.stack(rows) for name, rows in noise.items() if rows},
         {name: float(np.sqrt(np.mean(squares))) for name, squares in gates.items()},
     )
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """A watcher that keeps the points of these lenses, and the router logits."""
-
-    lenses: Mapping[str, Lens]
-    kept: dict[str, np.ndarray]
-
-    def wants(self, path: str) -> bool:
-        """Tell whether this point is kept; scores, [T, H, T], that are not are never made whole."""
-        return path in self.lenses or path.endswith(".mlp.gate")
-
-    def __call__(self, path: str, x: np.ndarray) -> np.ndarray:
-        self.kept[path] = x
-        return x
 
 
 # --- on disk

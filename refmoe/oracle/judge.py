@@ -16,6 +16,7 @@ from refmoe.model.matrix import dequantize
 from refmoe.model.points import parents, parse
 from refmoe.model.router import limit_groups, sigmoid
 from refmoe.oracle.envelope import Envelope
+from refmoe.oracle.forms.rows import ranges
 from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.replay import TOP, Replay
 from refmoe.oracle.statistics import WIDE, PointResult, RowErrors, judge_points, row_errors
@@ -49,6 +50,16 @@ class Coverage:
 
 
 @dataclass(frozen=True)
+class PromptResult:
+    """The verdict over one of several prompts of a dump, or over rows that were computed again."""
+
+    label: str
+    verdict: str
+    point: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
 class Report:
     """The result of `check`; `as_json` is the document that `check --json` prints."""
 
@@ -67,6 +78,8 @@ class Report:
     cause: Cause | None = None
     shape: str | None = None  # of a residual that no known fault explains
     coverage: Coverage | None = None
+    notes: tuple[str, ...] = ()  # how the dump's rows were placed
+    prompts: tuple[PromptResult, ...] = ()  # of each, where the dump has several
 
     def judged_with(self, point: str | None) -> tuple[str, ...]:
         """Return the points that the dump lacks and that are judged with this one."""
@@ -236,6 +249,23 @@ def coverage(
     )
 
 
+def joined(each: Sequence[Coverage]) -> Coverage:
+    """Return the coverage of several prompts of one dump as one."""
+    widest = max(each, key=lambda c: c.alone + c.together)
+    layers = set.intersection(*(set(c.layers) for c in each))
+    judged, total = (sum(c.positions[i] for c in each) for i in (0, 1))
+    return Coverage(
+        sum(c.tensors for c in each),
+        {n: why for c in each for n, why in c.unfitted.items()},
+        {n: part for c in each for n, part in c.parts.items()},
+        widest.operations,
+        widest.alone,
+        widest.together,
+        tuple(sorted(layers)),
+        (judged, total),
+    )
+
+
 def _is_point(name: str) -> bool:
     """Tell whether a name of a dump is a point's, of whatever layer."""
     return parse(name.removesuffix("#sketch")).point is not None
@@ -263,17 +293,6 @@ def _part(exact: Replay, path: str, tokens: int) -> str:
     return ", ".join(said)
 
 
-def ranges(numbers: Sequence[int]) -> str:
-    """Return ascending numbers in few letters: `0 to 3, 7`."""
-    runs: list[list[int]] = []
-    for i in numbers:
-        if runs and i == runs[-1][-1] + 1:
-            runs[-1].append(i)
-        else:
-            runs.append([i])
-    return ", ".join(f"{r[0]} to {r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs)
-
-
 def _unmatched(dump: Dump, exact: Replay, known: list[str]) -> dict[str, str]:
     """Return the names of the dump that are no point of this model, and why."""
     out = {}
@@ -285,7 +304,7 @@ def _unmatched(dump: Dump, exact: Replay, known: list[str]) -> dict[str, str]:
             )
     if TOP in exact.misfits:
         out[TOP] = exact.misfits[TOP]
-    return out
+    return {**dump.unread, **out}
 
 
 def _nearest(name: str, names: Iterable[str]) -> str | None:
