@@ -152,7 +152,7 @@ def positions(folder: Path, step: int, first: int, rows: int, **tags) -> None:  
 @pytest.mark.peers
 def test_positions_tell_which_steps_are_one_prompt(traced, model, tmp_path):
     folder = tmp_path / "d"
-    warm = {n: x[:3] * 2 for n, x in traced.items() if len(x) >= 3}  # wrong, were it read
+    warm = {n: x[:3] for n, x in traced.items() if len(x) >= 3}
     as_sglang(folder, warm, step=0)
     positions(folder, 0, 0, 3)
     for step, rows in ((4, (0, 6)), (5, (6, 8)), (6, (8, 9))):  # in chunks, then decoding
@@ -165,18 +165,17 @@ def test_positions_tell_which_steps_are_one_prompt(traced, model, tmp_path):
     for file in folder.glob("*lm_head*"):  # which SGLang's hooks do not see
         file.unlink()
     dump = read_dump(folder)
-    assert dump.tokens == TOKENS
-    assert dump.notes == (
-        "steps 0 are other prompts and are not read",
-        "3 steps are read as one sequence",
-    )
+    assert list(dump.prompts) == [TOKENS[:3], TOKENS]
+    assert dump.notes == ("4 steps are read as 2 prompts",)
     report = check(model, dump)
     assert (report.verdict, report.unmatched) == ("pass", {}), report.reason
     logits = dump.arrays["lm_head"]
     assert dump.partial == {"lm_head"}
-    assert (~np.isnan(logits).any(axis=1)).nonzero()[0].tolist() == [5, 7, 8]
-    np.testing.assert_array_equal(logits[[5, 7, 8]], traced["lm_head"][[5, 7, 8]])
-    assert "lm_head" in {p.name for p in report.points}
+    assert (~np.isnan(logits).any(axis=1)).nonzero()[0].tolist() == [8, 10, 11]
+    np.testing.assert_array_equal(logits[[8, 10, 11]], traced["lm_head"][[5, 7, 8]])
+    logits[10] = logits[10, ::-1].copy()
+    report = check(model, dump)
+    assert (report.verdict, report.point) == ("fault", "lm_head")
 
 
 @pytest.mark.peers
@@ -191,23 +190,49 @@ def test_a_nan_of_the_engine_is_no_unknown_row(traced, model, tmp_path):
 
 
 @pytest.mark.peers
-def test_prompts_side_by_side_or_without_a_beginning_are_refused(tmp_path):
-    folder = tmp_path / "several"
-    sglang(folder, "positions", np.array([0, 1, 2, 0, 1]))
-    x = np.ones((5, 4), np.float32)
-    sglang(folder, "non_intrusive__model.norm.output", x)
-    with pytest.raises(InputError, match="step 0 holds several prompts"):
-        read_dump(folder)
-    folder = tmp_path / "cached"
+@pytest.mark.parametrize("batch", [False, True])
+def test_prompts_side_by_side_are_told_apart(random_bf16, traced, model, tmp_path, batch):
+    """As SGLang has them, rows of one after the other, or a batch of transformers [B, T, ...]."""
+    folder, tokens = tmp_path / "d", [5, 4, 3, 2, 1, 0, 6, 7, 8][: 9 if batch else 4]
+    other = refmoe.trace(refmoe.load(random_bf16), tokens)
+    names = [n for n in traced if "#" not in n and ".experts." not in n and ".act" not in n]
+    for name in names:
+        parts = traced[name], other[name]
+        x = np.stack(parts) if batch else np.concatenate(parts)
+        sglang(folder, f"non_intrusive__{name}.output", x)
+    ids = [np.array(TOKENS), np.array(tokens)]
+    at = [np.arange(len(i)) for i in ids]
+    sglang(folder, "input_ids", np.stack(ids) if batch else np.concatenate(ids))
+    sglang(folder, "position_ids", np.stack(at) if batch else np.concatenate(at))
+    dump = read_dump(folder)
+    assert list(dump.prompts) == [TOKENS, tokens]
+    report = check(model, dump)
+    assert report.verdict == "pass", report.reason
+    assert [p.verdict for p in report.prompts] == ["pass", "pass"]
+    next(folder.glob("*lm_head*")).unlink()
+    rows = np.stack([traced["lm_head"][-1], other["lm_head"][-1]])  # one for each prompt
+    sglang(folder, "non_intrusive__logits_processor.output.next_token_logits", rows)
+    dump = read_dump(folder)
+    last = len(TOKENS) - 1, len(TOKENS) + len(tokens) - 1
+    assert (~np.isnan(dump.arrays["lm_head"]).any(axis=1)).nonzero()[0].tolist() == [*last]
+    assert check(model, dump).verdict == "pass"
+
+
+@pytest.mark.peers
+def test_rows_without_a_beginning_are_refused(tmp_path):
+    folder, x = tmp_path / "cached", np.ones((3, 4), np.float32)
     sglang(folder, "positions", np.array([4, 5, 6]))
-    sglang(folder, "non_intrusive__model.norm.output", x[:3])
+    sglang(folder, "non_intrusive__model.norm.output", x)
     with pytest.raises(InputError, match="--disable-radix-cache"):
         read_dump(folder)
     sglang(folder, "positions", np.array([0, 1]), step=1)
     sglang(folder, "input_ids", np.array([8, 9]), step=1)
+    for step in (2, 3, 4):  # dry runs
+        sglang(folder, "positions", np.array([0]), step=step)
     dump = read_dump(folder)
     assert dump.tokens == [8, 9]
-    assert "steps 0 follow no other" in dump.notes[0]
+    assert dump.notes[0] == "3 prompts of a single token, as of dry runs, are not read"
+    assert "steps 0 have rows that follow no other" in dump.notes[1]
 
 
 @pytest.mark.peers

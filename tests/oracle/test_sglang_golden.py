@@ -66,11 +66,21 @@ def test_a_fault_in_any_step_is_found(folders, model, row):
 
 def test_two_prompts_are_not_one(folders, model):
     dump = read_dump(folders / "dumper-two")
-    assert dump.tokens == ABOUT["two"][1]
-    assert dump.notes == ("steps 0 are other prompts and are not read",)
+    assert dump.tokens is None
+    assert list(dump.prompts) == ABOUT["two"]
+    assert dump.notes == ("2 steps are read as 2 prompts",)
     report = check(model, dump, engine="transformers", keep=False)
     assert report.verdict == "pass", report.reason
+    assert [(p.label, p.verdict) for p in report.prompts] == [
+        ("prompt 1 of 2", "pass"),
+        ("prompt 2 of 2", "pass"),
+    ]
     assert "lm_head" in {p.name for p in report.points}
+    x = dump.arrays["model.layers.2.self_attn.o_proj"]
+    x[:, 6] = x[:, 6, ::-1].copy()  # of the second
+    report = check(model, dump, engine="transformers", keep=False)
+    assert (report.verdict, report.point) == ("fault", "model.layers.2.self_attn.o_proj")
+    assert [p.verdict for p in report.prompts] == ["pass", "fault"]
 
 
 def put(source: Path, step: int, folder: Path, at: int) -> None:
@@ -85,8 +95,10 @@ def test_two_prompts_that_take_turns_are_told_apart(folders, model, tmp_path):
     for at, (source, step) in enumerate([(one, 0), (two, 0), (one, 1), (two, 1), (one, 2)]):
         put(source, step, tmp_path / "d", at)
     dump = read_dump(tmp_path / "d")
-    assert dump.tokens == ABOUT["tokens"]
-    assert "steps 1, 3 are other prompts and are not read" in dump.notes
+    assert list(dump.prompts) == [ABOUT["tokens"], *ABOUT["two"]]
+    assert "5 steps are read as 3 prompts" in dump.notes
+    # only the first prompt's steps have the first layers
+    assert "model.layers.0.self_attn.o_proj" in dump.arrays
     assert check(model, dump, engine="transformers", keep=False).verdict == "pass"
 
 
@@ -97,14 +109,18 @@ def test_a_step_that_may_go_on_with_two_prompts_is_refused(folders, tmp_path):
         read_dump(tmp_path / "d")
 
 
-def test_rows_that_come_twice_are_read_from_the_later_step(folders, model, tmp_path):
+def test_rows_that_were_computed_again_are_judged_too(folders, model, tmp_path):
     for at, step in enumerate([0, 1, 2, 1]):
         put(folders / "dumper-all", step, tmp_path / "d", at)
     dump = read_dump(tmp_path / "d")
-    assert dump.tokens == ABOUT["tokens"][:10]
-    assert "5 rows come twice; those of the later step are read" in dump.notes
-    assert len(dump.arrays["model.layers.0.self_attn.kv_b_proj"][0, 0]) == 10
+    assert dump.tokens == ABOUT["tokens"]
+    x = dump.arrays["model.layers.1.self_attn.o_proj"]
+    assert x.shape[1] == 6 + 4 + 1 + 4
     assert check(model, dump, engine="transformers", keep=False).verdict == "pass"
+    x[:, 13] = x[:, 13, ::-1].copy()
+    report = check(model, dump, engine="transformers", keep=False)
+    assert (report.verdict, report.point) == ("fault", "model.layers.1.self_attn.o_proj")
+    assert "computed again" in report.reason
 
 
 def test_files_of_whole_passes_are_read(folders, model):

@@ -506,6 +506,8 @@ def _taken(
     for group, chosen, at in parts:
         whole = np.array_equal(at, np.arange(length))
         for name, x in group.arrays.items():
+            if name in dump.partial and np.isnan(x[chosen]).all():
+                continue  # nothing of it is of this prompt
             arrays[name] = x[chosen]
             if not whole:
                 rows[name] = at

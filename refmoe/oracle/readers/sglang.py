@@ -3,9 +3,10 @@
 sglang_files.py says what the files are. The server's head is called by no hook: its logits are
 those of each pass' last row (`next_token_logits`).
 
-Steps are forward passes. Those of one prompt follow each other, as `positions` or `position_ids`
-tell, and are read as one sequence; without positions all steps are. A step that begins before the
-last one ended computes rows again, and these are read. Ranks that hold equal tensors are read once.
+Steps are forward passes. `positions` or `position_ids` tell which rows are of one prompt: they
+begin at 0 and go on, side by side in a step or in one step after another. Each prompt's rows are
+put together in order, those that were computed again too; without positions all rows are one
+prompt's. Ranks that hold equal tensors are read once.
 Parts are put together along the axis that `dims` names in `meta`: "t h[tp]" (comparator/dims_spec),
 older "t h(tp)". Parts without `dims` are not read, and the notes say so.
 
@@ -13,7 +14,8 @@ Source: sgl-project/sglang, python/sglang/srt/debug_utils/dumper.py.
 """
 
 import re
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,37 +37,40 @@ from refmoe.oracle.readers.torch_file import ForeignError
 
 DIM = re.compile(r"(?:\w+|\([\w*]+\))(?:\[(\S+)\]|\((\S+)\))?")
 
-Rows = dict[int, int]  # step → how many
+
+class _Part(NamedTuple):
+    """Rows of one step that are of one prompt."""
+
+    step: int
+    rows: slice
+    first: int  # its position in the prompt
 
 
 @dataclass
 class _Prompt:
-    """The steps of one prompt, in order."""
+    """The parts of one prompt, in order."""
 
-    kept: Rows = field(default_factory=dict)  # less those that come again
+    parts: list[_Part] = field(default_factory=list)
     following: int = 0  # the position of the next row
-    again: int = 0  # rows that came again
 
-    def add(self, step: int, positions: np.ndarray) -> None:
-        """Add a step; the rows of its positions that are there already give way to it."""
-        first = int(positions[0])
-        for earlier in reversed(self.kept):
-            over = min(self.following - first, self.kept[earlier])
-            if over <= 0:
-                break
-            self.kept[earlier] -= over
-            self.following -= over
-            self.again += over
-        self.kept[step] = len(positions)
-        self.following = int(positions[-1]) + 1
+    def add(self, step: int, rows: slice, first: int) -> None:
+        """Add the rows of a step that begin at this position."""
+        self.parts.append(_Part(step, rows, first))
+        self.following = first + rows.stop - rows.start
 
 
 class _Steps(NamedTuple):
-    """How many rows each step has, and how many of them are kept."""
+    """How many rows each step has, and whose they are."""
 
-    lengths: Rows
-    kept: Rows
-    ends: Rows  # rows of the sequence that are there after each step
+    lengths: dict[int, int]  # step → rows
+    parts: list[_Part]  # of all prompts, one after the other
+    batches: dict[int, tuple[int, int]]  # step → prompts, rows of each; empty: all side by side
+
+    @property
+    def ends(self) -> dict[int, int]:
+        """How many rows a prompt has after each step that has no other prompt's."""
+        alone = Counter(p.step for p in self.parts)
+        return {p.step: p.first + self.lengths[p.step] for p in self.parts if alone[p.step] == 1}
 
 
 class _Whole(NamedTuple):
@@ -84,22 +89,23 @@ def recognise(path: Path) -> bool:
 def read(path: Path) -> Dump:
     """Read every tensor of the folder, a name at a time.
 
-    Raises `InputError` where a file cannot be read, where a step holds several prompts, and where
-    nothing but the fields of a batch was dumped.
+    Raises `InputError` where a file cannot be read, where a step may go on with several prompts,
+    and where nothing but the fields of a batch was dumped.
     """
     found, notes = find_files(path)
-    positions = _positions(path, found.pop("positions", {}))
-    prompt, said = _find_prompt(path, positions)
-    if prompt is None:
-        lengths = _lengths(found)
-        ends = dict(
-            zip(lengths, np.cumsum(list(lengths.values()), dtype=int).tolist(), strict=True)
-        )
-        steps = _Steps(lengths, lengths, ends)
-    else:
-        lengths = {s: x.size for s, x in positions.items()}
-        steps = _Steps(lengths, prompt.kept, {s: int(x[-1]) + 1 for s, x in positions.items()})
-        found = {n: {s: by[s] for s in by.keys() & prompt.kept} for n, by in found.items()}
+    positions = _positions(found.pop("positions", {}))
+    prompts, said = _find_prompts(path, positions)
+    lengths = {s: x.size for s, x in positions.items()} if prompts else _lengths(found)
+    if not prompts and lengths:
+        prompts = [_Prompt()]
+        for step, rows in lengths.items():
+            prompts[0].add(step, slice(0, rows), prompts[0].following)
+    batched = any(len(x) > 1 for x in positions.values())
+    batches = {s: (len(x), x.shape[1]) for s, x in positions.items() if batched}
+    steps = _Steps(lengths, [part for p in prompts for part in p.parts], batches)
+    if positions:
+        used = {part.step for part in steps.parts}
+        found = {n: {s: by[s] for s in by.keys() & used} for n, by in found.items()}
     whole = _put_together(found, steps)
     arrays, partial = whole.arrays, frozenset[str]()
     if LOGITS in found and "lm_head" not in arrays:
@@ -109,22 +115,38 @@ def read(path: Path) -> Dump:
         else:
             arrays["lm_head"], partial = logits, frozenset({"lm_head"})
     notes += said + grouped(whole.unread | whole.nothing)
-    used = {step for by_step in found.values() for step in by_step}
-    if len(used) > 1:
-        notes.append(f"{len(used)} steps are read as one sequence")
-    tokens = arrays.pop("input_ids", None)
-    dump = dump_of_arrays(path, arrays, tokens, tuple(notes), partial)
-    return replace(dump, unread=whole.unread)
+    count = len({step for by_step in found.values() for step in by_step})
+    if count > 1:
+        what = "one sequence" if len(prompts) < 2 else f"{len(prompts)} prompts"
+        notes.append(f"{count} steps are read as {what}")
+    tokens = _tokens(arrays.pop("input_ids", None), prompts)
+    dump = dump_of_arrays(path, arrays, tokens, tuple(notes), partial, unread=whole.unread)
+    return dump
 
 
-def _lengths(found: Files) -> Rows:
+def _tokens(ids: np.ndarray | None, prompts: list[_Prompt]) -> Any:
+    """Return the token ids of each prompt; `ids` has those of all parts, in their order."""
+    if ids is None or sum(p.rows.stop - p.rows.start for q in prompts for p in q.parts) != ids.size:
+        return ids
+    out, flat, at = [], ids.reshape(-1).tolist(), 0
+    for prompt in prompts:
+        own: dict[int, int] = {}
+        for part in prompt.parts:
+            for i in range(part.rows.stop - part.rows.start):
+                own[part.first + i] = flat[at]
+                at += 1
+        out.append([own[i] for i in sorted(own)])
+    return out if len(out) > 1 else out[0]
+
+
+def _lengths(found: Files) -> dict[int, int]:
     """Return the rows of each step whose token ids are there."""
     parts = {s: _whole(ranks) for s, ranks in sorted(found.get("input_ids", {}).items())}
     return {s: x.size for s, x in parts.items() if not isinstance(x, str)}
 
 
 def _put_together(found: Files, rows: _Steps) -> _Whole:
-    """Join the parts of each tensor's ranks and the rows that are kept of its steps."""
+    """Join the parts of each tensor's ranks, and the rows of its steps."""
     whole = _Whole({}, {}, {})
     for name, by_step in found.items():
         if name == LOGITS or not by_step:
@@ -158,75 +180,74 @@ def _sort_choices(arrays: Arrays) -> None:
             arrays[f"{gate}#experts"] = chosen
 
 
-def _positions(folder: Path, by_step: dict[int, dict[int, Tensor]]) -> dict[int, np.ndarray]:
-    """Return the positions of each step's rows; none where they are of no form that is known.
-
-    Raises `InputError` where a step holds several prompts.
-    """
+def _positions(by_step: dict[int, dict[int, Tensor]]) -> dict[int, np.ndarray]:
+    """Return the positions [B, T] of each step's rows; none where their form is not known."""
     out = {}
     for step, ranks in sorted(by_step.items()):
         x = load(ranks[min(ranks)])[0]
         if not isinstance(x, np.ndarray) or not x.size or x.dtype.kind not in "iu":
             return {}
-        x = x.reshape(-1, x.shape[-1] if x.ndim else 1)
-        if len(x) > 1 or (np.diff(x[0]) != 1).any():
-            raise InputError(
-                f"{folder}: step {step} holds several prompts (positions "
-                f"{x.ravel()[:40].tolist()}); dump one request at a time"
-            )
-        out[step] = x[0]
+        out[step] = x.reshape(-1, x.shape[-1] if x.ndim else 1)
     return out
 
 
-def _find_prompt(
+def _find_prompts(
     folder: Path, positions: dict[int, np.ndarray]
-) -> tuple[_Prompt | None, list[str]]:
-    """Return the prompt to read, the longest, and notes on the others.
+) -> tuple[list[_Prompt], list[str]]:
+    """Return the prompts whose beginning is there, and notes on what is not read.
 
-    It is None where no positions tell which steps belong together. Raises `InputError` where a
-    step may belong to several prompts, or none is there from its beginning.
+    Raises `InputError` where a step may go on with several prompts, or none is there from its
+    beginning.
     """
     prompts: list[_Prompt] = []
     late: list[int] = []
     for step, x in positions.items():
-        first = int(x[0])
-        goes_on = [p for p in prompts if p.following == first]
-        if first == 0:
-            goes_on = [_Prompt()]
-            prompts += goes_on
-        elif not goes_on and prompts and first < prompts[-1].following:
-            goes_on = prompts[-1:]  # computed again from here on
-        if len(goes_on) > 1:
-            begin = _listed([min(p.kept) for p in goes_on])
-            raise InputError(
-                f"{folder}: step {step} begins at position {first} and may go on with any of the "
-                f"prompts that begin at steps {begin}; dump one request at a time"
-            )
-        for prompt in goes_on:
-            prompt.add(step, x)
-        if not goes_on:
-            late.append(step)
-    if not prompts:
-        if late:
-            raise InputError(
-                f"{folder}: no step begins at position 0, so a prefix came from the cache; start "
-                "the server with --disable-radix-cache"
-            )
-        return None, []
-    # the server warms up with a prompt of its own, which is short
-    chosen = max(prompts, key=lambda p: (p.following, min(p.kept)))
-    others = sorted({s for p in prompts for s in p.kept} - chosen.kept.keys())
+        going = list(prompts)
+        for rows, first in _runs(x):
+            on = [p for p in going if p.following == first]
+            if first == 0:
+                on = [_Prompt()]
+                prompts += on
+            elif not on and going and first < going[-1].following:
+                on = going[-1:]  # computed again from here on
+            if len(on) > 1:
+                begin = _listed([p.parts[0].step for p in on])
+                raise InputError(
+                    f"{folder}: step {step} begins at position {first} and may go on with any of "
+                    f"the prompts that begin at steps {begin}; dump one request at a time"
+                )
+            for prompt in on:
+                prompt.add(step, rows, first)
+                going = [p for p in going if p is not prompt]
+            if not on:
+                late.append(step)
+    dry = [p for p in prompts if p.following == 1]  # a server's dry runs have nothing to say
     notes = []
-    if others:
-        notes.append(f"steps {_listed(others)} are other prompts and are not read")
+    if 0 < len(dry) < len(prompts):
+        prompts = [p for p in prompts if p.following > 1]
+        notes.append(f"{len(dry)} prompts of a single token, as of dry runs, are not read")
+    if late and not prompts:
+        raise InputError(
+            f"{folder}: no step begins at position 0, so a prefix came from the cache; start "
+            "the server with --disable-radix-cache"
+        )
     if late:
         notes.append(
-            f"steps {_listed(late)} follow no other and are not read; if their prefix came from "
-            "the cache, start the server with --disable-radix-cache"
+            f"steps {_listed(late)} have rows that follow no other and are not read: padding, or a "
+            "prefix came from the cache; then start the server with --disable-radix-cache"
         )
-    if chosen.again:
-        notes.append(f"{chosen.again} rows come twice; those of the later step are read")
-    return chosen, notes
+    return prompts, notes
+
+
+def _runs(positions: np.ndarray) -> list[tuple[slice, int]]:
+    """Return rows of [B, T], as one axis, that go on with each other, and the first position."""
+    flat = positions.reshape(-1)
+    breaks = np.flatnonzero(np.diff(flat) != 1) + 1
+    width = positions.shape[1]
+    starts = sorted({0, *breaks.tolist(), *range(0, flat.size, width)})
+    return [
+        (slice(a, b), int(flat[a])) for a, b in zip(starts, [*starts[1:], flat.size], strict=True)
+    ]
 
 
 def _whole(ranks: dict[int, Tensor]) -> np.ndarray | str:
@@ -289,35 +310,47 @@ def _same(x: np.ndarray, y: np.ndarray) -> bool:
     return x is y or (x.shape == y.shape and np.array_equal(x, y, equal_nan=x.dtype.kind == "f"))
 
 
-def _joined(parts: dict[int, np.ndarray], steps: _Steps) -> np.ndarray | None:
-    """Put the rows of one step that are kept after those of another; None where they do not fit.
+def _joined(steps: dict[int, np.ndarray], rows: _Steps) -> np.ndarray | None:
+    """Put the rows of each prompt after those of the one before; None where they do not fit.
 
     Keys and values that were made anew for the whole cache have the rows of all steps before: the
     last ones are the step's own.
     """
-    if len({x.ndim for x in parts.values()}) > 1:
-        return None
-    if not next(iter(parts.values())).ndim:
-        return next(iter(parts.values())) if len(parts) == 1 else None
-    lengths, kept, ends = steps
-    axis = _row_axis(parts, lengths)
-    cache = _row_axis(parts, ends) if axis is None else None
+    ranks = {x.ndim for x in steps.values()}
+    if len(ranks) > 1 or ranks == {0}:
+        return next(iter(steps.values())) if len(steps) == 1 else None
+    lengths = rows.lengths
+    flat = {s: _one_axis(x, rows.batches.get(s)) for s, x in steps.items()}
+    axis, ends = _row_axis(flat, lengths), rows.ends
+    cache = _row_axis(flat, ends) if axis is None else None
+    own = [p for p in rows.parts if p.step in steps]
     if axis is not None:
-        rows = [x.take(range(kept[s]), axis) for s, x in parts.items()]
+        parts = [flat[p.step].take(range(p.rows.start, p.rows.stop), axis) for p in own]
     elif cache is not None:
-        axis, begin = cache, {s: ends[s] - lengths[s] for s in parts}
-        rows = [x.take(range(begin[s], begin[s] + kept[s]), axis) for s, x in parts.items()]
-    elif all(kept.get(s) == lengths.get(s) for s in parts):  # as those of an expert
-        shapes, rows = [x.shape for x in parts.values()], list(parts.values())
+        axis = cache
+        parts = [flat[p.step].take(range(p.first, ends[p.step]), axis) for p in own]
+    else:  # the rows of an expert, or nobody said how many a step has
+        order = [p.step for p in own] if lengths else list(steps)
+        if order != sorted(set(order)):
+            return None  # which of its rows are whose is not known
+        parts = [flat[step] for step in order]
+        shapes = [x.shape for x in parts]
         axis = next((a for a in range(len(shapes[0])) if len({s[a] for s in shapes}) > 1), 0)
-    else:  # which of its rows come again is not known
+    if len({(*x.shape[:axis], *x.shape[axis + 1 :]) for x in parts}) > 1:
         return None
-    if len({(*x.shape[:axis], *x.shape[axis + 1 :]) for x in rows}) > 1:
-        return None
-    return rows[0] if len(rows) == 1 else np.concatenate(rows, axis=axis)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
 
 
-def _row_axis(parts: dict[int, np.ndarray], lengths: Rows) -> int | None:
+def _one_axis(x: np.ndarray, batch: tuple[int, int] | None) -> np.ndarray:
+    """Return a batch [B, T, ...] or [B, 1, S, ...] with one axis of rows, of S the last T."""
+    if batch is None or x.ndim < 2 or len(x) != batch[0]:
+        return x
+    if x.ndim == 4 and x.shape[1] == 1 and x.shape[2] >= batch[1] > 1:
+        x = x[:, 0, -batch[1] :]
+    return x.reshape(-1, *x.shape[2:]) if x.shape[1] == batch[1] else x
+
+
+def _row_axis(parts: dict[int, np.ndarray], lengths: dict[int, int]) -> int | None:
     """Return the axis that is as long as each step; of several, one that is not always one."""
     axes = range(next(iter(parts.values())).ndim)
     fit = [a for a in axes if all(x.shape[a] == lengths.get(s) for s, x in parts.items())]
@@ -325,20 +358,26 @@ def _row_axis(parts: dict[int, np.ndarray], lengths: Rows) -> int | None:
 
 
 def _logits(by_step: dict[int, dict[int, Tensor]], steps: _Steps) -> np.ndarray | str:
-    """Return logits [T, Z], NaN but for the last row of each step, or in words why not."""
+    """Return logits [T, Z], NaN but for the last rows of each part, or in words why not.
+
+    A step that has a row of logits for each of its prompts has the last ones.
+    """
     out = None
-    lengths, kept, _ = steps
-    total = sum(kept.values())
+    total = sum(p.rows.stop - p.rows.start for p in steps.parts)
     end = 0
-    for step in sorted(kept):
-        length = lengths[step]
-        end += kept[step]
-        x = _whole(by_step[step]) if step in by_step else None
+    for part in steps.parts:
+        length = part.rows.stop - part.rows.start
+        end += length
+        x = _whole(by_step[part.step]) if part.step in by_step else None
         if isinstance(x, str):
             return x
-        if x is None or x.ndim != 2 or x.dtype.kind != "f" or len(x) > length:
+        if x is None or x.ndim != 2 or x.dtype.kind != "f" or len(x) > steps.lengths[part.step]:
             continue
-        x = x[: max(0, len(x) - (length - kept[step]))]
+        beside = sorted(p.rows.start for p in steps.parts if p.step == part.step)
+        if len(x) == len(beside) > 1:
+            x = x[beside.index(part.rows.start)][None]
+        elif len(beside) > 1:
+            continue
         if out is None:
             if total * x.shape[1] > MOST_NUMBERS:
                 return f"too many numbers for {total} rows; use a shorter prompt"
