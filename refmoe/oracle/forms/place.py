@@ -489,6 +489,11 @@ def _split(
             out.append(Placed(label, prompt, replace(own, unread=first), wrong, notes))
             notes = ()
         start += len(prompt)
+    if not out:
+        arrays = {n: x for n, x in others.items() if n not in unread}
+        out.append(
+            Placed("", prompts[0], replace(dump, arrays=arrays, unread=unread), wrong, notes)
+        )
     said = tuple(_told(groups, prompts))
     return [replace(p, notes=p.notes + said) if not i else p for i, p in enumerate(out)]
 
