@@ -117,7 +117,7 @@ class _Pass:
 
 @dataclass
 class _Log:
-    """What a log says: passes, the tokens of each prompt, and what stands between."""
+    """The passes of a log, the tokens of each prompt, and what stands between."""
 
     passes: list[_Pass] = field(default_factory=list)
     prompts: list[tuple[int, list[int]]] = field(default_factory=list)  # how many, and which

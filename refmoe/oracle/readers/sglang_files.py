@@ -35,7 +35,7 @@ RANK = re.compile(r"TP\d+_PP\d+_Rank(\d{1,9})_pid\d+")
 
 
 class Tensor(NamedTuple):
-    """Where a tensor is: a file of its own, or the value that a file with many holds."""
+    """A tensor that has a file of its own, or the value that a file with many holds."""
 
     file: Path
     value: Any = None  # read already
