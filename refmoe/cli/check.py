@@ -18,6 +18,7 @@ from refmoe.oracle.readers.dump import read_dump
 from refmoe.oracle.truth.check import check_truth
 from refmoe.oracle.truth.file import read_truth
 from refmoe.oracle.words import arbitration_lines, report_lines
+from refmoe.progress import steps
 from refmoe.run.load import load
 
 
@@ -94,7 +95,9 @@ def run(args: Namespace) -> int:
     model = load(args.model, "float64", reference=True)
     tokens = read_tokens(args.tokens) if args.tokens else None
     options: Any = {"conventions": args.convention or (), "cache": args.cache}
-    case = judge_dump(model, dump, tokens, args.engine, args.profile, **options)
+    with steps() as said:
+        options["progress"] = said
+        case = judge_dump(model, dump, tokens, args.engine, args.profile, **options)
     if args.repro and case.report.verdict == "fault":
         for path in repro.write(case, args.repro):
             remark(f"wrote {path}")
@@ -106,14 +109,16 @@ def run(args: Namespace) -> int:
         remark(f"wrote {write(case, args.html)}")
     if args.against is None:
         return _show(case.report, args)
-    second = judge_dump(
-        model,
-        read_dump(args.against),
-        tokens,
-        args.against_engine or args.engine,
-        args.against_profile,
-        **options,
-    )
+    with steps() as said:
+        options["progress"] = said
+        second = judge_dump(
+            model,
+            read_dump(args.against),
+            tokens,
+            args.against_engine or args.engine,
+            args.against_profile,
+            **options,
+        )
     both = arbitrate(case, second)
     if args.json:
         print_json(both.as_json())

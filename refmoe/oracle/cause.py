@@ -27,6 +27,7 @@ from refmoe.oracle.noise import rms
 from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.replay import Replay
 from refmoe.oracle.solve import solve
+from refmoe.progress import Said, say_nothing
 
 NOISE = 0.1  # of what is explained: below it, two hypotheses fit alike
 ALIKE = 1.1  # nor can these numbers decide between two that leave so nearly the same
@@ -59,7 +60,7 @@ class _Trial:
         return self.fault.text + where
 
 
-def find_cause(case: Judgement) -> Cause | None:
+def find_cause(case: Judgement, progress: Said = say_nothing) -> Cause | None:
     """Return the fault that explains the first wrong point; None where none does."""
     point = case.report.point
     if point is None or point not in case.exact.theirs:
@@ -67,7 +68,7 @@ def find_cause(case: Judgement) -> Cause | None:
     if case.report.reason == "not finite":
         return _named("not-finite")
     enough = _enough(case, point)
-    trials = [t for t in _trials(case, point) if t.fault.predicts]
+    trials = [t for t in _trials(case, point, progress) if t.fault.predicts]
     trials.sort(key=lambda t: (t.here > enough, max(t.layer, NOISE), t.confined))
     if not trials or trials[0].here > enough:
         return _random_weights(case, point)
@@ -124,7 +125,7 @@ def _enough(case: Judgement, point: str) -> float:
     return max(1.0, case.exact.theirs[point].size * TIES) if point.endswith("#experts") else 1.0
 
 
-def _trials(case: Judgement, point: str) -> Iterator[_Trial]:
+def _trials(case: Judgement, point: str, progress: Said) -> Iterator[_Trial]:
     """Try every candidate, in every expert and in those that only the wrong rows have chosen."""
     through = case.report.judged_with(point)
     places: list[tuple[int | None, str | None]] = [(None, None)]
@@ -132,7 +133,9 @@ def _trials(case: Judgement, point: str) -> Iterator[_Trial]:
         (e, part) for e in _suspect_experts(case, point) for part in (None, *MlpWeights._fields)
     ]
     within = _points_of_layer(case, point)
-    for fault in candidates(point, judged_points(point, through), case.decoder.cfg):
+    faults = list(candidates(point, judged_points(point, through), case.decoder.cfg))
+    for i, fault in enumerate(faults):
+        progress("known faults tried", i, len(faults))
         solved = None
         if fault.free is not None:
             constant = _solved(case, fault, point)

@@ -35,6 +35,7 @@ from refmoe.oracle.readers.adapt import adapt
 from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.settle import Bench, Declared, cause_of, settle
 from refmoe.oracle.statistics import ALPHA, RUNS
+from refmoe.progress import Said, say_nothing
 from refmoe.run.load import Model
 
 VERDICTS = ("fault", "undecidable", "pass")  # the worst first
@@ -86,12 +87,14 @@ def judge_dump(
     explain: bool = True,
     conventions: Iterable[str] = (),
     cache: str | None = None,
+    progress: Said = say_nothing,
 ) -> Judgement:
     """Judge a dump as `check` does, and return all that the report rests on.
 
     Where the dump has several prompts, or rows that were computed again, each is judged, and what
     is returned is of the first that is wrong; its report tells of all.
-    explain  False: do not look for the cause of a fault, nor for settings that would explain it
+    explain   False: do not look for the cause of a fault, nor for settings that would explain it
+    progress  is told what is being done, and how much of it is done
     """
     declared = _declared(engine, profile, list(conventions), cache)
     decoder = model.decoder.using(reproducible_policy("float64", declared.sides))
@@ -108,11 +111,11 @@ def judge_dump(
     found = []
     for each in placed:
         chance = alpha / len(placed)
-        how = (decoder.nx.attention, chance, runs, keep, each.before)
+        how = (decoder.nx.attention, chance, runs, keep, each.before, progress)
         bench = Bench(model, each.dump, each.tokens, engine or "refmoe", *how)
         case = settle(bench, declared, explain)
         found.append(_with_place(case, each, joined_ranks[0].parts))
-    return _first_wrong(found, [p.label for p in placed], alpha, explain)
+    return _first_wrong(found, [p.label for p in placed], alpha, explain, progress)
 
 
 def _declared(
@@ -154,13 +157,13 @@ def _with_place(case: Judgement, placed: Placed, ranks: int) -> Judgement:
 
 
 def _first_wrong(
-    found: list[Judgement], labels: list[str], alpha: float, explain: bool
+    found: list[Judgement], labels: list[str], alpha: float, explain: bool, progress: Said
 ) -> Judgement:
     """Return the first judgement of the worst verdict, with a report that tells of all."""
     worst = min(found, key=lambda c: VERDICTS.index(c.report.verdict))
     report = worst.report
     if explain and report.verdict == "fault":
-        cause = cause_of(worst)
+        cause = cause_of(worst, progress)
         shape = None if cause or report.passes_under else describe_error(worst)
         report = replace(report, cause=cause, shape=shape)
     if len(found) > 1:

@@ -17,7 +17,7 @@ binade (one bf16 rounding is 0.166 %). √(I/6): partial sums grow as √k, so t
 error is Σ k·u²/3 of a term's, Higham and Mary 2019 in expectation; blocked sums err less.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,6 +28,7 @@ from refmoe.fast.reproducible import for_each_tile
 from refmoe.model.decoder import Decoder
 from refmoe.model.formats.fp8_block import Fp8Block
 from refmoe.model.matrix import Matrix, dequantize
+from refmoe.model.numerics import Watch
 from refmoe.model.points import kind, roundings
 from refmoe.model.rope import inv_freq
 from refmoe.oracle.caches import CACHES, Form, reading
@@ -69,13 +70,17 @@ def emulated(
     positions: int,
     rng: np.random.Generator,
     inject: Callable[[str, np.ndarray], np.ndarray],
+    whole: Container[str] | None = None,
 ) -> Decoder:
     """Return the decoder as an engine of this profile might compute.
 
     inject     gets each point's name and noisy value, and returns what the computation goes on with
     positions  of the longest sum in attention
+    whole      names that inject gets; None: all. Scores and probabilities, [T, H, T], that are not
+               among them are computed in blocks of rows, and inject does not get them
     """
     cfg, sums = decoder.cfg, UNIT[profile.sums]
+    spread = None if whole is None else rng.spawn(1)[0]
 
     # lengths of the sums outside `linear`; of the latter two no more than the positions
     inner = {".mlp.gate": cfg.hidden_size, "#scores": cfg.kv_lora_rank}
@@ -108,6 +113,8 @@ def emulated(
         """Return a point with the errors of its operation, as `inject` gives it back."""
         if x.dtype.kind != "f":
             return inject(path, x)
+        if spread is not None and takes_rows(path):
+            return scored(path, x, spread)
         unit = ROUNDING * UNIT[storage_of(profile, path)]
         noise = unit * np.sqrt(roundings(path)) * rng.standard_normal(x.shape)
         if path.endswith(("#q_pe", "#k_pe")):
@@ -122,6 +129,23 @@ def emulated(
             noise = noise + 2 * sums * rng.standard_normal((len(x), 1))
         return cached(path, inject(path, x * (1 + noise)))
 
+    def takes_rows(path: str) -> bool:
+        """Tell whether this point is of the size T², and nobody wants it whole."""
+        return whole is not None and path.endswith(("#scores", "#probs")) and path not in whole
+
+    def scored(path: str, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Return a block of scores or probabilities with the errors that `watch` gives others.
+
+        There are T² of them: the errors of sum and storage are drawn as one, in float32.
+        """
+        drawn = rng.standard_normal(x.shape, np.float32)
+        stored = ROUNDING * UNIT[storage_of(profile, path)] * np.sqrt(roundings(path))
+        if path.endswith("#probs"):
+            return x * (1 + stored * drawn)
+        square = x * x
+        summed = sums**2 * inner["#scores"] * square.mean(axis=-1, keepdims=True)
+        return x + np.sqrt(stored**2 * square + summed) * drawn
+
     def cached(path: str, x: np.ndarray) -> np.ndarray:
         """Return what the cache holds of a point that goes into it, and any other as it is."""
         if profile.cache not in UNIT or not path.endswith(("kv_a_layernorm", "#k_pe")):
@@ -131,7 +155,19 @@ def emulated(
     if profile.cache is not None and profile.cache not in UNIT:
         noisy = _NoisyCache(CACHES[profile.cache][0], rng)
         decoder = reading(decoder, lambda i: noisy)
-    return decoder.using(replace(decoder.nx, linear=linear, watch=watch, round=None))
+    watcher = _Noisy(watch, takes_rows)
+    return decoder.using(replace(decoder.nx, linear=linear, watch=watcher, round=None))
+
+
+@dataclass(frozen=True)
+class _Noisy:
+    """A watcher that gives errors to what it sees, and which points it takes in blocks of rows."""
+
+    watch: Watch
+    takes_rows: Callable[[str], bool]
+
+    def __call__(self, path: str, x: np.ndarray) -> np.ndarray:
+        return self.watch(path, x)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.trace import sketch
 
 TOP = "top log-probabilities"  # what a report calls them
+SCORED = ("#scores", "#probs")  # before #context
 
 
 class Replay:
@@ -38,7 +39,16 @@ class Replay:
         self.at: dict[str, np.ndarray] = {}  # positions of the rows compared, where not all are
         self.routed: dict[str, np.ndarray] = {}  # "...experts.E" → positions of its rows
 
+    def wants(self, path: str) -> bool:
+        """Tell whether this point is looked at: of scores, [T, H, T], only what the dump has."""
+        if not path.endswith(SCORED):
+            return True
+        return path in self.dump.arrays or path + "#sketch" in self.dump.arrays
+
     def __call__(self, path: str, x: np.ndarray) -> np.ndarray:
+        if path.endswith("#context"):  # of scores that nobody looked at
+            at = path.removesuffix("#context")
+            self.order += [at + end for end in SCORED if not self.wants(at + end)]
         x = self._go_on(path, x)
         if path == "model.embed_tokens" or path.rpartition(".")[0] == "model.layers":
             self.entering[path] = x

@@ -42,6 +42,7 @@ from refmoe.oracle.judge import Cause, Judgement, judge
 from refmoe.oracle.profiles import Guess, guess_profiles, other_profiles
 from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.replay import replay
+from refmoe.progress import Said, say_nothing
 from refmoe.run.load import Model
 
 MOST_CHANGES = 6
@@ -83,11 +84,13 @@ class Bench:
         runs: int,
         keep: bool,
         before: int = 0,
+        progress: Said = say_nothing,
     ):
         self.model, self.dump, self.tokens = model, dump, tokens
         self.engine, self.attention = engine, attention
         self.alpha, self.runs, self.keep = alpha, runs, keep and not before
         self.before = before  # tokens that are not given
+        self.progress = progress
 
     def decoder(self, setting: Setting) -> Decoder:
         """Return the float64 decoder under these settings."""
@@ -102,8 +105,8 @@ class Bench:
             identity = self.model.checkpoint.identity if self.keep else None
             if identity is not None and setting.forms:
                 identity += " ".join(f" {i}: {form}" for i, form in setting.forms.items())
-            profile, lenses = setting.profile, exact.lenses
-            envelope = sample_envelope(decoder, profile, self.tokens, lenses, self.runs, identity)
+            how = self.tokens, exact.lenses, self.runs, identity, self.progress
+            envelope = sample_envelope(decoder, setting.profile, *how)
         return judge(
             decoder,
             self.dump,
@@ -411,12 +414,12 @@ def _explaining(state: State, changes: Sequence[Change]) -> str:
     return " with ".join(said)
 
 
-def cause_of(case: Judgement) -> Cause | None:
+def cause_of(case: Judgement, progress: Said = say_nothing) -> Cause | None:
     """Return the cause of a fault, but where a convention explains it all, no other.
 
     A dump that is right under another side has no fault but the one that is that side.
     """
-    cause = find_cause(case)
+    cause = find_cause(case, progress)
     if cause is None or not case.report.passes_under:
         return cause
     ways = " ".join(case.report.passes_under)

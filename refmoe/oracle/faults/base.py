@@ -239,6 +239,16 @@ class Planted:
     expert: int | None = None
     seen: dict[str, np.ndarray] = field(default_factory=dict)
 
+    def wants(self, path: str) -> bool:
+        """Tell whether this point is looked at: scores, [T, H, T], where a change or one inside is.
+
+        Whatever else is computed is kept for the changes of its layer.
+        """
+        if not path.endswith((SCORES, PROBS)) or {SCORES, PROBS} & {*self.writes, *self.reads}:
+            return True
+        wants = getattr(self.decoder.nx.watch, "wants", None)
+        return self.decoder.nx.watch is not None and (wants is None or bool(wants(path)))
+
     def __call__(self, path: str, x: np.ndarray) -> np.ndarray:
         if "@" in path:
             raise ValueError(f"{path}: faults are planted in runs of one prompt")

@@ -42,9 +42,7 @@ class Dump:
     step: float = 0.0  # half of the last decimal, where numbers were printed
     top: tuple[np.ndarray, np.ndarray] | None = None  # ids [T, K], -1: none; log-probabilities
     notes: tuple[str, ...] = ()  # what was not read, and why
-    unread: Mapping[str, str] = field(
-        default_factory=dict
-    )  # array of the file → why it is not here
+    unread: Mapping[str, str] = field(default_factory=dict)  # of the file → why it is not here
     prompts: tuple[list[int], ...] = ()  # token ids of each, where there are several
     ranks: tuple[Arrays, ...] = ()  # of each rank of a parallel engine, instead of `arrays`
     rows: Mapping[str, np.ndarray] = field(default_factory=dict)  # name → positions; absent: all
