@@ -13,7 +13,7 @@ than the noise of a score, and what follows uses the engine's choice (judge.py).
 point every known fault is tried (cause.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import log
 from typing import Any
@@ -25,10 +25,13 @@ from refmoe.fast.reproducible import reproducible_policy
 from refmoe.fast.threads import single_blas_thread
 from refmoe.files import InputError
 from refmoe.oracle.cause import describe_error, find_cause
-from refmoe.oracle.envelope import sample_envelope
+from refmoe.oracle.envelope import Envelope, Lens, sample_envelope
 from refmoe.oracle.judge import Judgement, Report, judge
+from refmoe.oracle.listing.undo import impossible, undo
+from refmoe.oracle.listing.vocabulary import Vocabulary
 from refmoe.oracle.readers.adapt import adapt
 from refmoe.oracle.readers.base import Dump
+from refmoe.oracle.readers.logprobs import settle_dump
 from refmoe.oracle.replay import replay
 from refmoe.oracle.statistics import ALPHA, RUNS
 from refmoe.run.load import Model
@@ -76,6 +79,17 @@ def judge_dump(
     """
     if isinstance(profile, str):
         profile = find_profile(profile)
+    if dump.others:
+        every = [replace(dump, others=()), *dump.others]
+        return worst_of(
+            [
+                judge_dump(model, d, tokens, engine, profile, alpha, runs, keep, explain)
+                for d in every
+            ]
+        )
+    if dump.listing is not None:
+        dump = _settled(model, dump, tokens)
+        tokens = dump.tokens
     tokens = dump.tokens if tokens is None else tokens
     if tokens is None:
         raise InputError(f"{dump.path}: it does not say its tokens; give them (--tokens FILE)")
@@ -84,13 +98,52 @@ def judge_dump(
     dump = replace(dump, arrays=adapt(dump.arrays, model.cfg))
     exact = replay(dump, decoder, tokens)
     identity = model.checkpoint.identity if keep else None
-    envelope = sample_envelope(decoder, profile, tokens, exact.lenses, runs, identity)
-    found = judge(decoder, dump, tokens, exact, envelope, engine, profile, alpha)
-    if not explain or found.report.verdict != "fault":
+    precision, ids = profile, tokens  # the narrowed ones, for what follows
+
+    def sample(lenses: Mapping[str, Lens]) -> Envelope:
+        return sample_envelope(decoder, precision, ids, lenses, runs, identity)
+
+    found = judge(decoder, dump, tokens, exact, sample(exact.lenses), engine, profile, alpha)
+    found = _listed(model, found, sample)
+    if not explain or found.report.verdict != "fault" or found.report.cause is not None:
         return found
     cause = find_cause(found)
     shape = None if cause else describe_error(found)
     return replace(found, report=replace(found.report, cause=cause, shape=shape))
+
+
+def _settled(model: Model, dump: Dump, tokens: Sequence[int] | None) -> Dump:
+    """Return a dump of log-probabilities with its tokens, texts turned into ids."""
+    if tokens is None and dump.top is not None:
+        return dump
+    words = Vocabulary(model.tokenizer) if model.checkpoint.has_words else None
+    return settle_dump(dump, tokens, words, model.bos)
+
+
+def _listed(
+    model: Model, found: Judgement, sample: Callable[[Mapping[str, Lens]], Envelope]
+) -> Judgement:
+    """Return the judgement after what was done to log-probabilities is known and undone."""
+    wrong = impossible(found)
+    if wrong is not None and found.report.verdict == "pass":
+        found = replace(
+            found, report=replace(found.report, verdict="fault", point="lm_head", reason=wrong)
+        )
+    words = model.tokenizer if model.checkpoint.has_words else None
+    return undo(found, sample, words)
+
+
+def worst_of(every: Sequence[Judgement]) -> Judgement:
+    """Return the worst of the judgements of several sequences, which says how many there are."""
+    order = ("pass", "undecidable", "fault")
+    worst = max(range(len(every)), key=lambda n: (order.index(every[n].report.verdict), -n))
+    verdicts = [case.report.verdict for case in every]
+    told = ", ".join(f"{verdicts.count(v)} {v}" for v in order if v in verdicts)
+    note = f"of {len(every)} sequences, judged one by one ({told}), this is number {worst + 1}"
+    case = every[worst]
+    compared = sum(c.report.compared for c in every)
+    report = replace(case.report, compared=compared, notes=(note, *case.report.notes))
+    return replace(case, report=report)
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,9 @@ class Report:
     alpha: float
     cause: Cause | None = None
     shape: str | None = None  # of a residual that no known fault explains
+    form: str | None = None  # in which a server wrote log-probabilities
+    notes: tuple[str, ...] = ()  # what was not read or judged, and what was assumed
+    undone: tuple[str, ...] = ()  # done to log-probabilities, and undone before they were judged
 
     def judged_with(self, point: str | None) -> tuple[str, ...]:
         """Return the points that the dump lacks and that are judged with this one."""
@@ -131,6 +134,8 @@ def judge(
             "unexplained": len(flipped) - explained,
         },
         alpha,
+        form=dump.form,
+        notes=dump.notes,
     )
     return Judgement(decoder, tokens, engine, profile, dump, exact, envelope, rows, report)
 

@@ -1,5 +1,6 @@
 """The decoder on another engine's inputs: what we compute, beside what the engine had."""
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,6 +34,7 @@ class Replay:
         self.broken: list[str] = []  # choices that name no expert; ours are used instead
         self.order: list[str] = []  # of computation
         self.entering: dict[str, np.ndarray] = {}  # what each layer got, whoever computed it
+        self.logits: np.ndarray | None = None  # ours [T, Z]
 
     def __call__(self, path: str, x: np.ndarray) -> np.ndarray:
         x = self._go_on(path, x)
@@ -45,6 +47,8 @@ class Replay:
         self.order.append(path)
         if path.endswith(".mlp.gate"):
             self.gates[path] = x
+        if path == "lm_head":
+            self.logits = x
         if path == "lm_head" and self.dump.top is not None:
             return self._top(path, x)
         if path + "#sketch" in self.dump.arrays:
@@ -118,7 +122,7 @@ class Replay:
         if len(ids) != len(x) or ids.max(initial=-1) >= self.cfg.vocab_size:
             self.misfits[TOP] = f"of {len(ids)} positions for {len(x)} tokens, or of other words"
             return x
-        known = ids >= 0
+        known = (ids >= 0) & np.isfinite(theirs)
         rows = known.any(axis=1)
 
         def look(logits: np.ndarray) -> np.ndarray:
@@ -128,8 +132,21 @@ class Replay:
 
         if rows.any():
             key = hashlib.sha256(ids.tobytes()).hexdigest()
-            self._note(path, x, np.where(known, theirs, 0)[rows], Lens(look, False, key=key))
+            lens = Lens(look, False, self.dump.step, key)
+            self._note(path, x, np.where(known, theirs, 0)[rows], lens)
         return x
+
+    def with_lens(self, path: str, lens: Lens, theirs: np.ndarray) -> "Replay":
+        """Return this replay with another view of a point that the computation does not go on with.
+
+        path  lm_head, whose logits are kept here
+        """
+        assert self.logits is not None
+        seen = copy.copy(self)
+        seen.ours = self.ours | {path: lens.look(self.logits)}
+        seen.theirs = self.theirs | {path: theirs}
+        seen.lenses = self.lenses | {path: lens}
+        return seen
 
 
 def replay(dump: Dump, decoder: Decoder, tokens: Sequence[int]) -> Replay:

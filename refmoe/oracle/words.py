@@ -20,11 +20,15 @@ def report_lines(report: Report, every: bool = False, truth: bool = False) -> It
     every  all points, in the order of computation, instead of the worst
     truth  the report is of `check_truth`, end to end
     """
-    how = "end to end" if truth else "each operation on the engine's own inputs"
+    whole = truth or report.form is not None
+    how = "end to end" if whole else "each operation on the engine's own inputs"
     yield (
         f"{report.compared} tensors compared, {how}; "
         f"profile {report.profile}, conventions of {report.engine}"
     )
+    if report.form is not None:
+        yield f"  {report.form}"
+        yield from (f"  {note}" for note in report.notes)
     for name, value in report.conventions.items():
         yield f"  convention: {convention_text(name, value)}"
     yield ""
