@@ -3,8 +3,8 @@
 from argparse import Namespace
 from pathlib import Path
 
-from refmoe.cli.inputs import read_sequence
-from refmoe.cli.options import ENGINES, TOKENS, add_json, add_model, refuse
+from refmoe.cli.inputs import read_tokens
+from refmoe.cli.options import ENGINES, PROMPTS, add_json, add_model, refuse
 from refmoe.cli.parser import Parser, describe
 from refmoe.cli.show import EXIT, print_json, remark
 from refmoe.engines import PROFILES
@@ -34,7 +34,7 @@ def add(parser: Parser) -> None:
     help = "tensors by module path (.safetensors, .npz, .pt), or another form that docs list"
     parser.add_argument("dump", type=Path, metavar="DUMP", help=help)
     add_model(parser)
-    help = f"{TOKENS}, if the dump does not say them"
+    help = f"{PROMPTS}, if the dump does not say them"
     parser.add_argument("--tokens", type=Path, metavar="FILE", help=help)
     help = "judge against a truth file from `golden make`; needs no weights"
     parser.add_argument("--truth", type=Path, metavar="FILE", help=help)
@@ -77,7 +77,7 @@ def run(args: Namespace) -> int:
         report = check_truth(read_truth(args.truth), dump, engine=args.engine, profile=args.profile)
         return _show(report, args)
     model = load(args.model, "float64", reference=True)
-    tokens = read_sequence(args.tokens) if args.tokens else None
+    tokens = read_tokens(args.tokens) if args.tokens else None
     engine = args.engine or "refmoe"
     case = judge_dump(model, dump, tokens, engine, args.profile)
     if args.repro and case.report.verdict == "fault":

@@ -56,7 +56,7 @@ def run(args: Namespace) -> int:
     found = (
         explain(words, ids, theirs.ids) if theirs is not None and theirs.ids is not None else None
     )
-    fewer = theirs is not None and theirs.ids is None and theirs.count != len(ids)
+    fewer = theirs is not None and theirs.ids is None and theirs.number != len(ids)
     if args.json:
         document: dict[str, object] = {"text": text, "tokens": ids, "pieces": pieces}
         document["difference"] = found._asdict() if found else None
@@ -64,7 +64,7 @@ def run(args: Namespace) -> int:
             document["theirs"] = theirs._asdict()
         print_json(document)
     elif theirs is not None and theirs.ids is None:
-        print(_compare_counts(len(ids), theirs.count))
+        print(_compare_counts(len(ids), theirs.number))
     elif found:
         print(f"{found.cause}: at byte {found.byte}, token {found.token}: {found.explanation}")
     elif theirs is not None:

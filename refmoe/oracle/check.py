@@ -13,8 +13,9 @@ than the noise of a score, and what follows uses the engine's choice (judge.py).
 point every known fault is tried (cause.py).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import log
 from typing import Any
 
@@ -24,9 +25,12 @@ from refmoe.engines import Profile, find_profile, profile_of
 from refmoe.fast.reproducible import reproducible_policy
 from refmoe.fast.threads import single_blas_thread
 from refmoe.files import InputError
+from refmoe.model.decoder import Decoder
+from refmoe.model.points import FORMS, parse
 from refmoe.oracle.cause import describe_error, find_cause
 from refmoe.oracle.envelope import Envelope, Lens, sample_envelope
-from refmoe.oracle.judge import Judgement, Report, judge
+from refmoe.oracle.forms.place import Placed, place
+from refmoe.oracle.judge import Judgement, PromptResult, Report, joined, judge
 from refmoe.oracle.listing.undo import impossible, undo
 from refmoe.oracle.listing.vocabulary import Vocabulary
 from refmoe.oracle.readers.adapt import adapt
@@ -36,11 +40,13 @@ from refmoe.oracle.replay import replay
 from refmoe.oracle.statistics import ALPHA, RUNS
 from refmoe.run.load import Model
 
+VERDICTS = ("fault", "undecidable", "pass")  # the worst first
+
 
 def check(
     model: Model,
     dump: Dump,
-    tokens: Sequence[int] | None = None,
+    tokens: Sequence[int] | Sequence[Sequence[int]] | None = None,
     *,
     engine: str = "refmoe",
     profile: Profile | str | None = None,
@@ -50,7 +56,8 @@ def check(
 ) -> Report:
     """Judge a dump of the same tokens and weights.
 
-    tokens   of the dump; without them, those that its file has
+    tokens   of the dump, or of each of its prompts; without them, those that its file has, or that
+             the rows of its embedding name
     engine   whose conventions it is to be held to
     profile  its precision; without one, that of the values in the dump
     alpha    chance of a false alarm in the whole report
@@ -65,7 +72,7 @@ def check(
 def judge_dump(
     model: Model,
     dump: Dump,
-    tokens: Sequence[int] | None = None,
+    tokens: Sequence[int] | Sequence[Sequence[int]] | None = None,
     engine: str = "refmoe",
     profile: Profile | str | None = None,
     alpha: float = ALPHA,
@@ -75,52 +82,120 @@ def judge_dump(
 ) -> Judgement:
     """Judge a dump as `check` does, and return all that the report rests on.
 
+    Where the dump has several prompts, or rows that were computed again, each is judged, and what
+    is returned is of the first that is wrong; its report tells of all.
     explain  False: do not look for the cause of a fault
     """
     if isinstance(profile, str):
         profile = find_profile(profile)
-    if dump.others:
-        every = [replace(dump, others=()), *dump.others]
-        return worst_of(
-            [
-                judge_dump(model, d, tokens, engine, profile, alpha, runs, keep, explain)
-                for d in every
-            ]
-        )
-    if dump.listing is not None:
-        dump = _settled(model, dump, tokens)
-        tokens = dump.tokens
-    tokens = dump.tokens if tokens is None else tokens
-    if tokens is None:
-        raise InputError(f"{dump.path}: it does not say its tokens; give them (--tokens FILE)")
     decoder = model.decoder.using(reproducible_policy("float64", engine))  # refuses unknown engines
     profile = profile or profile_of(dump.rounded, engine)
     dump = replace(dump, arrays=adapt(dump.arrays, model.cfg))
-    exact = replay(dump, decoder, tokens)
+    if "absorbed" in forms_of(dump.arrays):
+        decoder = decoder.using(replace(decoder.nx, attention="absorbed"))
     identity = model.checkpoint.identity if keep else None
-    precision, ids = profile, tokens  # the narrowed ones, for what follows
-
-    def sample(lenses: Mapping[str, Lens]) -> Envelope:
-        return sample_envelope(decoder, precision, ids, lenses, runs, identity)
-
-    found = judge(decoder, dump, tokens, exact, sample(exact.lenses), engine, profile, alpha)
-    found = _listed(model, found, sample)
-    if not explain or found.report.verdict != "fault" or found.report.cause is not None:
-        return found
-    cause = find_cause(found)
-    shape = None if cause else describe_error(found)
-    return replace(found, report=replace(found.report, cause=cause, shape=shape))
+    placed = _placed(model, decoder, dump, tokens)
+    found = []
+    for each in placed:
+        exact = replay(each.dump, decoder, each.tokens)
+        sample = partial(_sample, decoder, profile, each.tokens, runs, identity)
+        envelope, chance = sample(exact.lenses), alpha / len(placed)
+        case = judge(decoder, each.dump, each.tokens, exact, envelope, engine, profile, chance)
+        case = _with_place(case, each)
+        found.append(_undone(model, case, sample))
+    return _first_wrong(found, [p.label for p in placed], alpha, explain)
 
 
-def _settled(model: Model, dump: Dump, tokens: Sequence[int] | None) -> Dump:
-    """Return a dump of log-probabilities with its tokens, texts turned into ids."""
-    if tokens is None and dump.top is not None:
-        return dump
-    words = Vocabulary(model.tokenizer) if model.checkpoint.has_words else None
-    return settle_dump(dump, tokens, words, model.bos)
+def _sample(
+    decoder: Decoder,
+    profile: Profile,
+    tokens: Sequence[int],
+    runs: int,
+    identity: str | None,
+    lenses: Mapping[str, Lens],
+) -> Envelope:
+    """Return the envelope of these lenses."""
+    return sample_envelope(decoder, profile, tokens, lenses, runs, identity)
 
 
-def _listed(
+def _placed(
+    model: Model,
+    decoder: Decoder,
+    dump: Dump,
+    tokens: Sequence[int] | Sequence[Sequence[int]] | None,
+) -> list[Placed]:
+    """Return the sequences of a dump with their tokens; texts of log-probabilities become ids."""
+    if dump.listing is None:
+        return place(dump, decoder, tokens)
+    every = [replace(dump, others=()), *dump.others]
+    given: list[Any] = [tokens] * len(every)
+    if tokens is not None and len(tokens) and not isinstance(tokens[0], int | np.integer):
+        if len(tokens) != len(every):
+            raise InputError(
+                f"{dump.path}: {len(every)} sequences, and the tokens of {len(tokens)} prompts"
+            )
+        given = list(tokens)
+    words = None
+    if any(d.top is None for d in every) or tokens is not None:
+        words = Vocabulary(model.tokenizer) if model.checkpoint.has_words else None
+    out = []
+    for n, (each, own) in enumerate(zip(every, given, strict=True)):
+        if each.top is None or own is not None:
+            each = settle_dump(each, own, words, model.bos)
+        assert each.tokens is not None
+        label = f"sequence {n + 1}" if len(every) > 1 else ""
+        out.append(Placed(label, each.tokens, each, None, each.notes))
+    return out
+
+
+def forms_of(names: Iterable[str]) -> set[str]:
+    """Return the forms of attention of which a dump has points that only they compute."""
+    points = (parse(n.removesuffix("#sketch")).point for n in names)
+    return {p.where for p in points if p is not None and p.where in FORMS}
+
+
+def _with_place(case: Judgement, placed: Placed) -> Judgement:
+    """Return a judgement whose report says what `place` had to do."""
+    report = replace(case.report, notes=placed.notes)
+    if placed.wrong_tokens is not None and report.verdict == "pass":
+        reason = f"wrong list of tokens: {placed.wrong_tokens}; with its own, {report.reason}"
+        report = replace(report, verdict="undecidable", reason=reason)
+    elif placed.wrong_tokens is not None:
+        note = f"wrong list of tokens: {placed.wrong_tokens}; judged with its own"
+        report = replace(report, notes=(*placed.notes, note))
+    return replace(case, report=report)
+
+
+def _first_wrong(
+    found: list[Judgement], labels: list[str], alpha: float, explain: bool
+) -> Judgement:
+    """Return the first judgement of the worst verdict, with a report that tells of all."""
+    worst = min(found, key=lambda c: VERDICTS.index(c.report.verdict))
+    report = worst.report
+    if explain and report.verdict == "fault" and report.cause is None:
+        cause = find_cause(worst)
+        report = replace(report, cause=cause, shape=None if cause else describe_error(worst))
+    if len(found) > 1:
+        label = labels[[c is worst for c in found].index(True)]
+        results = [
+            PromptResult(label, c.report.verdict, c.report.point, c.report.reason)
+            for label, c in zip(labels, found, strict=True)
+        ]
+        points = sum(len(c.report.points) for c in found)
+        passed = f"{len(found)} parts, {points} points within their rounding"
+        report = replace(
+            report,
+            reason=passed if report.verdict == "pass" else f"{label}: {report.reason}",
+            alpha=alpha,
+            compared=sum(c.report.compared for c in found),
+            notes=tuple(dict.fromkeys(n for c in found for n in c.report.notes)),
+            prompts=tuple(results),
+            coverage=joined([c.report.coverage for c in found if c.report.coverage]),
+        )
+    return replace(worst, report=report)
+
+
+def _undone(
     model: Model, found: Judgement, sample: Callable[[Mapping[str, Lens]], Envelope]
 ) -> Judgement:
     """Return the judgement after what was done to log-probabilities is known and undone."""
@@ -129,21 +204,7 @@ def _listed(
         found = replace(
             found, report=replace(found.report, verdict="fault", point="lm_head", reason=wrong)
         )
-    words = model.tokenizer if model.checkpoint.has_words else None
-    return undo(found, sample, words)
-
-
-def worst_of(every: Sequence[Judgement]) -> Judgement:
-    """Return the worst of the judgements of several sequences, which says how many there are."""
-    order = ("pass", "undecidable", "fault")
-    worst = max(range(len(every)), key=lambda n: (order.index(every[n].report.verdict), -n))
-    verdicts = [case.report.verdict for case in every]
-    told = ", ".join(f"{verdicts.count(v)} {v}" for v in order if v in verdicts)
-    note = f"of {len(every)} sequences, judged one by one ({told}), this is number {worst + 1}"
-    case = every[worst]
-    compared = sum(c.report.compared for c in every)
-    report = replace(case.report, compared=compared, notes=(note, *case.report.notes))
-    return replace(case, report=report)
+    return undo(found, sample, model.tokenizer if model.checkpoint.has_words else None)
 
 
 @dataclass(frozen=True)

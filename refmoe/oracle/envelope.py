@@ -32,6 +32,8 @@ class Lens(NamedTuple):
     goes_on: bool  # with the engine's value
     step: float = 0.0  # half of the last decimal, where numbers were printed
     key: str = ""  # tells this lens from another one at the same point
+    known: np.ndarray | None = None  # which numbers go on, where some do; broadcast to the tensor
+    narrow: bool = False  # some columns are unknown: what comes after rests on ours too
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,9 @@ def _sample(
                 if lens.step:
                     error = error + rng.uniform(-lens.step, lens.step, error.shape)
                 noise[path].append(rms(error) / size[path])
-            return exact[path] if lens.goes_on else x
+            if not lens.goes_on:
+                return x
+            return exact[path] if lens.known is None else np.where(lens.known, exact[path], x)
 
         emulated(decoder.using(nx), profile, len(tokens), rng, inject).logits(tokens)
     return Envelope(

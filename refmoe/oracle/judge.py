@@ -16,6 +16,7 @@ from refmoe.model.matrix import dequantize
 from refmoe.model.points import parents, parse
 from refmoe.model.router import limit_groups, sigmoid
 from refmoe.oracle.envelope import Envelope
+from refmoe.oracle.forms.rows import ranges
 from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.replay import TOP, Replay
 from refmoe.oracle.statistics import WIDE, PointResult, RowErrors, judge_points, row_errors
@@ -32,6 +33,30 @@ class Cause:
     runner_up: str | None  # id of the next best that is not equivalent to it
     times_worse: float | None  # its residual over the best one's
     equivalent: tuple[str, ...]  # ids that these numbers cannot tell from it
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of what was dumped, and of what the model computes, a report rests on."""
+
+    tensors: int  # of the dump that bear a point's name
+    unfitted: dict[str, str]  # those of them that could not be compared, and why
+    parts: dict[str, str]  # compared in part: name → which rows, columns or numbers
+    operations: int  # of the model, a mixture's experts being one
+    alone: int  # judged on their own
+    together: int  # judged as one with others
+    layers: tuple[int, ...]  # of which no operation was judged
+    positions: tuple[int, int]  # judged anywhere, of all
+
+
+@dataclass(frozen=True)
+class PromptResult:
+    """The verdict over one of several prompts of a dump, or over rows that were computed again."""
+
+    label: str
+    verdict: str
+    point: str | None
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -52,8 +77,10 @@ class Report:
     alpha: float
     cause: Cause | None = None
     shape: str | None = None  # of a residual that no known fault explains
+    coverage: Coverage | None = None
+    notes: tuple[str, ...] = ()  # how the dump's rows were placed
+    prompts: tuple[PromptResult, ...] = ()  # of each, where the dump has several
     form: str | None = None  # in which a server wrote log-probabilities
-    notes: tuple[str, ...] = ()  # what was not read or judged, and what was assumed
     undone: tuple[str, ...] = ()  # done to log-probabilities, and undone before they were judged
 
     def judged_with(self, point: str | None) -> tuple[str, ...]:
@@ -102,7 +129,7 @@ def judge(
     # what comes of an engine's NaN is not finite either, and is judged no more
     judged = [p for p in numbers if p in finite and np.isfinite(exact.ours[p]).all()]
     rows = row_errors(exact, envelope, judged)
-    fed = {p for p, lens in exact.lenses.items() if lens.goes_on}
+    fed = {p for p, lens in exact.lenses.items() if lens.goes_on and not lens.narrow}
     order = dict.fromkeys(exact.order)
     through = {p: tuple(points_between(p, fed, order, decoder.cfg)) for p in rows}
     outside, points = judge_points(rows, through, alpha)
@@ -114,9 +141,10 @@ def judge(
         if not f.explained:
             suspects.setdefault(f.path, str(f))
     first = next((p for p in exact.order if p in suspects), None)
-    verdict, reason = _verdict(exact, points, None if first is None else suspects[first])
-    explained = sum(f.explained for f in flipped)
     known = [p for p in order if not p.endswith("#rows")]
+    covered = coverage(dump, exact, known, through, len(tokens))
+    verdict, reason = _verdict(points, covered, None if first is None else suspects[first])
+    explained = sum(f.explained for f in flipped)
     report = Report(
         verdict,
         first,
@@ -134,8 +162,8 @@ def judge(
             "unexplained": len(flipped) - explained,
         },
         alpha,
+        coverage=covered,
         form=dump.form,
-        notes=dump.notes,
     )
     return Judgement(decoder, tokens, engine, profile, dump, exact, envelope, rows, report)
 
@@ -159,17 +187,113 @@ def points_between(
 
 
 def _verdict(
-    exact: Replay, points: Mapping[str, PointResult], suspect: str | None
+    points: Mapping[str, PointResult], covered: Coverage, suspect: str | None
 ) -> tuple[str, str]:
     """Return verdict and reason; `suspect` says what is wrong with the first wrong point."""
     wide = [p for p in points if points[p].envelope > WIDE]
+    compared = covered.tensors - len(covered.unfitted)
     if suspect is not None:
         return "fault", suspect
-    if not exact.theirs:
+    if covered.unfitted:
+        name, why = next(iter(covered.unfitted.items()))
+        return "undecidable", (
+            f"{len(covered.unfitted)} of {covered.tensors} points of the dump could not be fitted, "
+            f"first {name}: {why}"
+        )
+    if not compared:
         return "undecidable", "no tensor of the dump is a point of this model"
     if len(wide) == len(points):
         return "undecidable", "rounding alone could explain anything here"
     return "pass", f"{len(points)} points within their rounding"
+
+
+def coverage(
+    dump: Dump,
+    exact: Replay,
+    known: Sequence[str],
+    through: Mapping[str, tuple[str, ...]],
+    tokens: int,
+) -> Coverage:
+    """Return what a report of this replay rests on.
+
+    known    points that were computed here, in order
+    through  for each point that was judged, those that were judged with it
+    """
+    names = [n for n in dump.arrays if _is_point(n)]
+    unread = {n: why for n, why in dump.unread.items() if _is_point(n)}
+    unfitted = dict(unread)
+    for name in names:
+        if name.removesuffix("#sketch") not in exact.theirs and not name.endswith("#rows"):
+            unfitted[name] = exact.misfits.get(name.removesuffix("#sketch")) or _absent(name, exact)
+    if dump.top is not None:
+        names.append(TOP)
+        if TOP in exact.misfits:
+            unfitted[TOP] = exact.misfits[TOP]
+    operations = [p for p in known if ".experts." not in p]
+    alone = [p for p in operations if p in exact.theirs]
+    together = {p for points in through.values() for p in points} & set(operations) - set(alone)
+    judged = {parse(p).layer for p in (*alone, *together)}
+    layers = sorted(
+        {i for p in operations if (i := parse(p).layer) is not None and i not in judged}
+    )
+    rows = np.zeros(tokens, bool)
+    for p in alone:
+        if p.endswith("kv_b_proj") or parse(p).expert is None:
+            rows[exact.positions(p)] = True
+    return Coverage(
+        len(names) + len(unread),
+        unfitted,
+        {p: _part(exact, p, tokens) for p in alone if p in exact.at or exact.lenses[p].narrow},
+        len(operations),
+        len(alone),
+        len(together),
+        tuple(layers),
+        (int(rows.sum()), tokens),
+    )
+
+
+def joined(each: Sequence[Coverage]) -> Coverage:
+    """Return the coverage of several prompts of one dump as one."""
+    widest = max(each, key=lambda c: c.alone + c.together)
+    layers = set.intersection(*(set(c.layers) for c in each))
+    judged, total = (sum(c.positions[i] for c in each) for i in (0, 1))
+    return Coverage(
+        sum(c.tensors for c in each),
+        {n: why for c in each for n, why in c.unfitted.items()},
+        {n: part for c in each for n, part in c.parts.items()},
+        widest.operations,
+        widest.alone,
+        widest.together,
+        tuple(sorted(layers)),
+        (judged, total),
+    )
+
+
+def _is_point(name: str) -> bool:
+    """Tell whether a name of a dump is a point's, of whatever layer."""
+    return parse(name.removesuffix("#sketch")).point is not None
+
+
+def _absent(name: str, exact: Replay) -> str:
+    """Say why a point that the dump names is none that was computed here."""
+    _, layer, expert, _ = parse(name.removesuffix("#sketch"))
+    layers = exact.cfg.num_hidden_layers
+    if layer is not None and layer >= layers:
+        return f"this model has layers 0 to {layers - 1}"
+    if expert is not None:
+        return "no token chose this expert here"
+    return "this model, in this form of attention, computes no such point"
+
+
+def _part(exact: Replay, path: str, tokens: int) -> str:
+    """Say which part of a point was compared."""
+    said = []
+    if path in exact.at:
+        said.append(f"rows {ranges(exact.at[path].tolist())} of {tokens}")
+    if exact.lenses[path].narrow:
+        columns = exact.dump.columns[path]
+        said.append(f"columns {columns.start} to {columns.stop - 1}")
+    return ", ".join(said)
 
 
 def _unmatched(dump: Dump, exact: Replay, known: list[str]) -> dict[str, str]:
@@ -178,12 +302,12 @@ def _unmatched(dump: Dump, exact: Replay, known: list[str]) -> dict[str, str]:
     for name in dump.arrays:
         if name.removesuffix("#sketch") not in exact.theirs and not name.endswith("#rows"):
             near = _nearest(name, known)
-            out[name] = exact.misfits.get(name) or (
+            out[name] = exact.misfits.get(name.removesuffix("#sketch")) or (
                 f"no such point{f'; the nearest is {near}' if near else ''}"
             )
     if TOP in exact.misfits:
         out[TOP] = exact.misfits[TOP]
-    return out
+    return {**dump.unread, **out}
 
 
 def _nearest(name: str, names: Iterable[str]) -> str | None:
@@ -267,8 +391,10 @@ def flips(decoder: Decoder, exact: Replay, envelope: Envelope) -> Iterator[Flip]
         gate = path.removesuffix("#experts")
         weights = decoder.layers[_layer_of(path)].mlp
         assert isinstance(weights, MoeWeights)
-        ours = exact.gates[gate]  # of the engine's own input, where it dumped no logits
+        at = exact.positions(path)
+        ours = exact.gates[gate][at]  # of the engine's own input, where it dumped no logits
         whole = gate in exact.lenses and exact.lenses[gate].goes_on
+        whole = whole and np.array_equal(exact.positions(gate), at)
         score = sigmoid(exact.theirs[gate] if whole else ours)
         score = score + dequantize(weights.gate.e_score_correction_bias, np.float64)
         score, margin = limit_groups(score, decoder.cfg, decoder.nx)
@@ -283,4 +409,4 @@ def flips(decoder: Decoder, exact: Replay, envelope: Envelope) -> Iterator[Flip]
             groups = float(margin[row])
             # another group altogether: its two best are near the two best of the one refused
             near = gap <= tie or (isinf(gap) and bool(taken) and groups <= 2 * tie)
-            yield Flip(path, row, taken, lost, gap, tie, groups, near)
+            yield Flip(path, int(at[row]), taken, lost, gap, tie, groups, near)

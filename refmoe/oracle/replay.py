@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from refmoe.model.decoder import Decoder
+from refmoe.model.points import parse
 from refmoe.oracle.envelope import Lens
 from refmoe.oracle.readers.adapt import fit
 from refmoe.oracle.readers.base import Dump
@@ -19,8 +20,9 @@ TOP = "top log-probabilities"  # what a report calls them
 class Replay:
     """A watcher that notes what we compute and goes on with what the engine had.
 
-    Where a tensor is known in part only (a print of its corners, a sketch, top-k
-    log-probabilities), that part is compared and the computation goes on with ours.
+    Of a tensor that the dump has in some rows or columns only, these are compared and gone on
+    with, and the others are ours. Where single numbers are known (a print of its corners, a sketch,
+    top-k log-probabilities), they are compared and the computation goes on with ours.
     """
 
     def __init__(self, dump: Dump, decoder: Decoder):
@@ -35,6 +37,8 @@ class Replay:
         self.order: list[str] = []  # of computation
         self.entering: dict[str, np.ndarray] = {}  # what each layer got, whoever computed it
         self.logits: np.ndarray | None = None  # ours [T, Z]
+        self.at: dict[str, np.ndarray] = {}  # positions of the rows compared, where not all are
+        self.routed: dict[str, np.ndarray] = {}  # "...experts.E" → positions of its rows
 
     def __call__(self, path: str, x: np.ndarray) -> np.ndarray:
         x = self._go_on(path, x)
@@ -54,21 +58,59 @@ class Replay:
         if path + "#sketch" in self.dump.arrays:
             return self._sketched(path, x)
         raw = self.dump.arrays.get(path)
-        if raw is None or path.endswith("#rows"):
+        if path.endswith("#rows"):
+            self.routed[path.removesuffix("#rows")] = x
             return x
-        theirs = fit(path, raw, x.shape, self.conventions)
+        if raw is None:
+            return x
+        rows, columns = self._rows(path, x), self.dump.columns.get(path, slice(None))
+        part = x if rows is None else x[rows]
+        part = part[:, columns] if x.ndim > 1 else part
+        theirs = fit(path, raw, part.shape, self.conventions)
         if theirs is None:
-            self.misfits[path] = f"it is {list(raw.shape)}, this point is {list(x.shape)}"
+            self.misfits[path] = f"it is {list(raw.shape)}, this point is {list(part.shape)}"
             return x
+        if rows is not None:
+            self.at[path] = rows
         if path in self.dump.partial:
-            return self._partial(path, x, theirs)
+            return self._partial(path, x, theirs, rows)
         if path.endswith("#scores"):
-            return self._scores(path, x, theirs)
+            return self._scores(path, x, theirs, rows)
         if path.endswith("#experts") and not self._names_experts(path, theirs):
             return x
         theirs = theirs.astype(x.dtype)
-        self._note(path, x, theirs, Lens(lambda full: full, True))
-        return theirs
+        if part.shape == x.shape:
+            self._note(path, x, theirs, Lens(lambda full: full, True))
+            return theirs
+        kept = np.arange(len(x)) if rows is None else rows
+
+        def look(full: np.ndarray) -> np.ndarray:
+            return full[kept][:, columns]
+
+        known = np.zeros(x.shape[:2], bool)
+        known[np.ix_(kept, np.arange(x.shape[1])[columns])] = True
+        known = known.reshape(*known.shape, *(1,) * (x.ndim - 2))
+        key = f"{kept.tolist()} {columns}"
+        lens = Lens(look, True, key=key, known=known, narrow=part.shape[1:] != x.shape[1:])
+        self._note(path, x, theirs, lens)
+        out = x.copy()
+        out[np.ix_(kept, np.arange(x.shape[1])[columns])] = theirs
+        return out
+
+    def _rows(self, path: str, x: np.ndarray) -> np.ndarray | None:
+        """Return which rows of this point the dump has; None for all.
+
+        The rows of an expert are those of the dump's positions that chose it.
+        """
+        rows = self.dump.rows.get(path)
+        if rows is None or parse(path).expert is None:
+            return rows
+        return np.flatnonzero(np.isin(self.routed[path.rpartition(".")[0]], rows))
+
+    def positions(self, path: str) -> np.ndarray:
+        """Return the positions of the rows of a point that are compared."""
+        at = self.at.get(path)
+        return np.arange(len(self.theirs[path])) if at is None else at
 
     def _note(self, path: str, ours: np.ndarray, theirs: np.ndarray, lens: Lens) -> None:
         """Keep what the lens sees of ours, and the engine's counterpart."""
@@ -84,25 +126,41 @@ class Replay:
         self.broken.append(path)
         return False
 
-    def _scores(self, path: str, x: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    def _scores(
+        self, path: str, x: np.ndarray, theirs: np.ndarray, rows: np.ndarray | None
+    ) -> np.ndarray:
         """Compare scores where a token sees; what an engine writes where it masks is its own."""
-        seen = np.tri(len(x), dtype=bool)[:, None]
+        kept = np.arange(len(x)) if rows is None else rows
+        seen = np.tri(len(x), dtype=bool)[kept, None]
         shown = np.where(seen, theirs, 0).astype(x.dtype)
-        self._note(path, x, shown, Lens(lambda full: np.where(seen, full, 0), True))
-        return np.where(seen | np.isfinite(theirs), theirs, x)
+        known = None
+        if rows is not None:
+            known = np.isin(np.arange(len(x)), rows)[:, None, None]
+        key = "" if rows is None else f"{rows.tolist()}"
+        lens = Lens(lambda full: np.where(seen, full[kept], 0), True, key=key, known=known)
+        self._note(path, x, shown, lens)
+        out = x.copy()
+        out[kept] = np.where(seen | np.isfinite(theirs), theirs, x[kept])
+        return out
 
-    def _partial(self, path: str, x: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    def _partial(
+        self, path: str, x: np.ndarray, theirs: np.ndarray, at: np.ndarray | None
+    ) -> np.ndarray:
         """Compare the numbers that are known, in the rows that have any; go on with ours."""
         known = ~np.isnan(theirs)
-        rows = known.reshape(len(x), -1).any(axis=1)
-        if rows.any() and x.dtype.kind == "f":
+        rows = known.reshape(len(known), -1).any(axis=1)
+        if not rows.any() or x.dtype.kind != "f":
+            self.misfits[path] = "none of its numbers is known"
+            return x
+        at = np.arange(len(x)) if at is None else at
 
-            def look(full: np.ndarray) -> np.ndarray:
-                return np.where(known, full, 0)[rows]
+        def look(full: np.ndarray) -> np.ndarray:
+            return np.where(known, full[at], 0)[rows]
 
-            key = hashlib.sha256(np.packbits(known).tobytes()).hexdigest()
-            lens = Lens(look, False, self.dump.step, key)
-            self._note(path, x, np.where(known, theirs, 0)[rows], lens)
+        key = hashlib.sha256(np.packbits(known).tobytes() + at.tobytes()).hexdigest()
+        lens = Lens(look, False, self.dump.step, key)
+        self.at[path] = at[rows]
+        self._note(path, x, np.where(known, theirs, 0)[rows], lens)
         return x
 
     def _sketched(self, path: str, x: np.ndarray) -> np.ndarray:
@@ -130,22 +188,24 @@ class Replay:
             total = np.log(np.exp(logits - most).sum(axis=-1, keepdims=True)) + most
             return np.where(known, np.take_along_axis(logits, ids, axis=-1) - total, 0)[rows]
 
-        if rows.any():
+        if not rows.any():
+            self.misfits[TOP] = "no position has any"
+        else:
+            self.at[path] = np.flatnonzero(rows)
             key = hashlib.sha256(ids.tobytes()).hexdigest()
             lens = Lens(look, False, self.dump.step, key)
             self._note(path, x, np.where(known, theirs, 0)[rows], lens)
         return x
 
-    def with_lens(self, path: str, lens: Lens, theirs: np.ndarray) -> "Replay":
-        """Return this replay with another view of a point that the computation does not go on with.
-
-        path  lm_head, whose logits are kept here
-        """
+    def with_logits_seen(self, lens: Lens, theirs: np.ndarray, at: np.ndarray) -> "Replay":
+        """Return this replay with another view of lm_head; `at` are the positions of its rows."""
         assert self.logits is not None
+        path = "lm_head"
         seen = copy.copy(self)
         seen.ours = self.ours | {path: lens.look(self.logits)}
         seen.theirs = self.theirs | {path: theirs}
         seen.lenses = self.lenses | {path: lens}
+        seen.at = self.at | {path: at}
         return seen
 
 

@@ -93,7 +93,8 @@ class Dumped:
         self.replay, self.token = replay, token
 
     def __contains__(self, path: str) -> bool:
-        return path in self.replay.theirs and self.replay.lenses[path].goes_on
+        lens = self.replay.lenses.get(path)
+        return lens is not None and lens.goes_on and not lens.narrow
 
     def __call__(self, *paths: str, upto: bool = False) -> np.ndarray:
         """Return the token's row of the first of these points that the dump has.
@@ -102,8 +103,10 @@ class Dumped:
         """
         for path in paths:
             if path in self:
-                x = self.replay.theirs[path]
-                return x[: self.token + 1] if upto else x[self.token]
+                x, at = self.replay.theirs[path], self.replay.positions(path)
+                found = x[at <= self.token] if upto else x[at == self.token]
+                if len(found) == (self.token + 1 if upto else 1):
+                    return found if upto else found[0]
         raise InputError(f"a repro needs the operation's inputs; dump {' or '.join(paths)} as well")
 
 
@@ -119,9 +122,10 @@ def write(case: Judgement, file: str | Path, point: str | None = None) -> list[P
     if point not in case.exact.theirs:
         raise InputError(f"{point}: {case.report.reason}; there is no result to reproduce")
     script = Path(file).with_suffix(".py")
-    token = _worst_token(case, point)
+    row = _worst_row(case, point)
+    token = int(case.exact.positions(point)[row])
     recipe = _recipe(case.decoder, Dumped(case.exact, token), point)
-    theirs = case.exact.theirs[point][token].ravel()
+    theirs = case.exact.theirs[point][row].ravel()
     if point.endswith("#experts"):
         theirs = np.sort(theirs)
     found = next((p for p in case.report.points if p.name == point), None)
@@ -148,8 +152,8 @@ def _narrow(x: np.ndarray) -> np.ndarray:
     return x.astype(np.float32) if (x.astype(np.float32) == x).all() and x.dtype.kind == "f" else x
 
 
-def _worst_token(case: Judgement, point: str) -> int:
-    """Return the token with the largest relative error, or the first with other experts."""
+def _worst_row(case: Judgement, point: str) -> int:
+    """Return the row with the largest relative error, or the first with other experts."""
     ours, theirs = case.exact.ours[point], case.exact.theirs[point]
     if point.endswith("#experts"):
         wrong = [set(a.tolist()) != set(b.tolist()) for a, b in zip(ours, theirs, strict=True)]

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from refmoe.oracle.check import Arbitration
-from refmoe.oracle.judge import Report
+from refmoe.oracle.forms.rows import ranges
+from refmoe.oracle.judge import Coverage, Report
 
 SHOWN = 5  # points, the worst first, unless all are asked for
 UNMATCHED = 10  # names of the dump that are no points
@@ -20,15 +21,15 @@ def report_lines(report: Report, every: bool = False, truth: bool = False) -> It
     every  all points, in the order of computation, instead of the worst
     truth  the report is of `check_truth`, end to end
     """
-    whole = truth or report.form is not None
-    how = "end to end" if whole else "each operation on the engine's own inputs"
+    how = "end to end" if truth else how_judged(report)
     yield (
         f"{report.compared} tensors compared, {how}; "
         f"profile {report.profile}, conventions of {report.engine}"
     )
     if report.form is not None:
         yield f"  {report.form}"
-        yield from (f"  {note}" for note in report.notes)
+    for note in report.notes:
+        yield f"  {note}"
     for name, value in report.conventions.items():
         yield f"  convention: {convention_text(name, value)}"
     yield ""
@@ -48,6 +49,8 @@ def report_lines(report: Report, every: bool = False, truth: bool = False) -> It
     yield ""
     at = f"{report.point}, " if report.point else ""
     yield f"{report.verdict.upper()}: {at}{report.reason}"
+    if report.coverage is not None and report.verdict != "undecidable":
+        yield coverage_text(report.coverage)
     through = report.judged_with(report.point)
     if through:
         more = f" and {len(through) - THROUGH + 1} more" if len(through) > THROUGH else ""
@@ -55,6 +58,33 @@ def report_lines(report: Report, every: bool = False, truth: bool = False) -> It
         yield f"judged together with {', '.join(first)}{more}, which the dump lacks"
     yield from cause_lines(report)
     yield f"nominal chance of a false alarm in the whole report: {report.alpha:g}"
+
+
+def how_judged(report: Report) -> str:
+    """Return whose inputs the operations of a report were computed from."""
+    across = sum(bool(p.through) for p in report.points)
+    if not across:
+        return "each operation on the engine's own inputs"
+    if any("model.embed_tokens" in p.through for p in report.points) and across == len(
+        report.points
+    ):
+        return "end to end"
+    own = len(report.points) - across
+    return f"{own} on the engine's own inputs, {across} across operations that the dump lacks"
+
+
+def coverage_text(c: Coverage) -> str:
+    """Return what a report covers: operations of the model, layers, positions."""
+    covered = c.alone + c.together
+    said = [f"covers {covered} of the model's {c.operations} operations"]
+    if c.together:
+        said[0] += f": {c.alone} alone, {c.together} judged together with them"
+    if c.layers:
+        said.append(f"none of layers {ranges(c.layers)}")
+    judged, total = c.positions
+    if judged < total:
+        said.append(f"{judged} of {total} positions")
+    return "; ".join(said)
 
 
 def cause_lines(report: Report) -> Iterator[str]:

@@ -26,7 +26,7 @@ class Theirs(NamedTuple):
     """The prompt's tokens as another program has them: ids, or their number alone."""
 
     ids: list[int] | None
-    count: int
+    number: int
 
 
 def read_theirs(file: Path) -> Theirs:
@@ -52,8 +52,9 @@ def _ids(value: Any) -> list[int] | None:
         value = value[0]
     if not isinstance(value, list):
         return None
-    ids = [x.get("id") if isinstance(x, Mapping) else x for x in value]
-    return ids if all(type(i) is int for i in ids) else None
+    every = [x.get("id") if isinstance(x, Mapping) else x for x in value]
+    ids = [i for i in every if type(i) is int]
+    return ids if len(ids) == len(every) else None
 
 
 def _of_response(value: Mapping[str, Any]) -> list[int] | None:

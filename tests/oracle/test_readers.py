@@ -591,7 +591,7 @@ def test_token_ids_are_one_sequence_of_integers(traced, tmp_path):
     np.savez(tmp_path / "d.npz", x=np.array(["a"]), y=traced["model.norm"])
     dump = read_dump(tmp_path / "d.npz")
     assert list(dump.arrays) == ["y"]
-    assert dump.notes == ("x: <U1, no numbers",)
+    assert dump.unread == {"x": "<U1, no numbers"}
 
 
 # --- what could harm

@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 
 from refmoe.oracle.envelope import Envelope, Lens
-from refmoe.oracle.judge import Cause, Judgement, Report, judge
+from refmoe.oracle.judge import Cause, Judgement, judge
 from refmoe.oracle.listing.processing import Listed, Processing
 from refmoe.oracle.listing.solve import Problem, hypotheses
 from refmoe.oracle.noise import rms
@@ -147,7 +147,8 @@ def _judge_again(case: Judgement, way: Processing, problem: Problem, sample: Sam
 
     old = case.exact.lenses[POINT]
     lens = Lens(look, False, old.step, f"{old.key}{way.key}{listed.tokens}")
-    exact = case.exact.with_lens(POINT, lens, np.where(listed.finite, listed.values, 0)[rows])
+    theirs = np.where(listed.finite, listed.values, 0)[rows]
+    exact = case.exact.with_logits_seen(lens, theirs, listed.rows[rows])
     envelope = sample(exact.lenses)
     report = case.report
     return judge(
@@ -178,8 +179,9 @@ def _accepted(
     if case.dump.top is None:
         told = ["lm_head holds log-probabilities, not logits", *told]
     if way.is_form or case.dump.sampled:
-        report = _with_notes(found.report, f"judged after undoing this: {'; '.join(told)}")
-        return replace(found, report=replace(report, undone=tuple(told)))
+        note = f"judged after undoing this: {'; '.join(told)}"
+        notes = (*case.report.notes, note)
+        return replace(found, report=replace(found.report, notes=notes, undone=tuple(told)))
     left = next(x for w, x in ways if w is way)
     others = [(w, x) for w, x in ways if not set(way.ids) <= set(w.ids)]
     alike = [_id(w) for w, x in others if x <= ALIKE * left]
@@ -205,11 +207,6 @@ def _numbers(way: Processing) -> str | None:
     if way.kept is not None and way.kept.rule != "list":
         out.append(f"{way.kept.rule} about {way.kept.number:.3g}, expected none")
     return "; ".join(out) or None
-
-
-def _with_notes(report: Report, note: str) -> Report:
-    """Return a report with one more note."""
-    return replace(report, notes=(*report.notes, note))
 
 
 def impossible(case: Judgement) -> str | None:

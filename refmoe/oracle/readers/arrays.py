@@ -2,9 +2,12 @@
 
 Module paths are those of the Hugging Face model. Wrapper prefixes are taken off, and what Hugging
 Face's forward and generate return is read under the names of the points it is (huggingface.py).
-Token ids are an array named `tokens`, `input_ids` or `sequences`.
+Token ids are an array named `tokens`, `input_ids` or `sequences`, [T] or [prompts, T]. An array
+`attention_mask` beside it says which are padding; `positions`, or `position_ids`, tell the prompts
+of one row of ids apart, as a server has them.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,11 @@ import numpy as np
 
 from refmoe.files import InputError
 from refmoe.model.formats.names import canonical
-from refmoe.oracle.readers.base import Arrays, Dump, narrowest_type, read_ids
+from refmoe.oracle.readers.base import Arrays, Dump, narrowest_type, read_prompts
 from refmoe.oracle.readers.huggingface import name_outputs
 
 TOKENS = ("tokens", "input_ids", "sequences")
+POSITIONS = ("positions", "position_ids", "cache_position")
 DEPTH = 20  # of dicts in dicts: a pickle may hold itself
 ENTRIES = 1_000_000  # of all dicts and lists together
 
@@ -26,23 +30,41 @@ def dump_of_arrays(
     tokens: Any = None,
     notes: tuple[str, ...] = (),
     partial: frozenset[str] = frozenset(),
+    unread: Mapping[str, str] | None = None,
 ) -> Dump:
-    """Return the dump of these arrays; `tokens` are the ids that the file gives beside them."""
+    """Return the dump of these arrays; `tokens` are the ids that the file gives beside them.
+
+    unread  arrays of the file that are not here, and why: no pass is given over them
+    """
+    where = f"{path}: tokens"
     named = {canonical(name): x for name, x in arrays.items()}
     ids = {name: named.pop(name) for name in TOKENS if name in named}
     outputs = name_outputs(named, ids.pop("sequences", None))
     if outputs.sequence is not None:
         ids.setdefault("sequences", outputs.sequence)
     for name, value in ids.items():  # the last says most
-        tokens = read_ids(f"{path}: {name}", value)
-    if tokens is not None and not isinstance(tokens, list):
-        tokens = read_ids(f"{path}: tokens", tokens)
+        tokens = value
+        where = f"{path}: {name}"
     found = outputs.arrays
+    mask = found.pop("attention_mask", None)
+    positions = [x for n in POSITIONS if (x := found.pop(n, None)) is not None]
+    prompts: list[list[int]] = []
+    if tokens is not None:
+        prompts = read_prompts(where, tokens, mask, positions[0] if positions else None)
     numbers = {n: x for n, x in found.items() if x.dtype.kind in "fiub"}
-    others = tuple(f"{n}: {found[n].dtype}, no numbers" for n in found.keys() - numbers)
+    others = {n: f"{found[n].dtype}, no numbers" for n in found.keys() - numbers}
     partial = (partial | outputs.partial) & numbers.keys()
     rounded = narrowest_type(numbers.values())
-    return Dump(path, numbers, tokens, rounded, partial, notes=notes + outputs.notes + others)
+    return Dump(
+        path,
+        numbers,
+        prompts[0] if len(prompts) == 1 else None,
+        rounded,
+        partial,
+        notes=notes + outputs.notes,
+        unread=others | {canonical(n): why for n, why in (unread or {}).items()},
+        prompts=tuple(prompts) if len(prompts) > 1 else (),
+    )
 
 
 def flatten(path: Path, value: Any) -> Arrays:

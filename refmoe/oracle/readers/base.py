@@ -16,8 +16,8 @@ reader is a new file and nothing else. `read` raises `InputError` for a file tha
 large or something else; nothing in a file is ever executed.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,12 @@ class Dump:
     sampled: bool = False  # the numbers are of after sampling, as the file itself says
     generated: int | None = None  # index of the first token that was generated; None: none was
     others: "tuple[Dump, ...]" = ()  # further sequences of the same file
+    unread: Mapping[str, str] = field(
+        default_factory=dict
+    )  # array of the file → why it is not here
+    prompts: tuple[list[int], ...] = ()  # token ids of each, where there are several
+    rows: Mapping[str, np.ndarray] = field(default_factory=dict)  # name → positions; absent: all
+    columns: Mapping[str, slice] = field(default_factory=dict)  # name → of axis 1; absent: all
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,50 @@ def read_ids(where: str, value: Any) -> list[int]:
         raise InputError(f"{where} is {list(x.shape)}, several sequences; dump one at a time")
     ids: list[int] = x.reshape(-1).tolist()
     return ids
+
+
+def read_prompts(
+    where: str, value: Any, mask: np.ndarray | None = None, positions: np.ndarray | None = None
+) -> list[list[int]]:
+    """Return the token ids of each prompt: of [prompts, T], or of a row that holds several.
+
+    mask       [prompts, T]: 0 where an id is padding; another shape says nothing of these
+    positions  of each id of one row: where they do not go on, another prompt begins, or goes on
+    Raises `InputError`, which `where` begins, for what is no array or list of integers.
+    """
+    if isinstance(value, np.ndarray) and value.ndim > 1 and value.size > value.shape[-1]:
+        value = list(value.reshape(-1, value.shape[-1]))
+    lists = isinstance(value, list) and value and not isinstance(value[0], int)
+    rows = [read_ids(where, row) for row in (value if lists else [value])]
+    count = sum(map(len, rows))
+    if mask is not None and mask.size == count and np.isin(mask, (0, 1)).all():
+        kept = mask.reshape(len(rows), -1) != 0
+        rows = [np.array(r)[k].tolist() for r, k in zip(rows, kept, strict=True) if k.any()]
+    if len(rows) == 1 and positions is not None and positions.size == len(rows[0]):
+        rows = _apart(rows[0], positions.reshape(-1).tolist())
+    return rows
+
+
+def _apart(ids: list[int], positions: list[int]) -> list[list[int]]:
+    """Return the prompts that a row of ids holds, by their positions; one if these make none."""
+    prompts: list[list[int]] = []
+    waiting: list[int] = []  # numbers of prompts, the one that went on last at the end
+    for n, (i, p) in enumerate(zip(ids, positions, strict=True)):
+        going = [k for k in waiting if len(prompts[k]) == p]
+        if p == 0:
+            waiting.append(len(prompts))
+            prompts.append([i])
+        elif not going:
+            return [ids]
+        else:  # the one before, as in a prefill; else the one that has waited longest, as in turns
+            turns = p in positions[n + 1 : n + 2] or (
+                n > 1 and positions[n - 1] == positions[n - 2]
+            )
+            chosen = going[-1] if going[-1] == waiting[-1] and not turns else going[0]
+            prompts[chosen].append(i)
+            waiting.remove(chosen)
+            waiting.append(chosen)
+    return prompts
 
 
 def narrowest_type(arrays: Iterable[np.ndarray]) -> str:

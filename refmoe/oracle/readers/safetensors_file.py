@@ -12,7 +12,7 @@ import numpy as np
 from refmoe.files import InputError
 from refmoe.model.matrix import widen_bf16
 from refmoe.oracle.readers.arrays import dump_of_arrays
-from refmoe.oracle.readers.base import Dump, Reader, read_ids, register
+from refmoe.oracle.readers.base import Dump, Reader, register
 from refmoe.weights.checkpoint import DTYPES, read_header
 
 
@@ -24,30 +24,29 @@ def recognise(path: Path) -> bool:
 def read(path: Path) -> Dump:
     """Read every array but those in 8-bit types, which mean nothing without their scales."""
     stored = read_header(path)
-    arrays, notes = {}, []
+    arrays, unread = {}, {}
     with path.open("rb") as file:
         for name, t in stored.items():
             if t.dtype.startswith("F8"):
-                notes.append(f"{name}: {t.dtype} means nothing without its scales; dump it widened")
+                unread[name] = f"{t.dtype} means nothing without its scales; dump it widened"
                 continue
             file.seek(t.start)
             x = np.frombuffer(file.read(t.nbytes), DTYPES[t.dtype]).reshape(t.shape)
             arrays[name] = widen_bf16(x) if t.dtype == "BF16" else x
-    return dump_of_arrays(path, arrays, _tokens(path), tuple(notes))
+    return dump_of_arrays(path, arrays, _tokens(path), unread=unread)
 
 
-def _tokens(path: Path) -> list[int] | None:
-    """Return the token ids of the metadata, if there are any."""
+def _tokens(path: Path) -> Any:
+    """Return the token ids of the metadata, if there are any: a list, or one for each prompt."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         metadata: dict[str, Any] = json.loads(file.read(length)).get("__metadata__") or {}
     if "tokens" not in metadata:
         return None
     try:
-        tokens = json.loads(metadata["tokens"])
+        return json.loads(metadata["tokens"])
     except (ValueError, TypeError, RecursionError) as e:
         raise InputError(f"{path}: metadata `tokens` is no JSON list ({e})") from None
-    return None if tokens is None else read_ids(f"{path}: metadata `tokens`", tokens)
 
 
 register(Reader("safetensors", ".safetensors", recognise, read))
