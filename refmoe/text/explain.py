@@ -66,15 +66,15 @@ def spelled(words: Tokenizer, ids: Sequence[int]) -> str:
 
 def _explain_special_ids(words: Tokenizer, ours: list[int], theirs: list[int]) -> Difference | None:
     """Explain ids that are the same but for a BOS in front, a map of special ids, or both."""
-    first = len(words.special) and min(words.special.values())
-    there, here = theirs[:1], ours[:1]
+    first = min(words.special.values(), default=words.size)
     added, rest = "", (ours, theirs)
-    if len(theirs) == len(ours) + 1 and there[0] >= first and _mapped(ours, theirs[1:], first):
-        added = f"a BOS in front: {spelled(words, there)} stands only there"
-        rest = (ours, theirs[1:])
-    elif len(ours) == len(theirs) + 1 and here[0] >= first and _mapped(ours[1:], theirs, first):
-        added = f"a BOS in front: {spelled(words, here)} stands only here"
-        rest = (ours[1:], theirs)
+    for side, longer, shorter in (("there", theirs, ours), ("here", ours, theirs)):
+        if len(longer) != len(shorter) + 1 or longer[0] < first:
+            continue
+        cut = (ours, longer[1:]) if side == "there" else (longer[1:], theirs)
+        if _mapped(*cut, first) is not None:
+            added = f"a BOS in front: {spelled(words, longer[:1])} stands only {side}"
+            rest = cut
     found = _mapped(*rest, first)
     if found is None or not (added or found):
         return None

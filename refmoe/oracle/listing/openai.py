@@ -127,8 +127,7 @@ def _ids(where: str, key: str, *places: Mapping[str, Any]) -> list[int] | None:
 def prompt_slots(where: str, rows: Any, prompt: Sequence[int] | None) -> tuple[Slot, ...]:
     """Return a slot for each token of vLLM's prompt_logprobs.
 
-    Where no ids are given, a token is known if its list has one entry, or if the ranks show that
-    each list begins with its own token: another's rank is below it, and the others are in order.
+    Without ids, nothing tells which entry of a list is its own token.
     """
     if not isinstance(rows, list) or not rows:
         return ()
@@ -137,23 +136,10 @@ def prompt_slots(where: str, rows: Any, prompt: Sequence[int] | None) -> tuple[S
             f"{where}: log-probabilities of {len(rows)} positions, and other tokens ({len(prompt)})"
         )
     found = [by_id(f"{where} {t}", row) for t, row in enumerate(rows)]
-    ranks = [[x.get("rank") for x in row.values() if isinstance(x, dict)] for row in rows if row]
-    first = _first_is_own(ranks)
-    out = []
-    for t, row in enumerate(found):
-        own = Entry(prompt[t]) if prompt is not None else None
-        if own is None and row and (first or len(row) == 1):
-            own = Entry(row[0].id)
-        out.append(Slot(own, row))
-    return tuple(out)
-
-
-def _first_is_own(ranks: list[list[Any]]) -> bool:
-    """Tell whether every list begins with its own token, as the ranks can show."""
-    if not all(type(r) is int for row in ranks for r in row):
-        return False
-    in_order = all(row[1:] == sorted(row[1:]) for row in ranks)
-    return in_order and any(len(row) > 1 and row[0] > row[1] for row in ranks)
+    ids = [None] * len(rows) if prompt is None else prompt
+    return tuple(
+        Slot(None if i is None else Entry(i), row) for i, row in zip(ids, found, strict=True)
+    )
 
 
 def _generated(where: str, logprobs: Mapping[str, Any]) -> _Slots:

@@ -19,6 +19,7 @@ from refmoe.oracle.listing.vocabulary import Vocabulary
 from refmoe.text.explain import explain, spelled
 
 MOST_PROBABILITY = 1.1  # sum of a row's probabilities; some servers print few digits
+HIGHEST = 1e-3  # log-probability that rounding makes of 0
 LOGIT_ROWS = 2  # rows whose numbers are no logarithms of probabilities, to be taken for logits
 SAME = 1e-3  # two numbers of one token in one row, one of them rounded
 
@@ -89,10 +90,13 @@ def settle(
             "give all tokens (--tokens FILE)"
         )
     ids, values = _arrays(rows, len(tokens))
+    if listing.probabilities:
+        with np.errstate(divide="ignore"):
+            values = np.log(values)
     gone = int(((ids >= 0) & np.isneginf(values)).sum())
     if gone:
         notes.append(f"{gone} of {total} entries are of tokens that cannot come (-inf or -9999)")
-    values, logits = _logarithms(path, listing, ids, values)
+    logits = are_logits(path, listing)
     begins = len(prompt) + (listing.prompted or 0)
     return Settled(tokens, ids, values, logits, begins or len(tokens), tuple(notes))
 
@@ -147,7 +151,9 @@ def _prompt(
         )
     if own is not None:
         if given is not None:
-            _compare(path, [*own, *slots], len(own), given, words)
+            every = [*own, *slots]
+            first = len(every) if listing.prompted is None else listing.prompted
+            _compare(path, every, len(own) or first, given, words)
         return own, notes
     assert given is not None
     count = listing.count
@@ -243,6 +249,15 @@ def _entries(slot: Slot) -> list[Entry]:
     return [e for e in (*own, *slot.listed) if not math.isnan(e.value)]
 
 
+def _numbers(slot: Slot) -> list[float]:
+    """Return the numbers of a slot, its own token's once."""
+    out = [e.value for e in slot.listed if not math.isnan(e.value)]
+    own = math.nan if slot.token is None else slot.token.value
+    if math.isnan(own) or any(own == x or abs(own - x) < SAME for x in out):
+        return out
+    return [*out, own]
+
+
 def _row(
     where: str, entries: Sequence[Entry], words: Vocabulary | None, whole: bool
 ) -> tuple[dict[int, float], int]:
@@ -276,43 +291,38 @@ def _arrays(rows: Mapping[int, Mapping[int, float]], T: int) -> tuple[np.ndarray
     return ids, values
 
 
-def _logarithms(
-    path: Path, listing: Listing, ids: np.ndarray, values: np.ndarray
-) -> tuple[np.ndarray, bool]:
-    """Return log-probabilities, or logits and True, where the numbers are those.
+def are_logits(path: Path, listing: Listing) -> bool:
+    """Tell whether numbers are logits: in most rows, no logarithms of probabilities.
 
-    Logits are told by rows whose numbers are no logarithms of probabilities.
+    Raises `InputError` for numbers that are neither, and where there are none.
     """
+    rows = [_numbers(s) for s in listing.slots]
+    finite = [[x for x in row if math.isfinite(x)] for row in rows]
+    every = [x for row in finite for x in row]
     if listing.probabilities:
-        if (np.nan_to_num(values) > 1.001).any() or (np.nan_to_num(values) < 0).any():
+        if any(not 0 <= x <= 1.001 for x in every):
             raise InputError(f"{path}: a probability is not between 0 and 1")
-        with np.errstate(divide="ignore"):
-            values = np.log(values)
-    finite = np.isfinite(values)
-    if not finite.any() or (values[finite] == 0).all():
+        if all(x in (0, 1) for x in every):
+            raise InputError(f"{path}: every probability is 0 or 1: one token of each row was kept")
+        return False
+    if all(x == 0 for x in every):
         raise InputError(
-            f"{path}: every log-probability is 0 or missing (as log-probability -9999 is); the "
+            f"{path}: every log-probability is 0 or missing (as a log-probability -9999 is); the "
             "server gave none, or kept one token of each row"
         )
-    with np.errstate(over="ignore"):
-        totals = np.where(finite, np.exp(np.where(finite, values, 0)), 0).sum(axis=1)
-    above = np.asarray((np.where(finite, values, -1) >= 1e-3).any(axis=1))
-    wrong = np.asarray((totals > MOST_PROBABILITY) | above)
-    if wrong.sum() >= LOGIT_ROWS and 2 * wrong.sum() > finite.any(axis=1).sum():
-        return values, True
-    if wrong.any():
-        t = int(np.argmax(wrong))
-        if above[t]:
-            k = int(np.argmax(np.where(finite[t], values[t], -1)))
-            raise InputError(
-                f"{path}: position {t}: token {ids[t, k]} has log-probability {values[t, k]:.6g}, "
-                "expected one below 0"
-            )
-        raise InputError(
-            f"{path}: position {t}: the probabilities add up to {totals[t]:.3g}; "
-            "are they logarithms?"
-        )
-    return values, False
+    wrong = []
+    for n, row in enumerate(finite):
+        total = math.fsum(math.exp(min(x, 700)) for x in row)
+        if max(row, default=0) >= HIGHEST or total > MOST_PROBABILITY:
+            wrong.append((n, max(row), total))
+    if len(wrong) >= LOGIT_ROWS and 2 * len(wrong) > sum(map(bool, finite)):
+        return True
+    for n, most, total in wrong:
+        at = f"{path}: row {n}"
+        if most >= HIGHEST:
+            raise InputError(f"{at} has log-probability {most:.6g}, expected one below 0")
+        raise InputError(f"{at}: the probabilities add up to {total:.3g}; are they logarithms?")
+    return False
 
 
 def _nothing(path: Path, listing: Listing, tokens: Sequence[int], unread: int, after: int) -> str:

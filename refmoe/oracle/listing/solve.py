@@ -22,6 +22,8 @@ from refmoe.oracle.listing.processing import Kept, Listed, Processing, Scope, lo
 
 ROWS = 128  # that numbers are fitted to, at most
 BASES = (2.0, 10.0)
+SHIFTS = (1, -1)
+SURE = 0.3  # of the noise: what leaves less, without a fitted number, is what was done
 FEW = 32  # rows on which a number is sought first
 SECTIONS = 8  # of the golden ratio, before least squares
 STEPS = 8  # of least squares
@@ -74,25 +76,38 @@ class Problem:
 
 
 def hypotheses(problem: Problem) -> list[Processing]:
-    """Return what may have been done, fitted, the fewest numbers first."""
-    found: dict[str, Processing] = {}
-    for way in _every(problem):
-        found.setdefault(way.key, way)
-    return sorted(found.values(), key=lambda way: way.parameters)
+    """Return what may have been done, fitted, the fewest numbers first.
+
+    Where one without a fitted number leaves much less than the noise, only those are returned. A
+    whole row of logits can only have been heated.
+    """
+    found = list(_exact())
+    if problem.listed.ids.shape[1] == problem.full.shape[1]:
+        found = [Processing(), *_heated(problem, Processing())]
+    elif min(map(problem.misfit, found[1:])) > SURE:
+        found += _fits(problem)
+    found = list({way.key: way for way in reversed(found)}.values())
+    return sorted(found, key=lambda way: way.parameters)
 
 
-def _every(problem: Problem) -> Iterator[Processing]:
-    """Yield all hypotheses."""
+def _exact() -> Iterator[Processing]:
+    """Yield the hypotheses without a fitted number; the first is that nothing was done."""
     nothing = Processing()
     for start in (nothing, *(replace(nothing, base=b) for b in BASES)):
         yield start
         yield replace(start, kept=Kept("list"))
     yield replace(nothing, logits=True)
+    for shift in SHIFTS:
+        yield replace(nothing, shift=shift)
+        yield replace(nothing, shift=shift, kept=Kept("list"))
+
+
+def _fits(problem: Problem) -> Iterator[Processing]:
+    """Yield the hypotheses with fitted numbers."""
+    nothing = Processing()
     yield from _heated(problem, replace(nothing, logits=True))
-    for shift in (0, 1, -1):
+    for shift in (0, *SHIFTS):
         start = replace(nothing, shift=shift)
-        yield start
-        yield replace(start, kept=Kept("list"))
         yield from _kept(problem, start)
         for way in (*_heated(problem, start), *_sloped(problem, start)):
             yield way

@@ -28,6 +28,7 @@ PROMISING = 8.0  # times the noise of the rows: beyond it no envelope is sampled
 ENTRIES = 4  # numbers that must be listed, and as many for each that is fitted
 TRIED = 3  # envelopes that are sampled for one dump
 NEARER = 1.5  # times what the best leaves: beyond it a simpler hypothesis is not what was done
+FLOOR = 1e-3  # of the noise: two hypotheses that leave less are equally near
 ALIKE = 1.1  # of two that leave so nearly the same, the numbers decide nothing
 TIE = 0.5  # nats by which a token must be likelier than a listed one to be missed
 NORMAL = 1e-2  # log of what the probabilities of a row sum to, if they are all there
@@ -100,7 +101,7 @@ def _promising(problem: Problem, case: Judgement) -> list[tuple[Processing, floa
         if left <= PROMISING and _lists_the_kept(problem, way) and _forbids(problem, way):
             out.append((way, left))
     least = min((left for _, left in out), default=0.0)
-    return [(way, left) for way, left in out if left <= NEARER * least]
+    return [(way, left) for way, left in out if left <= NEARER * max(least, FLOOR)]
 
 
 def _forbids(problem: Problem, way: Processing) -> bool:

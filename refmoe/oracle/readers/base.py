@@ -47,6 +47,7 @@ class Dump:
     notes: tuple[str, ...] = ()  # what was not read, and why
     form: str | None = None  # in which a server wrote log-probabilities
     listing: "Listing | None" = None  # log-probabilities whose tokens are not known yet
+    logits: bool = False  # the numbers of `top` are logits
     sampled: bool = False  # the numbers are of after sampling, as the file itself says
     generated: int | None = None  # index of the first token that was generated; None: none was
     others: "tuple[Dump, ...]" = ()  # further sequences of the same file

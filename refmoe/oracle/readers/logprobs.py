@@ -14,7 +14,7 @@ import numpy as np
 from refmoe.files import InputError
 from refmoe.oracle.listing.base import Listing
 from refmoe.oracle.listing.forms import read_response
-from refmoe.oracle.listing.settle import needs_more, settle
+from refmoe.oracle.listing.settle import are_logits, needs_more, settle
 from refmoe.oracle.listing.text import is_stream, read_responses
 from refmoe.oracle.listing.vocabulary import Vocabulary
 from refmoe.oracle.readers.base import Dump, Reader, register
@@ -57,6 +57,7 @@ def read(path: Path) -> Dump:
 
 def _dump(path: Path, listing: Listing) -> Dump:
     """Return the dump of one listing, settled if nothing else is needed for that."""
+    are_logits(path, listing)  # refuses numbers that are neither
     dump = Dump(path, {}, None, "bfloat16", form=listing.form, listing=listing)
     return dump if needs_more(listing) else settle_dump(dump)
 
@@ -89,6 +90,7 @@ def settle_dump(
         tokens=found.tokens,
         top=(found.ids, found.values),
         form=form,
+        logits=found.logits,
         sampled=dump.listing.sampled,
         generated=found.prompt,
         step=0.0 if dump.listing.probabilities else _half_step(found.values),
