@@ -321,6 +321,7 @@ SHIM = r"""
 #include <cmath>
 #include <csetjmp>
 #include <cstddef>
+#include <cstdlib>
 #include <cstring>
 #include <ucontext.h>
 #include <vector>
@@ -356,12 +357,13 @@ static unsigned __funnelshift_r(unsigned low, unsigned high, unsigned n) {
     return (unsigned)(((unsigned long long)high << 32 | low) >> (n & 31));
 }
 using std::min;
-static std::vector<ucontext_t> fibers;
-static std::vector<char> done;
+static char done[1024], begun[1024];
 static float lanes[1024];
-// A fiber begins by setcontext; then it is left and entered by these, without a system call.
+// A fiber begins by setcontext, once; then it is left and entered by these, without a system call.
 static jmp_buf back, inside[1024];
-static void yield() { if (!_setjmp(inside[threadIdx.x])) _longjmp(back, 1); }
+static int running, left_over;
+static void next();
+static void yield() { if (!_setjmp(inside[threadIdx.x])) next(); }
 static void __syncthreads() { yield(); }
 static float __shfl_xor_sync(unsigned, float x, int n) {
     lanes[threadIdx.x] = x;
@@ -374,10 +376,33 @@ typedef void (*Kernel)(void**);
 static Kernel kernel;
 static void** arguments;
 static void fiber() {
-    const int me = threadIdx.x;
-    kernel(arguments);
-    done[me] = 1;
-    _longjmp(back, 1);
+    for (;;) {  // blocks, of this launch and later ones
+        kernel(arguments);
+        done[threadIdx.x] = 1;
+        left_over--;
+        yield();
+    }
+}
+static void next() {  // of those that are not done, in turn
+    if (!left_over) _longjmp(back, 1);
+    int t = threadIdx.x;
+    do t = t + 1 < running ? t + 1 : 0; while (done[t]);
+    threadIdx = {t, 0, 0};
+    if (begun[t]) _longjmp(inside[t], 1);
+    begun[t] = 1;
+    static const size_t stack = 64 << 10;
+    static char* const stacks = (char*)malloc(stack * 1024);
+    ucontext_t first;
+    getcontext(&first);
+    first.uc_stack.ss_sp = stacks + stack * t;
+    first.uc_stack.ss_size = stack;
+    makecontext(&first, fiber, 0);
+    setcontext(&first);
+}
+static void block(int threads) {
+    memset(done, 0, sizeof done);
+    running = left_over = threads, threadIdx = {threads - 1, 0, 0};
+    if (!_setjmp(back)) next();
 }
 extern "C" int launch(
     Kernel k, int gx, int gy, int gz, int threads, void** args, int shared, int together,
@@ -386,37 +411,13 @@ extern "C" int launch(
     kernel = k, arguments = args, ranges = allowed, range_count = count, wrong = 0;
     gridDim = {gx, gy, gz}, blockDim = {threads, 1, 1};
     shared_memory.assign(shared + 16, 0);
-    static std::vector<char> stacks;
-    const size_t stack = 64 << 10;
-    if (together) stacks.resize(stack * threads);
     for (int z = 0; z < gz; z++) for (int y = 0; y < gy; y++) for (int x = 0; x < gx; x++) {
         blockIdx = {x, y, z};
         if (!together) {
             for (int t = 0; t < threads; t++) threadIdx = {t, 0, 0}, k(args);
             continue;
         }
-        fibers.assign(threads, ucontext_t());
-        done.assign(threads, 0);
-        std::vector<char> begun(threads, 0);
-        for (int t = 0; t < threads; t++) {
-            getcontext(&fibers[t]);
-            fibers[t].uc_stack.ss_sp = stacks.data() + stack * t;
-            fibers[t].uc_stack.ss_size = stack;
-            makecontext(&fibers[t], fiber, 0);
-        }
-        for (volatile int left = threads; left;) {
-            left = 0;
-            for (volatile int t = 0; t < threads; t = t + 1)
-                if (!done[t]) {
-                    threadIdx = {t, 0, 0};
-                    if (!_setjmp(back)) {
-                        if (begun[t]) _longjmp(inside[t], 1);
-                        begun[t] = 1;
-                        setcontext(&fibers[t]);
-                    }
-                    left = left + !done[t];
-                }
-        }
+        block(threads);
     }
     return wrong;
 }

@@ -59,7 +59,7 @@ def features() -> set[str]:
 
 AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= features()
 VNNI = AVX512 and "avx512vnni" in features()
-PLAIN = os.environ.get("REFMOE_SIMD") == "plain"  # as on a machine that has neither
+PLAIN = AVX512 and os.environ.get("REFMOE_SIMD") == "plain"  # as on a machine that has neither
 if PLAIN:
     AVX512 = VNNI = False
 

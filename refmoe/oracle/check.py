@@ -30,6 +30,7 @@ from refmoe.model.points import FORMS, parse
 from refmoe.oracle.cause import describe_error, find_cause
 from refmoe.oracle.envelope import Envelope, Lens, sample_envelope
 from refmoe.oracle.forms.place import Placed, place
+from refmoe.oracle.forms.ranks import join_ranks, wrong_ranks
 from refmoe.oracle.judge import Judgement, PromptResult, Report, joined, judge
 from refmoe.oracle.listing.undo import impossible, undo
 from refmoe.oracle.listing.vocabulary import Vocabulary
@@ -90,18 +91,24 @@ def judge_dump(
         profile = find_profile(profile)
     decoder = model.decoder.using(reproducible_policy("float64", engine))  # refuses unknown engines
     profile = profile or profile_of(dump.rounded, engine)
-    dump = replace(dump, arrays=adapt(dump.arrays, model.cfg))
+    ranks = tuple(adapt(arrays, model.cfg) for arrays in dump.ranks)
+    dump = replace(dump, arrays=adapt(dump.arrays, model.cfg), ranks=ranks)
     if "absorbed" in forms_of(dump.arrays):
         decoder = decoder.using(replace(decoder.nx, attention="absorbed"))
     identity = model.checkpoint.identity if keep else None
-    placed = _placed(model, decoder, dump, tokens)
+    joined_ranks = join_ranks(dump, model.cfg)
+    placed = [
+        replace(p, label=", ".join(filter(None, (j.label, p.label))), notes=j.notes + p.notes)
+        for j in joined_ranks
+        for p in _placed(model, decoder, j.dump, tokens)
+    ]
     found = []
     for each in placed:
         exact = replay(each.dump, decoder, each.tokens)
         sample = partial(_sample, decoder, profile, each.tokens, runs, identity)
         envelope, chance = sample(exact.lenses), alpha / len(placed)
         case = judge(decoder, each.dump, each.tokens, exact, envelope, engine, profile, chance)
-        case = _with_place(case, each)
+        case = _with_place(case, each, joined_ranks[0].parts)
         found.append(_undone(model, case, sample))
     return _first_wrong(found, [p.label for p in placed], alpha, explain)
 
@@ -154,15 +161,19 @@ def forms_of(names: Iterable[str]) -> set[str]:
     return {p.where for p in points if p is not None and p.where in FORMS}
 
 
-def _with_place(case: Judgement, placed: Placed) -> Judgement:
-    """Return a judgement whose report says what `place` had to do."""
+def _with_place(case: Judgement, placed: Placed, ranks: int) -> Judgement:
+    """Return a judgement whose report says what `place` had to do, and which rank is wrong."""
     report = replace(case.report, notes=placed.notes)
+    point = report.point
+    if ranks > 1 and point in case.exact.theirs and point in case.exact.ours:
+        said = wrong_ranks(case.exact.ours[point], case.exact.theirs[point], ranks)
+        report = replace(report, notes=(*placed.notes, said) if said else placed.notes)
     if placed.wrong_tokens is not None and report.verdict == "pass":
         reason = f"wrong list of tokens: {placed.wrong_tokens}; with its own, {report.reason}"
         report = replace(report, verdict="undecidable", reason=reason)
     elif placed.wrong_tokens is not None:
         note = f"wrong list of tokens: {placed.wrong_tokens}; judged with its own"
-        report = replace(report, notes=(*placed.notes, note))
+        report = replace(report, notes=(*report.notes, note))
     return replace(case, report=report)
 
 

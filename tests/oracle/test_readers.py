@@ -584,9 +584,9 @@ def test_a_part_of_the_hidden_states_is_not_taken_for_the_last(traced, tmp_path)
 
 
 def test_token_ids_are_one_sequence_of_integers(traced, tmp_path):
-    for ids in (np.zeros((2, 5), int), np.array([1.5]), np.array([], int), np.array(["a"])):
+    for ids in (np.zeros((2, 5)), np.array([1.5]), np.array([], int), np.array(["a"])):
         np.savez(tmp_path / "d.npz", input_ids=ids)
-        with pytest.raises(InputError, match=r"input_ids is .*(several|expected the token ids)"):
+        with pytest.raises(InputError, match=r"input_ids is .*expected the token ids"):
             read_dump(tmp_path / "d.npz")
     np.savez(tmp_path / "d.npz", x=np.array(["a"]), y=traced["model.norm"])
     dump = read_dump(tmp_path / "d.npz")
@@ -806,5 +806,5 @@ def test_a_reader_is_added_in_one_file(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout == (
         "x.doc: .doc suffix; supported: .csv, .json, .npz, .pt, .safetensors, .sse, .txt, "
-        "or a folder of SGLang's dumper\n"
+        "or a folder of SGLang's dumper, or a folder with a file for each rank\n"
     )

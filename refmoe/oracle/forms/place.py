@@ -14,6 +14,13 @@ import numpy as np
 from refmoe.files import InputError
 from refmoe.model.decoder import Decoder
 from refmoe.model.points import parse
+from refmoe.oracle.forms.ranks import (
+    Rank,
+    find_rank,
+    is_sum,
+    partial_sums,
+    with_part_of_sums,
+)
 from refmoe.oracle.forms.rows import NONE, align, distances, ranges, visits
 from refmoe.oracle.forms.shapes import Rows, split_axes
 from refmoe.oracle.forms.tokens import EMBEDDING, NORM, Named, name_rows, wrong_list
@@ -21,6 +28,21 @@ from refmoe.oracle.readers.base import Arrays, Dump
 from refmoe.oracle.trace import sketch
 
 SURVEYED = 8  # tensors that rows are placed by
+SPLIT = (  # ends of points whose columns ranks share out
+    "q_b_proj",
+    "q_proj",
+    "kv_b_proj",
+    "#q_pe",
+    "#q_latent",
+    "#context_latent",
+    "#context",
+    "#scores",
+    "#probs",
+    "gate_proj",
+    "up_proj",
+    "act",
+    "lm_head",
+)
 HEAD = ("model.norm", "lm_head")  # engines compute them for the last row of a prompt alone
 
 
@@ -71,9 +93,11 @@ def place(
                 break
             wrong, prompts = named
             continue
-        if regular:
-            return [Placed("", prompts[0], dump, wrong, notes)]
         break
+    dump, said = _place_rank(dump, groups, rows, decoder, prompts)
+    notes += said
+    if regular:
+        return [Placed("", prompts[0], dump, wrong, notes)]
     return _split(dump, groups, prompts, wrong, notes)
 
 
@@ -313,6 +337,106 @@ def _survey(decoder: Decoder, prompts: list[list[int]], names: set[str]) -> Arra
     return {n: np.concatenate(parts) for n, parts in seen.items() if parts}
 
 
+# --- one rank of a parallel engine
+
+
+def _place_rank(
+    dump: Dump,
+    groups: dict[tuple[int, int], _Group],
+    rows: dict[str, Rows],
+    decoder: Decoder,
+    prompts: list[list[int]],
+) -> tuple[Dump, tuple[str, ...]]:
+    """Return the dump with the columns of a rank's tensors, without its partial sums, and notes."""
+    narrow = {n for n, r in rows.items() if r.parts > 1 and not n.endswith("#sketch")}
+    if not narrow:
+        return dump, ()
+    layers = range(decoder.cfg.num_hidden_layers)
+    ends = {f"model.layers.{i}.{end}" for i in layers for end in ("self_attn", "mlp")}
+    full = _survey(decoder, prompts, narrow | ends | {n for n in rows if is_sum(n)})
+    theirs: Arrays = {}
+    ours: Arrays = {}
+    for group in groups.values():
+        for name in group.arrays.keys() & full.keys():
+            at = group.positions
+            placed = np.arange(len(full[name])) if at is None else np.flatnonzero(at >= 0)
+            if len(group.arrays[name]) <= placed.max(initial=0):
+                continue
+            theirs[name] = group.arrays[name][placed]
+            ours[name] = full[name][placed if at is None else at[placed]]
+    known = {n: theirs[n] for n in narrow if n in theirs}
+    found = find_rank({n: x for n, x in known.items() if n.endswith(SPLIT)}, ours)
+    unread = dict(dump.unread)
+    columns: dict[str, slice] = {}
+    notes: tuple[str, ...] = ()
+    if isinstance(found, str):
+        unread |= dict.fromkeys(narrow, found)
+    else:
+        rank, columns = found
+        notes = (f"{len(columns)} tensors are rank {rank.number}'s columns of {rank.of} ranks",)
+        for name in narrow - columns.keys():
+            unread[name] = f"it has {rows[name].parts} times too few columns"
+        columns |= _of_experts(dump.arrays, rank, decoder.cfg.moe_intermediate_size, unread)
+        where = {n: _at(groups, n) for n in theirs}
+        alone = []
+        for experts in (False, True):
+            seen = _survey_sums(decoder, prompts, rank, experts, full)
+            alone.append({n: x if (p := where.get(n)) is None else x[p] for n, x in seen.items()})
+        for name in partial_sums(theirs, ours, alone):
+            unread[name] = (
+                f"it is rank {rank.number}'s part of the sum, before the all-reduce; dump every "
+                "rank, or what comes after it"
+            )
+    arrays = {n: x for n, x in dump.arrays.items() if n not in unread}
+    for group in groups.values():
+        for name in group.arrays.keys() & unread.keys():
+            del group.arrays[name]
+        if group.positions is None:
+            arrays |= {n: x for n, x in group.arrays.items() if n in columns}
+    return replace(dump, arrays=arrays, unread=unread, columns=columns), notes
+
+
+def _of_experts(arrays: Arrays, rank: Rank, width: int, unread: dict[str, str]) -> dict[str, slice]:
+    """Return the columns of routed experts' tensors on this rank; their sums go to `unread`."""
+    columns = {}
+    split = slice(rank.number * width // rank.of, (rank.number + 1) * width // rank.of)
+    own = [n for n in arrays if parse(n).expert is not None]
+    for name in own:
+        split_here = name.endswith(("gate_proj", "up_proj", "act"))
+        if split_here and arrays[name].shape[-1] * rank.of == width:
+            columns[name] = split
+    for name in own:
+        if name.endswith("down_proj") and name.replace("down_proj", "act") in columns:
+            unread[name] = f"it is rank {rank.number}'s part of the sum over its columns"
+    return columns
+
+
+def _at(groups: dict[tuple[int, int], _Group], name: str) -> np.ndarray | None:
+    """Return the positions of the rows of a tensor that are placed; None: all in order."""
+    group = next(g for g in groups.values() if name in g.arrays)
+    return None if group.positions is None else group.positions[group.positions >= 0]
+
+
+def _survey_sums(
+    decoder: Decoder, prompts: list[list[int]], rank: Rank, experts: bool, full: Arrays
+) -> Arrays:
+    """Return the rank's part of each sum of `full`, from inputs that are whole."""
+    seen: dict[str, list[np.ndarray]] = {}
+    other = with_part_of_sums(decoder, rank, experts)
+    for i, prompt in enumerate(prompts):
+        start = sum(map(len, prompts[:i]))
+
+        def record(path: str, x: np.ndarray, start: int = start) -> np.ndarray:
+            if is_sum(path):
+                seen.setdefault(path, []).append(x)
+            whole = path.endswith((".self_attn", ".mlp"))  # what comes after has the whole sum
+            return full[path][start : start + len(x)] if whole else x
+
+        nx = replace(other.nx.watching(record), stop_at_nonfinite=False)
+        other.using(nx).logits(prompt)
+    return {n: np.concatenate(parts) for n, parts in seen.items()}
+
+
 # --- the prompts
 
 
@@ -362,6 +486,11 @@ def _split(
             out.append(Placed(label, prompt, replace(own, unread=first), wrong, notes))
             notes = ()
         start += len(prompt)
+    if not out:
+        arrays = {n: x for n, x in others.items() if n not in unread}
+        out.append(
+            Placed("", prompts[0], replace(dump, arrays=arrays, unread=unread), wrong, notes)
+        )
     said = tuple(_told(groups, prompts))
     return [replace(p, notes=p.notes + said) if not i else p for i, p in enumerate(out)]
 

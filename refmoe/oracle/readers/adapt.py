@@ -69,14 +69,13 @@ def _points(name: str, x: np.ndarray, arrays: Arrays, cfg: Config) -> Named:
             yield f"model.layers.{cfg.num_hidden_layers - 1}", x
         case "mla_attn" | "attn_mqa" | "attn_mha" if at.endswith((".mla_attn", ".self_attn")):
             attention = at.removesuffix(".mla_attn")
-            if (
-                x.size
-                == len(x) * cfg.num_attention_heads * cfg.v_head_dim
-                != _size(arrays.get(attention))
-            ):
+            own = x.size / max(
+                1, len(x) * cfg.v_head_dim
+            )  # heads, of one rank where there are several
+            if cfg.num_attention_heads % own == 0 and x.size != _size(arrays.get(attention)):
                 yield f"{attention}#context", x
         case "mla_attn#q":
-            heads = x.reshape(-1, cfg.num_attention_heads, cfg.qk_head_dim)
+            heads = x.reshape(len(x), -1, cfg.qk_head_dim) if x.size % cfg.qk_head_dim == 0 else x
             yield f"{at.removesuffix('.mla_attn')}#q_pe", heads[..., cfg.qk_nope_head_dim :]
         case "mla_attn#k_pe":
             yield f"{at.removesuffix('.mla_attn')}#k_pe", x

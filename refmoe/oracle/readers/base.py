@@ -55,6 +55,7 @@ class Dump:
         default_factory=dict
     )  # array of the file → why it is not here
     prompts: tuple[list[int], ...] = ()  # token ids of each, where there are several
+    ranks: tuple[Arrays, ...] = ()  # of each rank of a parallel engine, instead of `arrays`
     rows: Mapping[str, np.ndarray] = field(default_factory=dict)  # name → positions; absent: all
     columns: Mapping[str, slice] = field(default_factory=dict)  # name → of axis 1; absent: all
 
