@@ -358,6 +358,17 @@ def test_what_was_done_is_solved_for(way, sequence, judged):
     assert words_of in report.cause.text + " "
 
 
+@pytest.mark.parametrize("way", ["temperature 0.6", "list", "heated top-k", "next", "presence"])
+def test_rounding_to_16_bits_changes_no_name(way, tiny_k2, sequence, judged):
+    """With noise on every number, a second fitted number always fits a little better."""
+    prompt, drawn, _ = sequence
+    tokens = [*prompt, *drawn]
+    logits = refmoe.load(tiny_k2, "bfloat16").logits(tokens).astype(np.float64)
+    make_rows, cause, _ = WAYS[way]
+    report = judged({"tokens": tokens, "top_logprobs": make_rows(logits, tokens)})
+    assert (report.verdict, report.cause and report.cause.id) == ("fault", cause)
+
+
 @pytest.mark.parametrize("base", [2, 10])
 def test_another_base_is_a_form(base, sequence, judged):
     prompt, drawn, logits = sequence

@@ -228,9 +228,10 @@ class Processing:
     @property
     def parameters(self) -> float:
         """Return how many numbers were fitted; what is there or not counts for less."""
-        numbers = (self.shift != 0) + (self.temperature != 1) + len(self.bias)
-        numbers += (self.presence != 0) + (self.frequency != 0) + (self.repetition != 1)
-        small = 0.25 * ((self.base != float(np.e)) + self.logits)
+        fitted = (self.temperature != 1, self.presence != 0, self.frequency != 0)
+        holds = (self.shift != 0, self.repetition != 1, *fitted)
+        numbers = len(self.bias) + sum(map(bool, holds))
+        small = 0.25 * sum(map(bool, (self.base != float(np.e), self.logits)))
         kept = 0.0 if self.kept is None else 0.5 if self.kept.rule == "list" else 1.0
         return numbers + small + kept
 

@@ -86,8 +86,10 @@ def hypotheses(problem: Problem) -> list[Processing]:
         found = [Processing(), *_heated(problem, Processing())]
     elif min(map(problem.misfit, found[1:])) > SURE:
         found += _fits(problem)
-    found = list({way.key: way for way in reversed(found)}.values())
-    return sorted(found, key=lambda way: way.parameters)
+    each: dict[str, Processing] = {}
+    for way in found:
+        each.setdefault(way.key, way)
+    return sorted(each.values(), key=lambda way: way.parameters)
 
 
 def _exact() -> Iterator[Processing]:
@@ -158,8 +160,8 @@ def _fitted(
 def _with(way: Processing, name: str, x: float) -> Processing:
     """Return a hypothesis with another value of one of its numbers."""
     if name == "bias":
-        return replace(way, bias=(*way.bias[:-1], (way.bias[-1][0], x)))
-    return replace(way, **{name: x})  # type: ignore[arg-type]
+        return replace(way, bias=(*way.bias[:-1], (way.bias[-1][0], float(x))))
+    return replace(way, **{name: float(x)})  # type: ignore[arg-type]
 
 
 def _number(way: Processing, name: str) -> float:
