@@ -11,6 +11,7 @@ If nothing fits, the shape of the error is described: what is constant in it is 
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,7 +24,9 @@ from refmoe.oracle.faults.base import Fault, altered, strength_of
 from refmoe.oracle.faults.dictionary import BY_ID, candidates, same_as
 from refmoe.oracle.judge import Cause, Judgement
 from refmoe.oracle.noise import rms
+from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.replay import Replay
+from refmoe.oracle.solve import solve
 
 NOISE = 0.1  # of what is explained: below it, two hypotheses fit alike
 ALIKE = 1.1  # nor can these numbers decide between two that leave so nearly the same
@@ -46,7 +49,8 @@ class _Trial:
     @property
     def confined(self) -> int:
         """How narrow the fault is: of two that fit alike, the one that explains more rows wins."""
-        return (self.expert is not None) + (self.part is not None)
+        free = self.fault.free is not None  # nor is one with a constant of its own preferred
+        return (self.expert is not None) + (self.part is not None) + free
 
     @property
     def text(self) -> str:
@@ -129,13 +133,19 @@ def _trials(case: Judgement, point: str) -> Iterator[_Trial]:
     ]
     within = _points_of_layer(case, point)
     for fault in candidates(point, judged_points(point, through), case.decoder.cfg):
+        solved = None
+        if fault.free is not None:
+            constant = _solved(case, fault, point)
+            if constant is None:
+                continue
+            fault, solved = constant
         for expert, part in places:
             try:
                 seen = _replay_layer(case, fault, expert, part, point)
             except ValueError:  # no fault of a single expert, or of a part of it
                 continue
             misfits = {p: _misfit(case, p, seen.ours.get(p)) for p in within}
-            fitted = None
+            fitted = solved
             if fault.fitted is not None and np.isfinite(misfits[point]):
                 healthy, theirs = case.exact.ours[point], case.exact.theirs[point]
                 strength = strength_of(theirs, healthy, seen.ours[point])
@@ -172,6 +182,60 @@ def _replay_layer(
     with np.errstate(all="ignore"):
         run_layer(altered(case.decoder.using(nx), fault, expert=expert, part=part), case, point)
     return seen
+
+
+class _Reached(Exception):
+    """The failing point has been computed, and nothing else is wanted."""
+
+
+class _UntilPoint(Replay):
+    """A replay that ends at one point."""
+
+    def __init__(self, dump: Dump, decoder: Decoder, point: str):
+        super().__init__(dump, decoder)
+        self.point = point
+
+    def __call__(self, path: str, x: np.ndarray) -> np.ndarray:
+        x = super().__call__(path, x)
+        if path == self.point and not path.endswith("kv_b_proj"):  # shown twice: caches.reading
+            raise _Reached
+        return x
+
+
+def replay_until(
+    case: Judgement, decoder: Decoder, point: str, fault: Fault | None = None
+) -> Replay:
+    """Compute what leads to one point, from the engine's inputs, with a fault or under a decoder.
+
+    What follows the point is not computed.
+    """
+    seen = _UntilPoint(case.dump, decoder, point)
+    watched = decoder.using(replace(decoder.nx.watching(seen), stop_at_nonfinite=False))
+    with np.errstate(all="ignore"), suppress(_Reached):
+        run_layer(altered(watched, fault) if fault else watched, case, point)
+    return seen
+
+
+def _solved(case: Judgement, fault: Fault, point: str) -> tuple[Fault, str] | None:
+    """Return a fault with its constant solved for at the failing point; None where it fits none."""
+    theirs = case.exact.theirs[point]
+    if point not in case.rows:
+        return None
+
+    def left(trial: Fault) -> float:
+        seen = replay_until(case, case.decoder, point, trial)
+        ours = seen.ours.get(point)
+        if ours is None or ours.shape != theirs.shape or not np.isfinite(ours).all():
+            return np.inf
+        return float(np.linalg.norm(theirs - ours))
+
+    wrong, _ = _wrong_rows(case, point)
+    if case.rows[point].multiple() <= 1 or not wrong.any():
+        wrong = case.rows[point].error >= case.rows[point].error.max() / 2
+    first = int(case.exact.positions(point)[np.argmax(wrong)])
+    begins = [t for t in (first, first - 1, first + 1) if 0 < t < len(case.tokens)]
+    error = float(np.linalg.norm(theirs - case.exact.ours[point]))
+    return solve(fault, left, error, begins)
 
 
 def run_layer(decoder: Decoder, case: Judgement, point: str) -> None:

@@ -13,31 +13,33 @@ than the noise of a score, and what follows uses the engine's choice (judge.py).
 point every known fault is tried (cause.py).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from math import log
 from typing import Any
 
 import numpy as np
 
-from refmoe.engines import Profile, find_profile, profile_of
+from refmoe.engines import Profile, read_conventions
 from refmoe.fast.reproducible import reproducible_policy
 from refmoe.fast.threads import single_blas_thread
 from refmoe.files import InputError
 from refmoe.model.decoder import Decoder
 from refmoe.model.points import FORMS, parse
-from refmoe.oracle.cause import describe_error, find_cause
+from refmoe.oracle.caches import read_cache
+from refmoe.oracle.cause import describe_error
 from refmoe.oracle.envelope import Envelope, Lens, sample_envelope
 from refmoe.oracle.forms.place import Placed, place
 from refmoe.oracle.forms.ranks import join_ranks, wrong_ranks
-from refmoe.oracle.judge import Judgement, PromptResult, Report, joined, judge
+from refmoe.oracle.judge import Judgement, PromptResult, Report, joined
 from refmoe.oracle.listing.undo import impossible, undo
 from refmoe.oracle.listing.vocabulary import Vocabulary
+from refmoe.oracle.noise import UNIT
+from refmoe.oracle.profiles import read_profile
 from refmoe.oracle.readers.adapt import adapt
 from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.readers.logprobs import settle_dump
-from refmoe.oracle.replay import replay
+from refmoe.oracle.settle import Bench, Declared, cause_of, settle
 from refmoe.oracle.statistics import ALPHA, RUNS
 from refmoe.run.load import Model
 
@@ -49,24 +51,32 @@ def check(
     dump: Dump,
     tokens: Sequence[int] | Sequence[Sequence[int]] | None = None,
     *,
-    engine: str = "refmoe",
+    engine: str | None = None,
     profile: Profile | str | None = None,
     alpha: float = ALPHA,
     runs: int = RUNS,
     keep: bool = True,
+    conventions: Iterable[str] = (),
+    cache: str | None = None,
 ) -> Report:
     """Judge a dump of the same tokens and weights.
 
-    tokens   of the dump, or of each of its prompts; without them, those that its file has, or that
-             the rows of its embedding name
-    engine   whose conventions it is to be held to
-    profile  its precision; without one, that of the values in the dump
-    alpha    chance of a false alarm in the whole report
-    runs     emulated runs that an envelope is sampled from
-    keep     False: sample the envelope anew, and leave nothing on disk
+    tokens       of the dump, or of each of its prompts; without them, those that its file has, or
+                 that the rows of its embedding name
+    engine       whose conventions it is to be held to; None: refmoe's, and a free choice of another
+                 engine that explains the dump leaves it undecided
+    profile      its precision, as `read_profile` reads it; None: guessed from the values
+    alpha        chance of a false alarm in the whole report
+    runs         emulated runs that an envelope is sampled from
+    keep         False: sample the envelope anew, and leave nothing on disk
+    conventions  NAME=VALUE each, in place of the engine's sides
+    cache        type of the cache where it is narrower than the tensors, a key of `CACHES`
     Raises `InputError` where tokens are missing, or a name is unknown.
     """
-    return judge_dump(model, dump, tokens, engine, profile, alpha, runs, keep).report
+    case = judge_dump(
+        model, dump, tokens, engine, profile, alpha, runs, keep, True, conventions, cache
+    )
+    return case.report
 
 
 @single_blas_thread()
@@ -74,28 +84,27 @@ def judge_dump(
     model: Model,
     dump: Dump,
     tokens: Sequence[int] | Sequence[Sequence[int]] | None = None,
-    engine: str = "refmoe",
+    engine: str | None = None,
     profile: Profile | str | None = None,
     alpha: float = ALPHA,
     runs: int = RUNS,
     keep: bool = True,
     explain: bool = True,
+    conventions: Iterable[str] = (),
+    cache: str | None = None,
 ) -> Judgement:
     """Judge a dump as `check` does, and return all that the report rests on.
 
     Where the dump has several prompts, or rows that were computed again, each is judged, and what
     is returned is of the first that is wrong; its report tells of all.
-    explain  False: do not look for the cause of a fault
+    explain  False: do not look for the cause of a fault, nor for settings that would explain it
     """
-    if isinstance(profile, str):
-        profile = find_profile(profile)
-    decoder = model.decoder.using(reproducible_policy("float64", engine))  # refuses unknown engines
-    profile = profile or profile_of(dump.rounded, engine)
+    declared = _declared(engine, profile, list(conventions), cache)
+    decoder = model.decoder.using(reproducible_policy("float64", declared.sides))
     ranks = tuple(adapt(arrays, model.cfg) for arrays in dump.ranks)
     dump = replace(dump, arrays=adapt(dump.arrays, model.cfg), ranks=ranks)
     if "absorbed" in forms_of(dump.arrays):
         decoder = decoder.using(replace(decoder.nx, attention="absorbed"))
-    identity = model.checkpoint.identity if keep else None
     joined_ranks = join_ranks(dump, model.cfg)
     placed = [
         replace(p, label=", ".join(filter(None, (j.label, p.label))), notes=j.notes + p.notes)
@@ -104,25 +113,13 @@ def judge_dump(
     ]
     found = []
     for each in placed:
-        exact = replay(each.dump, decoder, each.tokens)
-        sample = partial(_sample, decoder, profile, each.tokens, runs, identity)
-        envelope, chance = sample(exact.lenses), alpha / len(placed)
-        case = judge(decoder, each.dump, each.tokens, exact, envelope, engine, profile, chance)
+        chance = alpha / len(placed)
+        how = (decoder.nx.attention, chance, runs, keep, each.before)
+        bench = Bench(model, each.dump, each.tokens, engine or "refmoe", *how)
+        case = settle(bench, declared, explain)
         case = _with_place(case, each, joined_ranks[0].parts)
-        found.append(_undone(model, case, sample))
+        found.append(_undone(model, case, runs, keep))
     return _first_wrong(found, [p.label for p in placed], alpha, explain)
-
-
-def _sample(
-    decoder: Decoder,
-    profile: Profile,
-    tokens: Sequence[int],
-    runs: int,
-    identity: str | None,
-    lenses: Mapping[str, Lens],
-) -> Envelope:
-    """Return the envelope of these lenses."""
-    return sample_envelope(decoder, profile, tokens, lenses, runs, identity)
 
 
 def _placed(
@@ -155,6 +152,22 @@ def _placed(
     return out
 
 
+def _declared(
+    engine: str | None, profile: Profile | str | None, conventions: list[str], cache: str | None
+) -> Declared:
+    """Return what a user said of an engine; raise `InputError` for an unknown name or value."""
+    if isinstance(profile, str):
+        profile = read_profile(profile)
+    sides = read_conventions(engine or "refmoe", conventions)
+    pinned = frozenset(setting.partition("=")[0] for setting in conventions)
+    cache = read_cache(cache)
+    if profile is not None and profile.cache not in (None, *UNIT):
+        cache = cache or profile.cache  # what is deterministic is recomputed, and is no noise
+    if profile is not None and cache is not None:
+        profile = replace(profile, cache=None)
+    return Declared(engine, sides, pinned, profile, cache)
+
+
 def forms_of(names: Iterable[str]) -> set[str]:
     """Return the forms of attention of which a dump has points that only they compute."""
     points = (parse(n.removesuffix("#sketch")).point for n in names)
@@ -184,8 +197,9 @@ def _first_wrong(
     worst = min(found, key=lambda c: VERDICTS.index(c.report.verdict))
     report = worst.report
     if explain and report.verdict == "fault" and report.cause is None:
-        cause = find_cause(worst)
-        report = replace(report, cause=cause, shape=None if cause else describe_error(worst))
+        cause = cause_of(worst)
+        shape = None if cause or report.passes_under else describe_error(worst)
+        report = replace(report, cause=cause, shape=shape)
     if len(found) > 1:
         label = labels[[c is worst for c in found].index(True)]
         results = [
@@ -206,16 +220,20 @@ def _first_wrong(
     return replace(worst, report=report)
 
 
-def _undone(
-    model: Model, found: Judgement, sample: Callable[[Mapping[str, Lens]], Envelope]
-) -> Judgement:
+def _undone(model: Model, found: Judgement, runs: int, keep: bool) -> Judgement:
     """Return the judgement after what was done to log-probabilities is known and undone."""
-    wrong = impossible(found)
-    if wrong is not None and found.report.verdict == "pass":
-        found = replace(
-            found, report=replace(found.report, verdict="fault", point="lm_head", reason=wrong)
+    identity = model.checkpoint.identity if keep else None
+
+    def sample(lenses: Mapping[str, Lens]) -> Envelope:
+        return sample_envelope(found.decoder, found.profile, found.tokens, lenses, runs, identity)
+
+    case = found
+    wrong = impossible(case)
+    if wrong is not None and case.report.verdict == "pass":
+        case = replace(
+            case, report=replace(case.report, verdict="fault", point="lm_head", reason=wrong)
         )
-    return undo(found, sample, model.tokenizer if model.checkpoint.has_words else None)
+    return undo(case, sample, model.tokenizer if model.checkpoint.has_words else None)
 
 
 @dataclass(frozen=True)

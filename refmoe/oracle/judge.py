@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from math import isinf
 from typing import Any
 
@@ -16,7 +16,9 @@ from refmoe.model.matrix import dequantize
 from refmoe.model.points import parents, parse
 from refmoe.model.router import limit_groups, sigmoid
 from refmoe.oracle.envelope import Envelope
+from refmoe.oracle.forms.prefix import prefix_of, rests_on_prefix
 from refmoe.oracle.forms.rows import ranges
+from refmoe.oracle.noise import UNIT
 from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.replay import TOP, Replay
 from refmoe.oracle.statistics import WIDE, PointResult, RowErrors, judge_points, row_errors
@@ -78,6 +80,11 @@ class Report:
     cause: Cause | None = None
     shape: str | None = None  # of a residual that no known fault explains
     coverage: Coverage | None = None
+    profile_guessed: bool = False
+    profile_from: str | None = None  # what it was guessed from
+    passes_under: tuple[str, ...] = ()  # options under which nothing would be wrong
+    seen: dict[str, str] = field(default_factory=dict)  # sides seen in place of the engine's own
+    cache: str | None = None  # the declared one, in the form that was found
     notes: tuple[str, ...] = ()  # how the dump's rows were placed
     prompts: tuple[PromptResult, ...] = ()  # of each, where the dump has several
     form: str | None = None  # in which a server wrote log-probabilities
@@ -132,8 +139,18 @@ def judge(
     fed = {p for p, lens in exact.lenses.items() if lens.goes_on and not lens.narrow}
     order = dict.fromkeys(exact.order)
     through = {p: tuple(points_between(p, fed, order, decoder.cfg)) for p in rows}
+    unjudged = {p: "here it is not finite" for p in finite if p not in rows}
+    if before := prefix_of(decoder):
+        for p in [p for p in rows if rests_on_prefix(p, through[p])]:
+            del rows[p]
+            unjudged[p] = f"it rests on {before} tokens before these, which are not given"
     outside, points = judge_points(rows, through, alpha)
-    flipped = list(flips(decoder, exact, envelope))
+    flipped = [
+        f
+        for f in flips(decoder, exact, envelope, profile)
+        if not before
+        or not rests_on_prefix(f.path, points_between(f.path, fed, order, decoder.cfg))
+    ]
     suspects = {p: exact.misfits[p] for p in exact.broken}
     suspects |= {p: "not finite" for p in numbers if p not in finite}
     suspects |= {p: f"{points[p].multiple:.3g} times what rounding explains" for p in outside}
@@ -142,7 +159,7 @@ def judge(
             suspects.setdefault(f.path, str(f))
     first = next((p for p in exact.order if p in suspects), None)
     known = [p for p in order if not p.endswith("#rows")]
-    covered = coverage(dump, exact, known, through, len(tokens))
+    covered = coverage(dump, exact, known, through, len(tokens), unjudged)
     verdict, reason = _verdict(points, covered, None if first is None else suspects[first])
     explained = sum(f.explained for f in flipped)
     report = Report(
@@ -213,15 +230,18 @@ def coverage(
     known: Sequence[str],
     through: Mapping[str, tuple[str, ...]],
     tokens: int,
+    unjudged: Mapping[str, str],
 ) -> Coverage:
     """Return what a report of this replay rests on.
+
+    unjudged  points that were compared and could not be judged, and why
 
     known    points that were computed here, in order
     through  for each point that was judged, those that were judged with it
     """
     names = [n for n in dump.arrays if _is_point(n)]
     unread = {n: why for n, why in dump.unread.items() if _is_point(n)}
-    unfitted = dict(unread)
+    unfitted = {**unread, **unjudged}
     for name in names:
         if name.removesuffix("#sketch") not in exact.theirs and not name.endswith("#rows"):
             unfitted[name] = exact.misfits.get(name.removesuffix("#sketch")) or _absent(name, exact)
@@ -230,7 +250,7 @@ def coverage(
         if TOP in exact.misfits:
             unfitted[TOP] = exact.misfits[TOP]
     operations = [p for p in known if ".experts." not in p]
-    alone = [p for p in operations if p in exact.theirs]
+    alone = [p for p in operations if p in exact.theirs and p not in unjudged]
     together = {p for points in through.values() for p in points} & set(operations) - set(alone)
     judged = {parse(p).layer for p in (*alone, *together)}
     layers = sorted(
@@ -238,7 +258,7 @@ def coverage(
     )
     rows = np.zeros(tokens, bool)
     for p in alone:
-        if p.endswith("kv_b_proj") or parse(p).expert is None:
+        if not p.endswith("kv_b_proj"):  # its rows are positions
             rows[exact.positions(p)] = True
     return Coverage(
         len(names) + len(unread),
@@ -381,7 +401,7 @@ class Flip:
 DEVIATIONS = 7  # of a difference of two scores: a larger gap is no tie
 
 
-def flips(decoder: Decoder, exact: Replay, envelope: Envelope) -> Iterator[Flip]:
+def flips(decoder: Decoder, exact: Replay, envelope: Envelope, profile: Profile) -> Iterator[Flip]:
     """Yield the tokens whose set of experts is not ours, and whether noise explains it.
 
     Noise explains a flip if the scores that changed places are nearer than seven deviations of a
@@ -398,7 +418,8 @@ def flips(decoder: Decoder, exact: Replay, envelope: Envelope) -> Iterator[Flip]
         score = sigmoid(exact.theirs[gate] if whole else ours)
         score = score + dequantize(weights.gate.e_score_correction_bias, np.float64)
         score, margin = limit_groups(score, decoder.cfg, decoder.nx)
-        tie = float(DEVIATIONS * np.sqrt(2) * 0.25 * envelope.gates[gate] + 4 * 2.0**-24)
+        tie = DEVIATIONS * np.sqrt(2) * 0.25 * envelope.gates[gate]
+        tie = float(tie + 4 * UNIT[profile.weights])  # scores have the type of the weights
         pairs = zip(exact.ours[path].astype(int), exact.theirs[path].astype(int), strict=True)
         for row, (mine, theirs) in enumerate(pairs):
             lost = sorted(set(mine.tolist()) - set(theirs.tolist()))

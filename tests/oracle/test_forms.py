@@ -301,6 +301,29 @@ def test_a_modules_tuple_is_its_output_and_the_sum(model, healthy):
     assert judged(model, dump).verdict == "pass"
 
 
+def test_rows_after_a_prefix_that_nobody_gives_are_judged_where_they_can_be(model, healthy):
+    """The rows' own tokens alone: positions are solved, what rests on the others is not judged."""
+    arrays = {n: x[6:] for n, x in adapt(healthy.arrays, model.cfg).items() if x.shape[0] == 16}
+    arrays = {n: x for n, x in arrays.items() if ".experts." not in n}
+    dump = replace(healthy, arrays=arrays, tokens=healthy.tokens[6:])
+    report = judged(model, dump)
+    layers = [f"model.layers.{i}" for i in range(model.cfg.num_hidden_layers)]
+    assert report.verdict == "undecidable", report.reason
+    assert list(report.coverage.unfitted) == [f"{at}.self_attn#context" for at in layers]
+    assert "6 tokens before" in report.reason
+    assert any("positions 6 to 15" in n for n in report.notes)
+    for name in ("model.layers.2.self_attn.q_b_proj", "model.layers.1.self_attn#k_pe"):
+        wrong = replace(dump, arrays=arrays | {name: np.roll(arrays[name], 1, -1)})
+        report = judged(model, wrong)
+        assert (report.verdict, report.point) == ("fault", name)
+
+
+def test_positions_off_by_one_without_a_prefix_stay_a_fault(model):
+    report = judged(model, read_dump(HEALTHY.with_name("bfloat16-rope-off-by-one.safetensors")))
+    assert report.verdict == "fault"
+    assert report.cause.id == "rope-from-one"
+
+
 # --- the parts
 
 

@@ -198,7 +198,7 @@ def test_a_report_of_any_kind_is_a_json_document(cases, name):
 @pytest.mark.parametrize("name", KINDS)
 def test_flips_are_those_that_the_report_counts(cases, name):
     case, counted = cases[name], cases[name].report.router
-    found = list(flips(case.decoder, case.exact, case.envelope))
+    found = list(flips(case.decoder, case.exact, case.envelope, case.profile))
     assert len(found) == counted["flips"]
     assert sum(f.explained for f in found) == counted["explained"]
     wrong = [f for f in found if not f.explained]

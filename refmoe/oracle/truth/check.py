@@ -35,6 +35,7 @@ from refmoe.oracle.truth.layout import (
     FEWEST,
     LOGITS,
     TIE,
+    TOTAL,
     Masks,
     decode,
     judged_points,
@@ -43,7 +44,9 @@ from refmoe.oracle.truth.layout import (
 )
 from refmoe.oracle.truth.values import DumpValues
 
-TYPES = [f.name for f in fields(Profile) if f.name not in ("name", "cache", "activations")]
+TYPES = [
+    f.name for f in fields(Profile) if f.name not in ("name", "cache", "activations", "points")
+]
 
 
 @single_blas_thread()
@@ -88,7 +91,7 @@ def check_truth(
         conventions={n: str(v) for n, v in ours.items() if v != defaults[n] and n != "name"},
         compared=len(seen.theirs),
         missing=tuple(dict.fromkeys(missing)),
-        unmatched=dict(seen.misfits),
+        unmatched={**dump.unread, **seen.misfits},
         points=tuple(judged.values()),
         router=router,
         alpha=alpha,
@@ -118,8 +121,9 @@ def _kept_profile(truth: Truth, dump: Dump, engine: str, name: str | None) -> Pr
     for p in truth.profiles.values():
         types = [(getattr(p, f), getattr(wanted, f)) for f in TYPES]
         types.append((p.cache or p.storage, wanted.cache or wanted.storage))
+        types += [(p.storage, type) for _, type in wanted.points]
         if wanted.activations in (None, p.activations) and all(
-            UNIT[a] >= UNIT[b] for a, b in types
+            a == b or UNIT.get(a, 0) >= UNIT.get(b, 1) for a, b in types
         ):
             if UNIT[p.storage] < UNIT[truth.numerics]:
                 break
@@ -136,10 +140,24 @@ def _verdict(
     """Return verdict and reason; `suspect` says what is wrong with the first wrong point."""
     if suspect is not None:
         return "fault", suspect
+    unfitted = seen.unfitted()
+    if unfitted:
+        name, why = next(iter(unfitted.items()))
+        return "undecidable", (
+            f"{len(unfitted)} points of the dump that a truth keeps could not be fitted, first "
+            f"{name}: {why}"
+        )
     if not seen.theirs:
         return "undecidable", "nothing in the dump is kept in a truth"
     if not judged:
         return "undecidable", "no row is left that a near tie may not have changed"
+    compared = {stored(p) for p in judged}
+    few = [p for p in seen.theirs if p not in compared and p != TOTAL and "#experts" not in p]
+    if few:
+        return "undecidable", (
+            f"{len(few)} points of the dump have too few rows to be judged, first {few[0]}; dump "
+            "more rows of the prompt"
+        )
     wide = [p for p, x in judged.items() if x.envelope > WIDE * _size(seen, p)]
     if len(wide) == len(judged):
         return "undecidable", "rounding alone could explain anything here"
