@@ -87,7 +87,7 @@ def run(args: Namespace) -> int:
     elif not args.json:
         refuse(args, ("--all",), "lists the points of one report; --against compares two")
     dump = read_dump(args.dump)
-    for note in dump.notes:
+    for note in () if dump.form else dump.notes:  # those of log-probabilities are in the report
         remark(f"note: {note}")
     if args.truth:
         report = check_truth(read_truth(args.truth), dump, engine=args.engine, profile=args.profile)

@@ -13,7 +13,7 @@ than the noise of a score, and what follows uses the engine's choice (judge.py).
 point every known fault is tried (cause.py).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import log
 from typing import Any
@@ -23,16 +23,22 @@ import numpy as np
 from refmoe.engines import Profile, read_conventions
 from refmoe.fast.reproducible import reproducible_policy
 from refmoe.fast.threads import single_blas_thread
+from refmoe.files import InputError
+from refmoe.model.decoder import Decoder
 from refmoe.model.points import FORMS, parse
 from refmoe.oracle.caches import read_cache
 from refmoe.oracle.cause import describe_error
+from refmoe.oracle.envelope import Envelope, Lens, sample_envelope
 from refmoe.oracle.forms.place import Placed, place
 from refmoe.oracle.forms.ranks import join_ranks, wrong_ranks
 from refmoe.oracle.judge import Judgement, PromptResult, Report, joined
+from refmoe.oracle.listing.undo import impossible, undo
+from refmoe.oracle.listing.vocabulary import Vocabulary
 from refmoe.oracle.noise import UNIT
 from refmoe.oracle.profiles import read_profile
 from refmoe.oracle.readers.adapt import adapt
 from refmoe.oracle.readers.base import Dump
+from refmoe.oracle.readers.logprobs import settle_dump
 from refmoe.oracle.settle import Bench, Declared, cause_of, settle
 from refmoe.oracle.statistics import ALPHA, RUNS
 from refmoe.progress import Said, say_nothing
@@ -106,7 +112,7 @@ def judge_dump(
     placed = [
         replace(p, label=", ".join(filter(None, (j.label, p.label))), notes=j.notes + p.notes)
         for j in joined_ranks
-        for p in place(j.dump, decoder, tokens)
+        for p in _placed(model, decoder, j.dump, tokens)
     ]
     found = []
     for each in placed:
@@ -114,8 +120,39 @@ def judge_dump(
         how = (decoder.nx.attention, chance, runs, keep, each.before, progress)
         bench = Bench(model, each.dump, each.tokens, engine or "refmoe", *how)
         case = settle(bench, declared, explain)
-        found.append(_with_place(case, each, joined_ranks[0].parts))
+        case = _with_place(case, each, joined_ranks[0].parts)
+        found.append(_undone(model, case, runs, keep))
     return _first_wrong(found, [p.label for p in placed], alpha, explain, progress)
+
+
+def _placed(
+    model: Model,
+    decoder: Decoder,
+    dump: Dump,
+    tokens: Sequence[int] | Sequence[Sequence[int]] | None,
+) -> list[Placed]:
+    """Return the sequences of a dump with their tokens; texts of log-probabilities become ids."""
+    if dump.listing is None:
+        return place(dump, decoder, tokens)
+    every = [replace(dump, others=()), *dump.others]
+    given: list[Any] = [tokens] * len(every)
+    if tokens is not None and len(tokens) and not isinstance(tokens[0], int | np.integer):
+        if len(tokens) != len(every):
+            raise InputError(
+                f"{dump.path}: {len(every)} sequences, and the tokens of {len(tokens)} prompts"
+            )
+        given = list(tokens)
+    words = None
+    if any(d.top is None for d in every) or tokens is not None:
+        words = Vocabulary(model.tokenizer) if model.checkpoint.has_words else None
+    out = []
+    for n, (each, own) in enumerate(zip(every, given, strict=True)):
+        if each.top is None or own is not None:
+            each = settle_dump(each, own, words, model.bos)
+        assert each.tokens is not None
+        label = f"sequence {n + 1}" if len(every) > 1 else ""
+        out.append(Placed(label, each.tokens, each, None, each.notes))
+    return out
 
 
 def _declared(
@@ -162,7 +199,7 @@ def _first_wrong(
     """Return the first judgement of the worst verdict, with a report that tells of all."""
     worst = min(found, key=lambda c: VERDICTS.index(c.report.verdict))
     report = worst.report
-    if explain and report.verdict == "fault":
+    if explain and report.verdict == "fault" and report.cause is None:
         cause = cause_of(worst, progress)
         shape = None if cause or report.passes_under else describe_error(worst)
         report = replace(report, cause=cause, shape=shape)
@@ -184,6 +221,22 @@ def _first_wrong(
             coverage=joined([c.report.coverage for c in found if c.report.coverage]),
         )
     return replace(worst, report=report)
+
+
+def _undone(model: Model, found: Judgement, runs: int, keep: bool) -> Judgement:
+    """Return the judgement after what was done to log-probabilities is known and undone."""
+    identity = model.checkpoint.identity if keep else None
+
+    def sample(lenses: Mapping[str, Lens]) -> Envelope:
+        return sample_envelope(found.decoder, found.profile, found.tokens, lenses, runs, identity)
+
+    case = found
+    wrong = impossible(case)
+    if wrong is not None and case.report.verdict == "pass":
+        case = replace(
+            case, report=replace(case.report, verdict="fault", point="lm_head", reason=wrong)
+        )
+    return undo(case, sample, model.tokenizer if model.checkpoint.has_words else None)
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,8 @@ class Report:
     cache: str | None = None  # the declared one, in the form that was found
     notes: tuple[str, ...] = ()  # how the dump's rows were placed
     prompts: tuple[PromptResult, ...] = ()  # of each, where the dump has several
+    form: str | None = None  # in which a server wrote log-probabilities
+    undone: tuple[str, ...] = ()  # done to log-probabilities, and undone before they were judged
 
     def judged_with(self, point: str | None) -> tuple[str, ...]:
         """Return the points that the dump lacks and that are judged with this one."""
@@ -178,6 +180,7 @@ def judge(
         },
         alpha,
         coverage=covered,
+        form=dump.form,
     )
     return Judgement(decoder, tokens, engine, profile, dump, exact, envelope, rows, report)
 

@@ -1,5 +1,6 @@
 """The decoder on another engine's inputs: what we compute, beside what the engine had."""
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,6 +37,7 @@ class Replay:
         self.broken: list[str] = []  # choices that name no expert; ours are used instead
         self.order: list[str] = []  # of computation
         self.entering: dict[str, np.ndarray] = {}  # what each layer got, whoever computed it
+        self.logits: np.ndarray | None = None  # ours [T, Z]
         self.at: dict[str, np.ndarray] = {}  # positions of the rows compared, where not all are
         self.routed: dict[str, np.ndarray] = {}  # "...experts.E" → positions of its rows
 
@@ -59,6 +61,8 @@ class Replay:
         self.order.append(path)
         if path.endswith(".mlp.gate"):
             self.gates[path] = x
+        if path == "lm_head":
+            self.logits = x
         if path == "lm_head" and self.dump.top is not None:
             return self._top(path, x)
         if path + "#sketch" in self.dump.arrays:
@@ -201,7 +205,7 @@ class Replay:
         if len(ids) != len(x) or ids.max(initial=-1) >= self.cfg.vocab_size:
             self.misfits[TOP] = f"of {len(ids)} positions for {len(x)} tokens, or of other words"
             return x
-        known = ids >= 0
+        known = (ids >= 0) & np.isfinite(theirs)
         rows = known.any(axis=1)
 
         def look(logits: np.ndarray) -> np.ndarray:
@@ -214,8 +218,20 @@ class Replay:
         else:
             self.at[path] = np.flatnonzero(rows)
             key = hashlib.sha256(ids.tobytes()).hexdigest()
-            self._note(path, x, np.where(known, theirs, 0)[rows], Lens(look, False, key=key))
+            lens = Lens(look, False, self.dump.step, key)
+            self._note(path, x, np.where(known, theirs, 0)[rows], lens)
         return x
+
+    def with_logits_seen(self, lens: Lens, theirs: np.ndarray, at: np.ndarray) -> "Replay":
+        """Return this replay with another view of lm_head; `at` are the positions of its rows."""
+        assert self.logits is not None
+        path = "lm_head"
+        seen = copy.copy(self)
+        seen.ours = self.ours | {path: lens.look(self.logits)}
+        seen.theirs = self.theirs | {path: theirs}
+        seen.lenses = self.lenses | {path: lens}
+        seen.at = self.at | {path: at}
+        return seen
 
 
 def replay(dump: Dump, decoder: Decoder, tokens: Sequence[int]) -> Replay:

@@ -32,6 +32,8 @@ def report_lines(report: Report, every: bool = False, truth: bool = False) -> It
         yield f"  guessed: {report.profile_from}"
     if report.cache:
         yield f"  cache: {report.cache}"
+    if report.form is not None:
+        yield f"  {report.form}"
     for note in report.notes:
         yield f"  {note}"
     for name, value in report.conventions.items():

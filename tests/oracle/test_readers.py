@@ -786,7 +786,7 @@ def test_log_probabilities_alone_are_judged(random_bf16, tmp_path, capsys):
         ("[]", "neither top_logprobs nor prompt_logprobs"),
         ('{"top_logprobs": []}', "neither top_logprobs"),
         ('{"top_logprobs": [3]}', "position 0 is no object"),
-        ('{"top_logprobs": [{"a": -1}]}', "position 0 is no object"),
+        ('{"top_logprobs": [{"a": -1}]}', "position 0 has a token id 'a'"),
         ('{"top_logprobs": [{"7": -9999}]}', "log-probability -9999"),
         ('{"top_logprobs": [{"7": 0.5}]}', "log-probability 0.5"),
         ('{"top_logprobs": [{"7": 0}, null]}', "every log-probability is 0"),
@@ -797,7 +797,7 @@ def test_log_probabilities_alone_are_judged(random_bf16, tmp_path, capsys):
         ('{"top_logprobs": [{"7": 0, "8": 0}, {"9": -1}]}', "add up to 2; are they logarithms"),
         ('{"top_logprobs": [{"7": NaN}]}', "log-probability nan"),
         ('{"top_logprobs": [{"7": -1' + "0" * 400 + "}]}", "no object|log-probability"),
-        ('{"top_logprobs": [{"99999999999999999999": -1}]}', "token 99999999999999999999"),
+        ('{"top_logprobs": [{"99999999999999999999": -1}]}', "a token id 99999999999999999999"),
         ('{"choices": [3]}', "neither top_logprobs"),
     ],
 )
@@ -843,6 +843,6 @@ def test_a_reader_is_added_in_one_file(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == (
-        "x.doc: .doc suffix; supported: .csv, .json, .npz, .pt, .safetensors, .txt, "
+        "x.doc: .doc suffix; supported: .csv, .json, .npz, .pt, .safetensors, .sse, .txt, "
         "or a folder of SGLang's dumper, or a folder with a file for each rank\n"
     )

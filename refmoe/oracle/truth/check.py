@@ -95,6 +95,8 @@ def check_truth(
         points=tuple(judged.values()),
         router=router,
         alpha=alpha,
+        form=seen.dump.form,
+        notes=seen.dump.notes if seen.dump.form else (),
     )
 
 
