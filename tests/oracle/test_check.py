@@ -63,7 +63,8 @@ def test_logits_alone_are_judged_end_to_end(tmp_path):
     report = check(MODEL, read_dump(tmp_path / "off.npz"), engine="mlx", profile="float32")
     assert (report.verdict, report.point) == ("fault", "lm_head")
     report = check(MODEL, read_dump(tmp_path / "off.npz"), engine="mlx")
-    assert (report.verdict, report.passes_under) == ("undecidable", ("--profile bfloat16",))
+    assert report.verdict == "undecidable"
+    assert "--profile bfloat16" in report.passes_under
 
 
 def test_conventions_explain_what_is_no_fault(random_bf16):
