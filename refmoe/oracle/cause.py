@@ -18,16 +18,19 @@ import numpy as np
 from refmoe.model.decoder import Decoder, head, layer
 from refmoe.model.experts import MlpWeights
 from refmoe.model.mla import Segment
-from refmoe.model.points import SWIGLU, parse
+from refmoe.model.points import SWIGLU, kind, parse
+from refmoe.oracle.constants import related, solve_constants
 from refmoe.oracle.faults.base import Fault, altered, strength_of
 from refmoe.oracle.faults.dictionary import BY_ID, candidates, same_as
-from refmoe.oracle.judge import Cause, Judgement
+from refmoe.oracle.judge import Cause, Judgement, Solved
 from refmoe.oracle.noise import rms
 from refmoe.oracle.replay import Replay
 
 NOISE = 0.1  # of what is explained: below it, two hypotheses fit alike
 ALIKE = 1.1  # nor can these numbers decide between two that leave so nearly the same
+SAME = 1.01  # two that leave so nearly the same are one thing under two names
 UNRELATED = 0.3  # a correlation below it leaves nothing of the right weights in a tensor
+CLEAR = 0.6  # of what is explained is left at most by a fault that no constant need compete with
 TIES = 1 / 100  # of all choices of experts may differ by ties
 MOST_EXPERTS = 4  # are tried one by one
 
@@ -42,6 +45,7 @@ class _Trial:
     here: float  # misfit at the failing point, of what is explained; for choices, wrong ones in all
     layer: float  # the worst misfit of the layer's points, this one included
     fitted: str | None = None
+    solved: Solved | None = None  # where it is no fault of the dictionary, but a constant
 
     @property
     def confined(self) -> int:
@@ -65,6 +69,7 @@ def find_cause(case: Judgement) -> Cause | None:
     enough = _enough(case, point)
     trials = [t for t in _trials(case, point) if t.fault.predicts]
     trials.sort(key=lambda t: (t.here > enough, max(t.layer, NOISE), t.confined))
+    trials = _with_constants(trials, list(_constants(case, point, trials)), enough)
     if not trials or trials[0].here > enough:
         return _random_weights(case, point)
     return _cause(trials, enough)
@@ -93,7 +98,59 @@ def _cause(trials: list[_Trial], enough: float) -> Cause:
         others[0].fault.id if others else None,
         worse if np.isfinite(worse) else None,
         tuple(alike),
+        best.solved,
     )
+
+
+def _constants(case: Judgement, point: str, trials: list[_Trial]) -> Iterator[_Trial]:
+    """Solve for the constants that can explain the point; `trials` are of faults, the best first.
+
+    Where a fault leaves nothing, only the constant that it is a value of is solved for.
+    """
+    good = bool(trials) and trials[0].here <= CLEAR and trials[0].layer <= 1
+    only = trials[0].fault.id if good else None
+    if only is not None and not related(only):
+        return
+    within = _points_of_layer(case, point)
+    kinds = [kind(p) for p in (point, *judged_points(point, case.report.judged_with(point)))]
+
+    def replayed(fault: Fault) -> Replay:
+        return _replay_layer(case, fault, None, None, point)
+
+    for found in solve_constants(case, point, kinds, replayed, only):
+        seen = replayed(found.fault)
+        misfits = {p: _misfit(case, p, seen.ours.get(p)) for p in within}
+        if all(m <= _enough(case, p) for p, m in misfits.items()):
+            fault, worst = replace(found.fault, text=found.text), max(misfits.values())
+            yield _Trial(fault, None, None, misfits[point], worst, found.fitted, found.solved)
+
+
+def _with_constants(trials: list[_Trial], solved: list[_Trial], enough: float) -> list[_Trial]:
+    """Return faults and constants, the best first: a fault that fits as well as any constant wins.
+
+    Of constants that fit alike, that with another model's value wins, and all are in `fitted`.
+    """
+    if not solved:
+        return trials
+
+    def fits(t: _Trial, most: _Trial, times: float = ALIKE) -> bool:
+        pairs = ((t.here, most.here), (t.layer, most.layer))
+        return t.here <= enough and all(a <= times * max(b, NOISE) for a, b in pairs)
+
+    closest = min(solved, key=lambda t: (max(t.layer, NOISE), t.here))
+    known = next((t for t in trials if fits(t, closest)), None)
+    if known is not None:
+        of = [t for t in solved if t.solved and t.solved.constant in related(known.fault.id)]
+        if of and known.fitted is None:
+            known = replace(known, fitted=of[0].fitted, solved=of[0].solved)
+        return [known, *(t for t in trials if t.fault.id != known.fault.id)]
+    alike = [t for t in solved if fits(t, closest)]
+    same = [t for t in alike if fits(t, closest, SAME)]  # in the order of their table
+    best = next((t for t in alike if t.solved and t.solved.whose), same[0])
+    said = [str(t.fitted) for t in (best, *(t for t in alike if t is not best))]
+    best = replace(best, fitted="; or ".join(said))
+    rest = [*trials, *(t for t in solved if t.fault.id != best.fault.id)]
+    return [best, *sorted(rest, key=lambda t: (t.here > enough, max(t.layer, NOISE), t.confined))]
 
 
 def _named(id: str) -> Cause:
