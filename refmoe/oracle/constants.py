@@ -20,6 +20,7 @@ others of the layer, is at most a quarter of the error, and the value is not the
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import exp, inf, isfinite, log
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,7 +41,17 @@ SURE = 6.0  # deviations that the value must be from the right one
 GRID = 9  # coarse values, over the whole range
 STEPS = 12  # of Gauss and Newton
 FIRST_ROWS = 32  # that a search for an angle begins with
-SHORT = tuple(range(-6, 11))  # offsets that are tried where no phases are seen
+SHORT = (
+    *range(-6, 11),
+    12,
+    16,
+    24,
+    32,
+    48,
+    64,
+    96,
+    128,
+)  # offsets of queries that are tried where no phases are seen
 SINKS_TRIED = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 SAME = 3.0  # deviations within which a value is another model's
 
@@ -54,6 +65,7 @@ class Found:
     solved: Solved
     text: str  # a sentence for a verdict
     fitted: str  # value, deviation, expected
+    spread: float  # σ² over that of independent errors, at least 1
 
 
 def solve_constants(
@@ -73,6 +85,13 @@ def solve_constants(
             found = _Search(case, point, constant, replayed).run()
             if found is not None:
                 yield found
+
+
+def noise_of(case: Judgement, point: str) -> np.ndarray:
+    """Return the noise of every number of each row of a point, [T, 1]."""
+    level = row_levels((case.rows[point].noise ** 2).mean(axis=0))
+    size = rms(case.exact.ours[point])
+    return (level * np.where(size > 0, size, 1))[:, None]
 
 
 def related(id: str) -> tuple[str, ...]:
@@ -103,6 +122,15 @@ def _until(fault: Fault, point: str) -> Fault:
     return replace(fault, alter=alter)
 
 
+class _Fit(NamedTuple):
+    """The best value, or its place on the scale, and what it leaves."""
+
+    value: float
+    sigma: float | None  # None: no neighbour of a whole number fits
+    left: np.ndarray
+    spread: float = 1.0  # σ² over that of independent errors
+
+
 class _Search:
     """One constant, at one point: replays and their misfits."""
 
@@ -110,9 +138,7 @@ class _Search:
         self.case, self.point, self.constant, self.replayed = case, point, constant, replayed
         self.theirs = case.exact.theirs[point].reshape(len(case.exact.theirs[point]), -1)
         self.at = case.exact.positions(point)
-        level = row_levels((case.rows[point].noise ** 2).mean(axis=0))
-        size = np.maximum(rms(self.theirs), rms(case.exact.ours[point]))
-        self.noise = (level * np.where(size > 0, size, 1))[:, None]  # of every number of a row
+        self.noise = noise_of(case, point)
         self.shared = 2 * UNIT[case.profile.sums] * self.theirs / self.noise
         self.right = constant.value(case.decoder.cfg, case.decoder.nx.conventions)
         self.error = self.residual(case.exact.ours[point].reshape(self.theirs.shape))
@@ -158,13 +184,13 @@ class _Search:
                 best = self.among(self.windows())
         if best is None:
             return None
-        value, sigma, left = best
+        value, sigma, left, _ = best
         sure = sigma is None or abs(value - self.right) > SURE * sigma
         if (left**2).sum() > LEFT * (self.error**2).sum() or not sure or value == self.right:
             return None
-        return self.found(value, sigma)
+        return self.found(best)
 
-    def continuous(self) -> tuple[float, float | None, np.ndarray] | None:
+    def continuous(self) -> _Fit | None:
         """Return value, deviation and residual of a constant that can have any value."""
         start = self.start()
         if start is None:
@@ -174,16 +200,16 @@ class _Search:
             step = self.newton(u, self.at < rows)
             if step is None:
                 return None
-            u, chosen = step[0], self.at < rows
+            u, chosen = step.value, self.at < rows
             if rows > self.at.max():
                 break
             shown = (self.error[chosen] ** 2).sum()
-            if shown > 4 * self.error[chosen].size and (step[2][chosen] ** 2).sum() > shown / 2:
+            if shown > 4 * self.error[chosen].size and (step.left[chosen] ** 2).sum() > shown / 2:
                 return None
             rows *= 2
-        u, sigma, left = step
         value = self.value(u)
-        return value, sigma * (value if self.constant.scale == "log" else 1), left
+        sigma = (step.sigma or 0) * (value if self.constant.scale == "log" else 1)
+        return step._replace(value=value, sigma=sigma)
 
     def start(self) -> tuple[int, float] | None:
         """Return how many first positions to begin with, and the coarse value that is best."""
@@ -211,8 +237,8 @@ class _Search:
             return None
         return (counts[-1], whole[1]) if best[0] == inf else best[1:]
 
-    def newton(self, u: float, chosen: np.ndarray) -> tuple[float, float, np.ndarray] | None:
-        """Return the best u near this one over some rows, its deviation, and the whole residual."""
+    def newton(self, u: float, chosen: np.ndarray) -> _Fit | None:
+        """Return the best u near this one over some rows, and what it leaves of all."""
         h = 1e-3 if self.constant.scale == "log" else 1e-3 * max(1.0, abs(u))
         left = self.left(self.value(u))
         other = self.left(self.value(u + h))
@@ -227,9 +253,10 @@ class _Search:
             by_row = float(((J * r).sum(axis=1) ** 2).sum()) / weight**2
             shared = float(((J * self.shared[chosen]).sum(axis=1) ** 2).sum()) / weight**2
             sigma = (max(1 / weight, by_row) + shared) ** 0.5
+            fit = _Fit(u, sigma, left, sigma**2 * weight)
             step = float((J * r).sum()) / weight
             if abs(step) < 0.05 * sigma or abs(step) < 1e-9 * max(1.0, abs(u)):
-                return u, sigma, left
+                return fit
             now, moved = float((r * r).sum()), None
             for shorter in (1.0, 0.5, 0.2, 0.05):
                 new = self.within(u + shorter * step)
@@ -237,9 +264,9 @@ class _Search:
                 if moved is not None and float((moved[chosen] ** 2).sum()) < now:
                     break
             else:
-                return u, sigma, left
+                return fit
             slope, u, left = (left - moved) / (new - u), new, moved
-        return u, sigma, left
+        return fit._replace(value=u, left=left)
 
     def u(self, value: float) -> float:
         """Return the scale on which a value is sought."""
@@ -255,7 +282,7 @@ class _Search:
 
     # --- whole numbers
 
-    def among(self, values: list[float]) -> tuple[float, float | None, np.ndarray] | None:
+    def among(self, values: list[float]) -> _Fit | None:
         """Return the best of these whole numbers, and how far its neighbours are from as good."""
         best: tuple[float, float, np.ndarray] | None = None
         for value in values:
@@ -275,11 +302,13 @@ class _Search:
                 if other is not None:
                     gain = min(gain, float((other**2).sum()) - total)
         sigma = None if gain > SURE**2 else 1 / max(gain, 1e-6) ** 0.5
-        return value, sigma, left
+        return _Fit(value, sigma, left)
 
     def offsets(self) -> list[float]:
         """Return the offsets of positions that are worth a replay, the likeliest first."""
-        short = [float(o) for o in SHORT if o]
+        # scores depend on distances: keys further on are queries further back
+        back = -1 if self.constant.name == "offset-keys" else 1
+        short = [float(back * o) for o in SHORT if o and self.constant.name != "offset"]
         ours, theirs = self.case.exact.ours[self.point], self.case.exact.theirs[self.point]
         width = self.case.decoder.cfg.qk_rope_head_dim
         if not kind(self.point).endswith(self.constant.points) or ours.shape[-1] != width:
@@ -311,9 +340,9 @@ class _Search:
 
     # --- the answer
 
-    def found(self, value: float, sigma: float | None) -> Found:
+    def found(self, fit: _Fit) -> Found:
         """Return the constant at this value, and what is said of it."""
-        c, right = self.constant, self.right
+        c, right, value, sigma = self.constant, self.right, fit.value, fit.sigma
         if c.scale == "window":
             first, last = divmod(int(value), SINKS)
             kept = f"and the first {first} " if first else ""
@@ -321,7 +350,7 @@ class _Search:
             unsure = "" if sigma is None else f" ± {max(1, round(sigma))}"
             fitted = f"positions seen {last}{unsure}{f' and the first {first}' if first else ''}"
             solved = Solved(c.name, float(last), sigma or 0.0, None, ())
-            return Found(c, c.at(value), solved, text, f"{fitted}, expected all")
+            return Found(c, c.at(value), solved, text, f"{fitted}, expected all", 1.0)
         spread = sigma or 0.0
         near = {m: v for m, v in self.known().items() if abs(v - value) <= max(SAME * spread, 1e-9)}
         whose = tuple(near) if spread < 0.05 * abs(value) else ()
@@ -339,7 +368,8 @@ class _Search:
             others = f", as {' and '.join(whose[:2])}{' and others' if whose[2:] else ''} "
             text += f"{others}{'has' if len(whose) == 1 else 'have'} it"
             fitted += f"; {whose[0]} has {near[whose[0]]:.6g}"
-        return Found(c, c.at(value), Solved(c.name, value, spread, right, whose), text, fitted)
+        solved = Solved(c.name, value, spread, right, whose)
+        return Found(c, c.at(value), solved, text, fitted, fit.spread)
 
     def known(self) -> dict[str, float]:
         """Return the values that other models have, but for those that are this one's."""

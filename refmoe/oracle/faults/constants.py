@@ -232,8 +232,17 @@ CONSTANTS = (
         lambda cfg, sides: softmax_scale(cfg),
         watched(scaled_scores),
         1e-4,
-        100.0,
+        1e4,
         "log",
+        faults=(
+            "scale-mscale-missing",
+            "scale-mscale-once",
+            "scale-mscale-twice",
+            "scale-nope",
+            "scale-latent",
+            "scale-hidden",
+            "scale-inverse",
+        ),
         factor=True,
     ),
     Constant(
@@ -282,6 +291,7 @@ CONSTANTS = (
         100.0,
         "log",
         others=SCALINGS,
+        faults=("scaling-dropped", "scaling-twice", "normalised-after-scaling"),
     ),
     Constant(
         "eps",
