@@ -27,6 +27,7 @@ from refmoe.model.points import FORMS, parse
 from refmoe.oracle.cause import describe_error, find_cause
 from refmoe.oracle.envelope import sample_envelope
 from refmoe.oracle.forms.place import Placed, place
+from refmoe.oracle.forms.prefix import after
 from refmoe.oracle.forms.ranks import join_ranks, wrong_ranks
 from refmoe.oracle.judge import Judgement, PromptResult, Report, joined, judge
 from refmoe.oracle.readers.adapt import adapt
@@ -98,10 +99,12 @@ def judge_dump(
     ]
     found = []
     for each in placed:
-        exact = replay(each.dump, decoder, each.tokens)
-        envelope = sample_envelope(decoder, profile, each.tokens, exact.lenses, runs, identity)
+        here = after(decoder, each.before)
+        exact = replay(each.dump, here, each.tokens)
+        own = None if each.before else identity
+        envelope = sample_envelope(here, profile, each.tokens, exact.lenses, runs, own)
         chance = alpha / len(placed)
-        case = judge(decoder, each.dump, each.tokens, exact, envelope, engine, profile, chance)
+        case = judge(here, each.dump, each.tokens, exact, envelope, engine, profile, chance)
         found.append(_with_place(case, each, joined_ranks[0].parts))
     return _first_wrong(found, [p.label for p in placed], alpha, explain)
 

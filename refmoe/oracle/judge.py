@@ -16,6 +16,7 @@ from refmoe.model.matrix import dequantize
 from refmoe.model.points import parents, parse
 from refmoe.model.router import limit_groups, sigmoid
 from refmoe.oracle.envelope import Envelope
+from refmoe.oracle.forms.prefix import prefix_of, rests_on_prefix
 from refmoe.oracle.forms.rows import ranges
 from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.replay import TOP, Replay
@@ -142,8 +143,18 @@ def judge(
     fed = {p for p, lens in exact.lenses.items() if lens.goes_on and not lens.narrow}
     order = dict.fromkeys(exact.order)
     through = {p: tuple(points_between(p, fed, order, decoder.cfg)) for p in rows}
+    unjudged = {p: "here it is not finite" for p in finite if p not in rows}
+    if before := prefix_of(decoder):
+        for p in [p for p in rows if rests_on_prefix(p, through[p])]:
+            del rows[p]
+            unjudged[p] = f"it rests on {before} tokens before these, which are not given"
     outside, points = judge_points(rows, through, alpha)
-    flipped = list(flips(decoder, exact, envelope))
+    flipped = [
+        f
+        for f in flips(decoder, exact, envelope)
+        if not before
+        or not rests_on_prefix(f.path, points_between(f.path, fed, order, decoder.cfg))
+    ]
     suspects = {p: exact.misfits[p] for p in exact.broken}
     suspects |= {p: "not finite" for p in numbers if p not in finite}
     suspects |= {p: f"{points[p].multiple:.3g} times what rounding explains" for p in outside}
@@ -152,7 +163,7 @@ def judge(
             suspects.setdefault(f.path, str(f))
     first = next((p for p in exact.order if p in suspects), None)
     known = [p for p in order if not p.endswith("#rows")]
-    covered = coverage(dump, exact, known, through, len(tokens))
+    covered = coverage(dump, exact, known, through, len(tokens), unjudged)
     verdict, reason = _verdict(points, covered, None if first is None else suspects[first])
     explained = sum(f.explained for f in flipped)
     report = Report(
@@ -222,15 +233,18 @@ def coverage(
     known: Sequence[str],
     through: Mapping[str, tuple[str, ...]],
     tokens: int,
+    unjudged: Mapping[str, str],
 ) -> Coverage:
     """Return what a report of this replay rests on.
+
+    unjudged  points that were compared and could not be judged, and why
 
     known    points that were computed here, in order
     through  for each point that was judged, those that were judged with it
     """
     names = [n for n in dump.arrays if _is_point(n)]
     unread = {n: why for n, why in dump.unread.items() if _is_point(n)}
-    unfitted = dict(unread)
+    unfitted = {**unread, **unjudged}
     for name in names:
         if name.removesuffix("#sketch") not in exact.theirs and not name.endswith("#rows"):
             unfitted[name] = exact.misfits.get(name.removesuffix("#sketch")) or _absent(name, exact)
@@ -239,7 +253,7 @@ def coverage(
         if TOP in exact.misfits:
             unfitted[TOP] = exact.misfits[TOP]
     operations = [p for p in known if ".experts." not in p]
-    alone = [p for p in operations if p in exact.theirs]
+    alone = [p for p in operations if p in exact.theirs and p not in unjudged]
     together = {p for points in through.values() for p in points} & set(operations) - set(alone)
     judged = {parse(p).layer for p in (*alone, *together)}
     layers = sorted(
@@ -247,7 +261,7 @@ def coverage(
     )
     rows = np.zeros(tokens, bool)
     for p in alone:
-        if p.endswith("kv_b_proj") or parse(p).expert is None:
+        if not p.endswith("kv_b_proj"):  # its rows are positions
             rows[exact.positions(p)] = True
     return Coverage(
         len(names) + len(unread),

@@ -28,6 +28,7 @@ from refmoe.model.formats.fp8_block import Fp8Block
 from refmoe.model.matrix import Matrix, dequantize
 from refmoe.model.points import roundings
 from refmoe.model.rope import inv_freq
+from refmoe.oracle.forms.prefix import prefix_of
 
 UNIT = {  # unit roundoffs
     "float64": 2.0**-53,
@@ -95,7 +96,8 @@ def emulated(
             return inject(path, x)
         noise = ROUNDING * unit_of(path) * np.sqrt(roundings(path)) * rng.standard_normal(x.shape)
         if path.endswith(("#q_pe", "#k_pe")):
-            turned = _turned(x, rng, inv_freq(cfg, decoder.nx.conventions.yarn_betas), profile)
+            freq = inv_freq(cfg, decoder.nx.conventions.yarn_betas)
+            turned = _turned(x, rng, freq, profile, prefix_of(decoder))
             return cached(path, inject(path, turned + noise * _pair_size(x)))
         if path.endswith(tuple(inner)):  # sums whose operands are not at hand here
             width = next(n for end, n in inner.items() if path.endswith(end))
@@ -122,11 +124,11 @@ def _steps(x: np.ndarray, group: int) -> np.ndarray:
 
 
 def _turned(
-    x: np.ndarray, rng: np.random.Generator, freq: np.ndarray, profile: Profile
+    x: np.ndarray, rng: np.random.Generator, freq: np.ndarray, profile: Profile, start: int
 ) -> np.ndarray:
-    """Turn each pair of channels by the error of its angle."""
+    """Turn each pair of channels by the error of its angle; `start` is the first row's position."""
     middle = (1,) * (x.ndim - 2)  # one angle for all heads
-    positions = np.arange(len(x)).reshape(-1, *middle, 1)
+    positions = np.arange(start, start + len(x)).reshape(-1, *middle, 1)
     wrong = rng.standard_normal((len(x), *middle, len(freq)))
     wrong *= 2 * UNIT[profile.angles] * positions * freq
     out = x.copy()

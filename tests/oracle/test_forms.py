@@ -12,6 +12,7 @@ import pytest
 import refmoe
 from refmoe.oracle.check import check, judge_dump
 from refmoe.oracle.forms.rows import NONE, align, distances, ranges, visits
+from refmoe.oracle.readers.adapt import adapt
 from refmoe.oracle.readers.arrays import dump_of_arrays
 from refmoe.oracle.readers.base import Dump, read_prompts
 from refmoe.oracle.readers.dump import read_dump
@@ -258,6 +259,69 @@ def test_ids_masks_and_positions_tell_the_prompts(healthy):
     assert read_prompts("x", row, None, np.arange(26)) == [a + b]
     dump = dump_of_arrays(HEALTHY, {"input_ids": padded, "attention_mask": mask})
     assert dump.prompts == (a, b)
+
+
+# --- several passes of one prompt
+
+
+def test_passes_under_numbered_names_are_one_prompt(model, healthy):
+    """A hook's lists, dicts of each pass, a prefill in chunks and single tokens after it."""
+    dump = few(healthy, *ENDS)
+    spans = (slice(0, 9), slice(9, 14), slice(14, 15), slice(15, 16))
+    ids = np.array(healthy.tokens)
+    lists = {f"{n}.{i}": x[s] for n, x in dump.arrays.items() for i, s in enumerate(spans)}
+    lists |= {f"input_ids.{i}": ids[None, s] for i, s in enumerate(spans)}
+    dicts = {
+        f"step_{i}.{n}": x[None, s] for n, x in dump.arrays.items() for i, s in enumerate(spans)
+    }
+    dicts |= {f"step_{i}.input_ids": ids[s] for i, s in enumerate(spans)}
+    for arrays in (lists, dicts):
+        joined = dump_of_arrays(HEALTHY, arrays)
+        assert joined.tokens == healthy.tokens
+        assert any("4 passes, joined" in n for n in joined.notes)
+        report = judged(model, joined)
+        assert report.verdict == "pass", report.reason
+        assert report.coverage.tensors == len(adapt(dump.arrays, model.cfg))
+        name = "model.layers.2.self_attn.q_b_proj"
+        key = next(n for n in arrays if n.endswith(f"{name}.3") or n == f"step_3.{name}")
+        spoilt = dump_of_arrays(HEALTHY, arrays | {key: arrays[key][..., ::-1]})
+        report = judged(model, spoilt)
+        assert (report.verdict, report.point) == ("fault", name)
+
+
+def test_a_modules_tuple_is_its_output_and_the_sum(model, healthy):
+    arrays = {}
+    for n, x in few(healthy, *ENDS).arrays.items():
+        if n + "#residual" in healthy.arrays:
+            arrays |= {f"{n}.0": x, f"{n}.1": healthy.arrays[n + "#residual"]}
+        elif not n.endswith("#residual"):
+            arrays[n] = x
+    dump = dump_of_arrays(HEALTHY, arrays | {"input_ids": np.array(healthy.tokens)})
+    assert dump.arrays.keys() == few(healthy, *ENDS).arrays.keys()
+    assert judged(model, dump).verdict == "pass"
+
+
+def test_rows_after_a_prefix_that_nobody_gives_are_judged_where_they_can_be(model, healthy):
+    """The rows' own tokens alone: positions are solved, what rests on the others is not judged."""
+    arrays = {n: x[6:] for n, x in adapt(healthy.arrays, model.cfg).items() if x.shape[0] == 16}
+    arrays = {n: x for n, x in arrays.items() if ".experts." not in n}
+    dump = replace(healthy, arrays=arrays, tokens=healthy.tokens[6:])
+    report = judged(model, dump)
+    layers = [f"model.layers.{i}" for i in range(model.cfg.num_hidden_layers)]
+    assert report.verdict == "undecidable", report.reason
+    assert list(report.coverage.unfitted) == [f"{at}.self_attn#context" for at in layers]
+    assert "6 tokens before" in report.reason
+    assert any("positions 6 to 15" in n for n in report.notes)
+    for name in ("model.layers.2.self_attn.q_b_proj", "model.layers.1.self_attn#k_pe"):
+        wrong = replace(dump, arrays=arrays | {name: np.roll(arrays[name], 1, -1)})
+        report = judged(model, wrong)
+        assert (report.verdict, report.point) == ("fault", name)
+
+
+def test_positions_off_by_one_without_a_prefix_stay_a_fault(model):
+    report = judged(model, read_dump(HEALTHY.with_name("bfloat16-rope-off-by-one.safetensors")))
+    assert report.verdict == "fault"
+    assert report.cause.id == "rope-from-one"
 
 
 # --- the parts

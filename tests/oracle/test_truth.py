@@ -592,3 +592,20 @@ def test_other_files_are_refused(file, tmp_path, random_bf16):
         read_truth(shard)
     with pytest.raises(InputError, match="no such file"):
         read_truth(tmp_path / "none")
+
+
+@pytest.mark.parametrize("rows", [18, 3])
+@pytest.mark.parametrize("damage", ["none", "reversed", "of no shape"])
+def test_the_last_rows_of_the_head_are_judged_or_forbid_a_pass(truth, random_bf16, damage, rows):
+    """A server computes the logits of a prompt's last row alone."""
+    arrays = refmoe.trace(refmoe.load(random_bf16, "bfloat16"), truth.tokens, ["model.layers.?"])
+    logits = refmoe.trace(refmoe.load(random_bf16, "bfloat16"), truth.tokens, ["lm_head"])
+    last = logits["lm_head"][-rows:]
+    if damage != "none":
+        last = last[:, ::-1] if damage == "reversed" else last[:, :-1]
+    dump = Dump(ROOT, arrays | {"lm_head": last}, list(truth.tokens), "bfloat16")
+    report = check_truth(truth, dump)
+    expected = {"none": "pass", "reversed": "fault", "of no shape": "undecidable"}[damage]
+    expected = expected if rows == 18 else "undecidable"
+    assert report.verdict == expected, report.reason
+    assert damage != "of no shape" or "lm_head" in report.reason

@@ -14,6 +14,7 @@ import numpy as np
 from refmoe.files import InputError
 from refmoe.model.decoder import Decoder
 from refmoe.model.points import parse
+from refmoe.oracle.forms.prefix import find_prefix
 from refmoe.oracle.forms.ranks import (
     Rank,
     find_rank,
@@ -55,6 +56,7 @@ class Placed:
     dump: Dump
     wrong_tokens: str | None = None  # how the list that was given differs from the rows' own tokens
     notes: tuple[str, ...] = ()
+    before: int = 0  # tokens of a cached prefix, which nobody gives
 
 
 @dataclass
@@ -97,7 +99,16 @@ def place(
     dump, said = _place_rank(dump, groups, rows, decoder, prompts)
     notes += said
     if regular:
-        return [Placed("", prompts[0], dump, wrong, notes)]
+        before = find_prefix(dump.arrays, decoder, len(prompts[0]))
+        if before:
+            end = before + len(prompts[0])
+            notes += (
+                f"the rows are positions {before} to {end - 1}, by the rotation of their keys",
+            )
+            whole = [n for n in dump.arrays if n.endswith("kv_b_proj")]
+            rows_of = dict.fromkeys(whole, np.arange(before, end))
+            dump = replace(dump, rows={**dump.rows, **rows_of})
+        return [Placed("", prompts[0], dump, wrong, notes, before)]
     return _split(dump, groups, prompts, wrong, notes)
 
 

@@ -17,6 +17,7 @@ from refmoe.files import InputError
 from refmoe.model.formats.names import canonical
 from refmoe.oracle.readers.base import Arrays, Dump, narrowest_type, read_prompts
 from refmoe.oracle.readers.huggingface import name_outputs
+from refmoe.oracle.readers.steps import join_steps
 
 TOKENS = ("tokens", "input_ids", "sequences")
 POSITIONS = ("positions", "position_ids", "cache_position")
@@ -37,6 +38,7 @@ def dump_of_arrays(
     unread  arrays of the file that are not here, and why: no pass is given over them
     """
     where = f"{path}: tokens"
+    arrays, said = join_steps(arrays)
     named = {canonical(name): x for name, x in arrays.items()}
     ids = {name: named.pop(name) for name in TOKENS if name in named}
     outputs = name_outputs(named, ids.pop("sequences", None))
@@ -61,7 +63,7 @@ def dump_of_arrays(
         prompts[0] if len(prompts) == 1 else None,
         rounded,
         partial,
-        notes=notes + outputs.notes,
+        notes=notes + said + outputs.notes,
         unread=others | {canonical(n): why for n, why in (unread or {}).items()},
         prompts=tuple(prompts) if len(prompts) > 1 else (),
     )

@@ -35,6 +35,7 @@ from refmoe.oracle.truth.layout import (
     FEWEST,
     LOGITS,
     TIE,
+    TOTAL,
     Masks,
     decode,
     judged_points,
@@ -88,7 +89,7 @@ def check_truth(
         conventions={n: str(v) for n, v in ours.items() if v != defaults[n] and n != "name"},
         compared=len(seen.theirs),
         missing=tuple(dict.fromkeys(missing)),
-        unmatched=dict(seen.misfits),
+        unmatched={**dump.unread, **seen.misfits},
         points=tuple(judged.values()),
         router=router,
         alpha=alpha,
@@ -134,10 +135,24 @@ def _verdict(
     """Return verdict and reason; `suspect` says what is wrong with the first wrong point."""
     if suspect is not None:
         return "fault", suspect
+    unfitted = seen.unfitted()
+    if unfitted:
+        name, why = next(iter(unfitted.items()))
+        return "undecidable", (
+            f"{len(unfitted)} points of the dump that a truth keeps could not be fitted, first "
+            f"{name}: {why}"
+        )
     if not seen.theirs:
         return "undecidable", "nothing in the dump is kept in a truth"
     if not judged:
         return "undecidable", "no row is left that a near tie may not have changed"
+    compared = {stored(p) for p in judged}
+    few = [p for p in seen.theirs if p not in compared and p != TOTAL and "#experts" not in p]
+    if few:
+        return "undecidable", (
+            f"{len(few)} points of the dump have too few rows to be judged, first {few[0]}; dump "
+            "more rows of the prompt"
+        )
     wide = [p for p, x in judged.items() if x.envelope > WIDE * _size(seen, p)]
     if len(wide) == len(judged):
         return "undecidable", "rounding alone could explain anything here"

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from refmoe.files import InputError
+from refmoe.oracle.forms.shapes import split_axes
 from refmoe.oracle.readers.adapt import adapt, fit
 from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.replay import TOP
@@ -34,6 +35,12 @@ class DumpValues:
         self.suspects: dict[str, str] = {}  # point → what is wrong with it before any comparison
         self.rungs = [truth.top]  # numbers of likeliest tokens to judge together
         self.theirs = self._read()
+
+    def unfitted(self) -> dict[str, str]:
+        """Return the points of the dump that a truth keeps and that were not compared, and why."""
+        kept = {p.partition("#top")[0] for p in judged_points(self.cfg, self.truth.top)}
+        unread = {n: why for n, why in self.dump.unread.items() if n in kept}
+        return {**unread, **self.misfits}
 
     def _read(self) -> Values:
         out: Values = {}
@@ -88,18 +95,28 @@ class DumpValues:
         raw = self.dump.arrays.get(LOGITS)
         if raw is None:
             return {}
-        shape = (self.T, self.cfg.vocab_size)
-        x = fit(LOGITS, raw, shape, self.truth.conventions)
-        if x is None or LOGITS in self.dump.partial:
-            self.misfits[LOGITS] = f"it is {list(raw.shape)}, or in part; needed: {list(shape)}"
+        split = split_axes(LOGITS, raw, self.cfg)
+        x = None if split is None or split.batch or split.parts > 1 else split.array
+        known = None if x is None else ~np.isnan(x).all(axis=1)
+        if x is None or known is None or len(x) > self.T or not known.any():
+            expected = [self.T, self.cfg.vocab_size]
+            self.misfits[LOGITS] = f"it is {list(raw.shape)}, expected {expected} or its last rows"
             return {}
-        if not np.isfinite(x).all():
+        if LOGITS in self.dump.partial and np.isnan(x[known]).any():
+            self.misfits[LOGITS] = "some columns of a row are unknown"
+            return {}
+        known = known if LOGITS in self.dump.partial else np.ones(len(x), bool)
+        if not np.isfinite(x[known]).all():
             self.suspects[f"{LOGITS}#top{self.truth.top}"] = "not finite"
             return {}
-        x = x.astype(np.float64)
-        total = logsumexp(x)
+        rows = np.arange(self.T - len(x), self.T)[known]  # servers compute the last ones alone
+        logits = x[known].astype(np.float64)
         at = self.ours["lm_head#ids"].astype(np.intp)
-        return {LOGITS: np.take_along_axis(x, at, axis=-1) - total, TOTAL: total}
+        out, totals = np.full((self.T, at.shape[1]), np.nan), np.full((self.T, 1), np.nan)
+        total = logsumexp(logits)
+        out[rows] = np.take_along_axis(logits, at[rows], axis=-1) - total
+        totals[rows] = total
+        return {LOGITS: out, TOTAL: totals}
 
     def _top_logprobs(self) -> Values:
         """Return log-probabilities at the truth's ids, of those that a server listed.
