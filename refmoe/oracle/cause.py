@@ -28,8 +28,8 @@ from refmoe.oracle.replay import Replay
 
 NOISE = 0.1  # of what is explained: below it, two hypotheses fit alike
 ALIKE = 1.1  # nor can these numbers decide between two that leave so nearly the same
-PART = 1e-3  # of the squared error is left by one who only rounds a constant
-SAME = 0.01  # squares between two that are one thing under two names
+PART = 1e-5  # of the squared error is left by one who only rounds a constant
+SAME = 1.0  # squares between two that are one thing under two names
 UNRELATED = 0.3  # a correlation below it leaves nothing of the right weights in a tensor
 CLEAR = 0.6  # of what is explained is left at most by a fault that no constant need compete with
 TIES = 1 / 100  # of all choices of experts may differ by ties
@@ -72,10 +72,7 @@ def find_cause(case: Judgement) -> Cause | None:
     enough = _enough(case, point)
     trials = [t for t in _trials(case, point) if t.fault.predicts]
     trials.sort(key=lambda t: (t.here > enough, max(t.layer, NOISE), t.confined))
-    solved = list(_constants(case, point, trials))
-    if solved:
-        error = _squares(case, _points_of_layer(case, point), case.exact)
-        trials = _with_constants(trials, solved, enough, error)
+    trials = _among_constants(case, point, trials, enough)
     if not trials or trials[0].here > enough:
         return _random_weights(case, point)
     return _cause(trials, enough)
@@ -108,15 +105,27 @@ def _cause(trials: list[_Trial], enough: float) -> Cause:
     )
 
 
-def _constants(case: Judgement, point: str, trials: list[_Trial]) -> Iterator[_Trial]:
-    """Solve for the constants that can explain the point; `trials` are of faults, the best first.
+def _among_constants(
+    case: Judgement, point: str, trials: list[_Trial], enough: float
+) -> list[_Trial]:
+    """Return the faults, and the constants that can explain the point; the best first.
 
-    Where a fault leaves nothing, only the constant that it is a value of is solved for.
+    Where a fault leaves nothing, it competes with the constant that it is a value of, and with the
+    others only if that beats it.
     """
-    good = bool(trials) and trials[0].here <= CLEAR and trials[0].layer <= 1
-    only = trials[0].fault.id if good else None
-    if only is not None and not related(only):
-        return
+    error = _squares(case, _points_of_layer(case, point), case.exact)
+    if trials and trials[0].here <= CLEAR and trials[0].layer <= 1:
+        only = trials[0].fault.id
+        if not related(only):
+            return trials
+        among = _with_constants(trials, list(_constants(case, point, only)), enough, error)
+        if among[0].fault.id in BY_ID:
+            return among
+    return _with_constants(trials, list(_constants(case, point, None)), enough, error)
+
+
+def _constants(case: Judgement, point: str, only: str | None) -> Iterator[_Trial]:
+    """Solve for the constants that can explain the point, or those of one fault."""
     within = _points_of_layer(case, point)
     kinds = [kind(p) for p in (point, *judged_points(point, case.report.judged_with(point)))]
 
@@ -158,6 +167,8 @@ def _with_constants(
     error  the squares that a healthy engine's hypothesis leaves
     """
     found = [(t, t.found) for t in solved if t.found is not None]
+    if not found:
+        return trials
     closest, its = min(found, key=lambda pair: pair[0].squares)
     most = closest.squares + max(SURE**2 * its.spread, PART * (error - closest.squares))
 

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from refmoe.model.decoder import Decoder
-from refmoe.model.points import kind
+from refmoe.model.points import kind, parse
 from refmoe.model.rope import inv_freq
 from refmoe.oracle.faults.base import Fault
 from refmoe.oracle.faults.constants import CONSTANTS, SINKS, Constant, known_values, shows
@@ -53,6 +53,7 @@ SHORT = (
     128,
 )  # offsets of queries that are tried where no phases are seen
 SINKS_TRIED = (0, 1, 2, 4, 8, 16, 32, 64, 128)
+FLOOR = 8.0  # unit roundoffs: no constant is known better than what is computed from it
 SAME = 3.0  # deviations within which a value is another model's
 
 
@@ -142,7 +143,10 @@ class _Search:
         self.shared = 2 * UNIT[case.profile.sums] * self.theirs / self.noise
         self.right = constant.value(case.decoder.cfg, case.decoder.nx.conventions)
         self.error = self.residual(case.exact.ours[point].reshape(self.theirs.shape))
-        self.replays = 0
+        self.log = constant.scale == "log"
+        through = (point, *case.report.judged_with(point))
+        # end to end, many things look like a constant at some value: only others' values count
+        self.wide = len({parse(p).layer for p in through}) > 2
 
     # --- replays
 
@@ -153,7 +157,6 @@ class _Search:
 
     def ours(self, value: float) -> np.ndarray | None:
         """Return the point as an engine with this value has it; None where it is not finite."""
-        self.replays += 1
         fault = _until(self.constant.at(value), self.point)
         x = None
         try:
@@ -175,6 +178,8 @@ class _Search:
         """Return the constant with its best value; None where that does not explain the point."""
         if not isfinite(float((self.error**2).sum())):
             return None
+        if self.wide and self.constant.scale in ("offset", "window"):
+            return None
         match self.constant.scale:
             case "log" | "linear":
                 best = self.continuous()
@@ -188,7 +193,8 @@ class _Search:
         sure = sigma is None or abs(value - self.right) > SURE * sigma
         if (left**2).sum() > LEFT * (self.error**2).sum() or not sure or value == self.right:
             return None
-        return self.found(best)
+        found = self.found(best)
+        return None if self.wide and not found.solved.whose else found
 
     def continuous(self) -> _Fit | None:
         """Return value, deviation and residual of a constant that can have any value."""
@@ -208,7 +214,7 @@ class _Search:
                 return None
             rows *= 2
         value = self.value(u)
-        sigma = (step.sigma or 0) * (value if self.constant.scale == "log" else 1)
+        sigma = (step.sigma or 0) * (value if self.log else 1)
         return step._replace(value=value, sigma=sigma)
 
     def start(self) -> tuple[int, float] | None:
@@ -216,7 +222,10 @@ class _Search:
         c = self.constant
         low, high = (log(c.low), log(c.high)) if c.scale == "log" else (c.low, c.high)
         grid = [self.u(self.right)] if self.right > 0 or c.scale == "linear" else []
-        grid += np.linspace(low, high, GRID).tolist()
+        if self.wide:
+            grid = sorted({self.u(v) for v in self.known().values()})
+        else:
+            grid += np.linspace(low, high, GRID).tolist()
         last = int(self.at.max())
         counts = [FIRST_ROWS]
         while counts[-1] <= last:
@@ -233,13 +242,13 @@ class _Search:
                 if total > 4 * chosen.sum() * left.shape[1]:  # these rows show it
                     ratio = float((left[chosen] ** 2).sum()) / total
                     best = min(best, (ratio, rows, u))
-        if whole[0] == inf:
+        if whole[0] > (LEFT * (self.error**2).sum() if self.wide else 1e300):
             return None
         return (counts[-1], whole[1]) if best[0] == inf else best[1:]
 
     def newton(self, u: float, chosen: np.ndarray) -> _Fit | None:
         """Return the best u near this one over some rows, and what it leaves of all."""
-        h = 1e-3 if self.constant.scale == "log" else 1e-3 * max(1.0, abs(u))
+        h = 1e-3 if self.log else 1e-3 * max(1.0, abs(u))
         left = self.left(self.value(u))
         other = self.left(self.value(u + h))
         if left is None or other is None:
@@ -252,7 +261,8 @@ class _Search:
                 return None
             by_row = float(((J * r).sum(axis=1) ** 2).sum()) / weight**2
             shared = float(((J * self.shared[chosen]).sum(axis=1) ** 2).sum()) / weight**2
-            sigma = (max(1 / weight, by_row) + shared) ** 0.5
+            floor = FLOOR * UNIT[self.case.profile.angles] * max(1.0, 0 if self.log else abs(u))
+            sigma = (max(1 / weight, by_row) + shared + floor**2) ** 0.5
             fit = _Fit(u, sigma, left, sigma**2 * weight)
             step = float((J * r).sum()) / weight
             if abs(step) < 0.05 * sigma or abs(step) < 1e-9 * max(1.0, abs(u)):
@@ -270,11 +280,11 @@ class _Search:
 
     def u(self, value: float) -> float:
         """Return the scale on which a value is sought."""
-        return log(value) if self.constant.scale == "log" else value
+        return log(value) if self.log else value
 
     def value(self, u: float) -> float:
         """Return the value at a place of the scale."""
-        return exp(u) if self.constant.scale == "log" else u
+        return exp(u) if self.log else u
 
     def within(self, u: float) -> float:
         """Return the nearest place within the range of the constant."""
@@ -353,7 +363,7 @@ class _Search:
             return Found(c, c.at(value), solved, text, f"{fitted}, expected all", 1.0)
         spread = sigma or 0.0
         near = {m: v for m, v in self.known().items() if abs(v - value) <= max(SAME * spread, 1e-9)}
-        whose = tuple(near) if spread < 0.05 * abs(value) else ()
+        whose = tuple(near) if spread < 0.1 * abs(value) else ()
         shown = near[whose[0]] if whose else plain(value, spread)
         most = "at most " if c.scale == "log" and spread > 0.5 * value else ""
         top = f"{value + 2 * spread:.2g}" if most else f"{shown:.10g}"
