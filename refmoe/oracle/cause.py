@@ -29,7 +29,7 @@ from refmoe.oracle.replay import Replay
 NOISE = 0.1  # of what is explained: below it, two hypotheses fit alike
 ALIKE = 1.1  # nor can these numbers decide between two that leave so nearly the same
 PART = 1e-5  # of the squared error is left by one who only rounds a constant
-SAME = 1.0  # squares between two that are one thing under two names
+SAME = 0.01  # times the variance: squares between two that are one thing under two names
 UNRELATED = 0.3  # a correlation below it leaves nothing of the right weights in a tensor
 CLEAR = 0.6  # of what is explained is left at most by a fault that no constant need compete with
 TIES = 1 / 100  # of all choices of experts may differ by ties
@@ -180,7 +180,7 @@ def _with_constants(
             known = replace(known, fitted=said, found=of[0])
         return [known, *(t for t in trials if t.fault.id != known.fault.id)]
     alike = [(t, f) for t, f in found if t.squares <= most]
-    same = [t for t, _ in alike if t.squares <= closest.squares + SAME]
+    same = [t for t, _ in alike if t.squares <= closest.squares + SAME * its.spread]
     best = next((t for t, f in alike if f.solved.whose), same[0])
     others = [t for t, _ in alike if t is not best]
     said = "; or ".join(str(t.fitted) for t in (best, *others))

@@ -197,28 +197,32 @@ class _Search:
         return None if self.wide and not found.solved.whose else found
 
     def continuous(self) -> _Fit | None:
-        """Return value, deviation and residual of a constant that can have any value."""
-        start = self.start()
-        if start is None:
-            return None
-        rows, u = start
-        while True:
-            step = self.newton(u, self.at < rows)
-            if step is None:
-                return None
-            u, chosen = step.value, self.at < rows
-            if rows > self.at.max():
-                break
-            shown = (self.error[chosen] ** 2).sum()
-            if shown > 4 * self.error[chosen].size and (step.left[chosen] ** 2).sum() > shown / 2:
-                return None
-            rows *= 2
-        value = self.value(u)
-        sigma = (step.sigma or 0) * (value if self.log else 1)
-        return step._replace(value=value, sigma=sigma)
+        """Return the fit of a constant that can have any value; None where none explains."""
+        for rows, u in self.starts():
+            fit = self.refined(rows, u)
+            if fit is not None and (fit.left**2).sum() <= LEFT * (self.error**2).sum():
+                value = self.value(fit.value)
+                sigma = (fit.sigma or 0) * (value if self.log else 1)
+                return fit._replace(value=value, sigma=sigma)
+        return None
 
-    def start(self) -> tuple[int, float] | None:
-        """Return how many first positions to begin with, and the coarse value that is best."""
+    def refined(self, rows: int, u: float) -> _Fit | None:
+        """Return the best u near this one, over so many first positions, then twice as many, …"""
+        while True:
+            chosen = self.at < rows
+            fit = self.newton(u, chosen)
+            if fit is None or rows > self.at.max():
+                return fit
+            shown = (self.error[chosen] ** 2).sum()
+            if shown > 4 * self.error[chosen].size and (fit.left[chosen] ** 2).sum() > shown / 2:
+                return None
+            rows, u = 2 * rows, fit.value
+
+    def starts(self) -> list[tuple[int, float]]:
+        """Return how many first positions to begin with, and the coarse value that is best there.
+
+        These are the fewest that show the constant, and those of which a value explains most.
+        """
         c = self.constant
         low, high = (log(c.low), log(c.high)) if c.scale == "log" else (c.low, c.high)
         grid = [self.u(self.right)] if self.right > 0 or c.scale == "linear" else []
@@ -230,21 +234,20 @@ class _Search:
         counts = [FIRST_ROWS]
         while counts[-1] <= last:
             counts.append(2 * counts[-1])
-        best, whole = (inf, 0, 0.0), (inf, 0.0)
+        total = {n: float((self.error[self.at < n] ** 2).sum()) for n in counts}
+        size = {n: int((self.at < n).sum()) * self.error.shape[1] for n in counts}
+        shown = [n for n in counts if total[n] > 4 * size[n]] or counts[-1:]
+        best = dict.fromkeys(shown, (inf, 0.0))  # count → the least share that is left, and u
         for u in grid:
             left = self.left(self.value(u))
-            if left is None:
-                continue
-            whole = min(whole, (float((left**2).sum()), u))
-            for rows in counts:
-                chosen = self.at < rows
-                total = float((self.error[chosen] ** 2).sum())
-                if total > 4 * chosen.sum() * left.shape[1]:  # these rows show it
-                    ratio = float((left[chosen] ** 2).sum()) / total
-                    best = min(best, (ratio, rows, u))
-        if whole[0] > (LEFT * (self.error**2).sum() if self.wide else 1e300):
-            return None
-        return (counts[-1], whole[1]) if best[0] == inf else best[1:]
+            if left is not None:
+                for n in shown:
+                    share = float((left[self.at < n] ** 2).sum()) / max(total[n], 1e-300)
+                    best[n] = min(best[n], (share, u))
+        if min(best.values())[0] > (LEFT if self.wide else 1e300):
+            return []
+        least = min(shown, key=lambda n: best[n])
+        return [(n, best[n][1]) for n in dict.fromkeys((shown[0], least))]
 
     def newton(self, u: float, chosen: np.ndarray) -> _Fit | None:
         """Return the best u near this one over some rows, and what it leaves of all."""
