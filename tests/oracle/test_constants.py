@@ -335,3 +335,19 @@ def test_values_are_written_to_the_first_uncertain_digit():
     assert measured(24.0, None) == "24"
     assert plain(10002.3, 4.0) == 10000
     assert plain(0.8302, 0.0003) == 0.83
+
+
+@pytest.mark.parametrize("change", [halves, first_pairs])
+def test_from_logits_alone_no_value_is_made_up(change):
+    dump = engine("float32", None, change, lambda path: path == "lm_head")
+    report = judged(dump, "float32")
+    assert report.verdict == "fault"
+    assert report.cause is None or report.cause.id in BY_ID
+
+
+def test_from_logits_alone_another_models_value_is_named():
+    dump = engine("float32", configured(rope_theta=1e6), keep=lambda path: path == "lm_head")
+    cause = cause_of(dump, "float32")
+    assert cause.id == "constant-theta"
+    assert cause.solved is not None
+    assert cause.solved.whose == ("Qwen2.5",)
