@@ -13,8 +13,9 @@ To add an engine, add an entry to `ENGINES`.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,7 +54,14 @@ class Profile:
     weights: str = "float32"  # of the router
     angles: str = "float32"  # position · frequency
     cache: str | None = None  # latent and rotated key, where narrower than storage
-    activations: str | None = None  # "int8/32", every product; "fp8/128", products of FP8 matrices
+    # before products: "int8/32", every one; "fp8/128", those of FP8 matrices; "bfloat16" and
+    # "float16", both operands of every one, as torch.autocast does
+    activations: str | None = None
+    points: tuple[tuple[str, str], ...] = ()  # (end of a point's name, type) where not `storage`
+
+    def __post_init__(self) -> None:
+        """Take `points` as JSON has them, as lists."""
+        object.__setattr__(self, "points", tuple((end, type) for end, type in self.points))
 
 
 @dataclass(frozen=True)
@@ -205,7 +213,7 @@ ENGINES = (
 CONVENTIONS = {e.name: e.conventions for e in ENGINES if e.conventions is not None}
 
 GENERAL_PROFILES = (
-    Profile("float64", *["float64"] * 5),
+    Profile("float64", "float64", "float64", "float64", "float64", "float64"),
     Profile("float32", "float32"),
     Profile("bfloat16", "bfloat16"),
     Profile("bfloat16-router", "bfloat16", logits="bfloat16", weights="bfloat16"),
@@ -260,10 +268,66 @@ def profile_of(rounded: str, engine: str) -> Profile:
 class Matter:
     """One row of docs/conventions.md: something on which correct engines differ."""
 
-    key: str  # of `Engine.sources`
+    key: str  # of `Engine.sources`, and the name that `--convention NAME=VALUE` takes
     title: str
     shown: Callable[[Conventions], str]
     why: str  # it matters
+    values: Mapping[str, Any]  # by the text of a side: what the convention's field then is
+    points: tuple[str, ...]  # ends of the names of points whose values depend on it
+    departs: bool = False  # a side other than the published file's is a departure from the model
+    fault: str | None = None  # what the dictionary of faults calls the taking of another side
+
+    @property
+    def field(self) -> str:
+        """The field of `Conventions` that holds it."""
+        return "rounded_products" if self.key in STORED else self.key
+
+    def side(self, sides: Conventions) -> str:
+        """Return the text of the side that these conventions take."""
+        value = getattr(sides, self.field)
+        if self.key in STORED:
+            return "rounded" if self.key in value else "exact"
+        known = [text for text, v in self.values.items() if v == value]
+        return known[0] if known else _plain(value)
+
+    def take(self, sides: Conventions, text: str) -> Conventions:
+        """Return the conventions with this matter's side as the text says.
+
+        Raises `InputError` for a side that is none of this matter's.
+        """
+        value = self.values[text] if text in self.values else self._number(text)
+        if self.key in STORED:
+            others = [f for f in sides.rounded_products if f != self.key]
+            value = tuple(sorted([*others, *([self.key] if value else [])]))
+        return replace(sides, **{self.field: value})
+
+    def _number(self, text: str) -> Any:
+        """Read a side that is a number, or two with a slash between."""
+        parts = text.split("/")
+        if self.key in NUMBERS and len(parts) == NUMBERS[self.key]:
+            try:
+                found = tuple(float(part) for part in parts)
+            except ValueError:
+                found = ()
+            if found and all(isfinite(x) and x > 0 for x in found):
+                return found if len(found) > 1 else found[0]
+        form = (
+            {1: ", or a number", 2: ", or FAST/SLOW"}[NUMBERS[self.key]]
+            if (self.key in NUMBERS)
+            else ""
+        )
+        known = ", ".join(f"{v!r}" if " " in v else v for v in self.values)
+        raise InputError(f"convention {self.key}={text}: known values are {known}{form}")
+
+
+STORED = ("int4", "fp8")  # matters that are members of `Conventions.rounded_products`
+NUMBERS = {"latent_norm_eps": 1, "yarn_betas": 2}  # how many numbers such a side is
+ATTENTION = ("#scores", "#probs", "#context", "#context_latent", "o_proj", "self_attn")
+
+
+def _plain(value: Any) -> str:
+    """Return a side that has no name as numbers."""
+    return "/".join(f"{x:g}" for x in value) if isinstance(value, tuple) else f"{value:g}"
 
 
 def _product(stored_format: str) -> Callable[[Conventions], str]:
@@ -283,6 +347,10 @@ MATTERS = (
         lambda c: _or_config(c.latent_norm_eps, "1e-6"),
         "K2-Thinking and later models have `rms_norm_eps` 1e-5, and the two inner norms of "
         "Moonshot's file never receive it. It shows in latents of small norm.",
+        {"config": None, "1e-6": 1e-6},
+        ("q_a_layernorm", "kv_a_layernorm"),
+        True,
+        "norm-eps-latent",
     ),
     Matter(
         "int4",
@@ -290,12 +358,16 @@ MATTERS = (
         _product("int4"),
         "Rounding changes a weight by up to 2⁻⁹, and the logits by 1e-3. The kernels of llama.cpp "
         "and MLX are exact.",
+        {"exact": False, "rounded": True},
+        ("_proj", ".act", "mlp.experts"),
     ),
     Matter(
         "fp8",
         "FP8 code times scale",
         _product("fp8"),
         "As for INT4. mlx-lm stores the weight as bf16 once it is scaled.",
+        {"exact": False, "rounded": True},
+        ("_proj", "kv_a_proj_with_mqa", ".act", "mlp.experts", *ATTENTION),
     ),
     Matter(
         "router_logits",
@@ -304,6 +376,8 @@ MATTERS = (
             c.router_logits
         ],
         "A near tie in score + bias picks another expert, and that is another network.",
+        {"wide": "wide", "activations": "activations"},
+        ("mlp.gate", "#experts"),
     ),
     Matter(
         "normaliser",
@@ -311,6 +385,8 @@ MATTERS = (
         lambda c: c.normaliser.replace("2^-14", "2⁻¹⁴"),
         "It makes no difference to a healthy token. Where all chosen sigmoids underflow, it "
         "decides whether the result is 0/0.",
+        {"sum + 1e-20": "sum + 1e-20", "sum": "sum", "max(sum, 2^-14)": "max(sum, 2^-14)"},
+        ("#weights",),
     ),
     Matter(
         "routed_scale",
@@ -318,6 +394,9 @@ MATTERS = (
         lambda c: {"weights": "each weight", "sum": "the routed sum"}[c.routed_scale],
         "A sum is linear, so only the dumped weights differ, by 2.827 in K2. SGLang does either, "
         "depending on its backend.",
+        {"weights": "weights", "sum": "sum"},
+        ("#weights", "mlp.experts"),
+        fault="scaling-dropped",
     ),
     Matter(
         "masked_groups",
@@ -325,20 +404,64 @@ MATTERS = (
         lambda c: "−∞" if c.masked_groups == float("-inf") else f"{c.masked_groups:g}",
         "It matters with more than one group only (DeepSeek-V3): with 0, an expert of a refused "
         "group wins where the others' biased scores are negative.",
+        {"-inf": float("-inf"), "0": 0.0},
+        ("#experts",),
     ),
     Matter(
         "rope_layout",
         "rotated channels in memory",
         lambda c: c.rope_layout,
         "The products q·k are the same. Dumps and caches cannot be compared element by element.",
+        {"pairs": "pairs", "halves": "halves"},
+        ("#q_pe", "#k_pe"),
     ),
     Matter(
         "yarn_betas",
         "YaRN's betas",
         lambda c: _or_config(c.yarn_betas, " / ".join(f"{b:g}" for b in c.yarn_betas or ())),
         "K2-Instruct, 0905 and Thinking say 1/1: with 32/1, 11 of 32 frequencies are wrong.",
+        {"config": None, "32/1": (32.0, 1.0)},
+        ("#q_pe", "#k_pe"),
+        True,
+        "yarn-betas",
     ),
 )
+
+MATTER = {m.key: m for m in MATTERS}
+
+
+def read_conventions(engine: str, settings: Iterable[str] = ()) -> Conventions:
+    """Return an engine's conventions with some set otherwise, each setting being NAME=VALUE.
+
+    Raises `InputError` for an unknown engine, name or value, and where one is given twice.
+    """
+    sides, given = find_conventions(engine), set[str]()
+    for setting in settings:
+        name, is_set, text = setting.partition("=")
+        known = ", ".join(MATTER)
+        if not is_set or name not in MATTER:
+            found = f"convention {name!r}" if is_set else f"{setting!r} is no NAME=VALUE"
+            raise InputError(f"{found}; known names: {known}")
+        if name in given:
+            raise InputError(f"convention {name} is given twice")
+        given.add(name)
+        sides = MATTER[name].take(sides, text.strip())
+    return sides
+
+
+def other_sides(matter: Matter, sides: Conventions) -> dict[str, list[str]]:
+    """Return the sides of a matter that these conventions do not take: text → who takes it."""
+    out: dict[str, list[str]] = {}
+    for name, theirs in CONVENTIONS.items():
+        out.setdefault(matter.side(theirs), []).append(name)
+    out.pop(matter.side(sides), None)
+    return out
+
+
+def published_side(matter: Matter) -> str:
+    """Return the side of the modelling file that is published with the weights."""
+    return matter.side(CONVENTIONS["moonshot"])
+
 
 PAGE = """# Where correct engines differ
 
@@ -351,6 +474,12 @@ docs/conventions.md`.
 {table}
 
 {reasons}
+
+`check --convention NAME=VALUE` sets one of them alone, `--engine` the others. An engine that takes
+another side than the published file in a matter marked *departs* computes another model: a dump
+that takes the published side instead passes, too, and the report says which it saw.
+
+{names}
 
 The softmax scale is (nope + rope)^-½ · mscale_all_dim² from the config alone in all of them;
 DeepSeek's own `inference/model.py` applies the mscale term only where the allocated length exceeds
@@ -376,6 +505,11 @@ def page() -> str:
     for m in MATTERS:
         sources = "; ".join(e.sources[m.key] for e in ENGINES if m.key in e.sources)
         reasons.append([m.title, m.why, sources])
+    named = [["name", "values", "departs"]]
+    for m in MATTERS:
+        more = {1: ["a number"], 2: ["FAST/SLOW"]}.get(NUMBERS.get(m.key, 0), [])
+        allowed = ", ".join([*(f"`{v}`" for v in m.values), *more])
+        named.append([f"`{m.key}`", allowed, "departs" if m.departs else ""])
     columns = ["storage", "sums", "logits", "weights", "angles", "cache", "activations"]
     profiles = [["engine", "points", "sums", "router logits", "router weights", "angles"]]
     profiles[0] += ["cache", "activations before a product"]
@@ -384,7 +518,10 @@ def page() -> str:
             values = [getattr(e.profile, c) or "as stored" for c in columns]
             profiles.append([e.name, *values])
     return PAGE.format(
-        table=_markdown(table), reasons=_markdown(reasons), profiles=_markdown(profiles)
+        table=_markdown(table),
+        reasons=_markdown(reasons),
+        names=_markdown(named),
+        profiles=_markdown(profiles),
     )
 
 

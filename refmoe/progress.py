@@ -2,8 +2,12 @@
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
+
+Said = Callable[[str, int, int], None]  # is told what is being done, how much of it, of how much
 
 EVERY = 10.0  # seconds between two lines in a file or pipe: few enough for a log of hours
 
@@ -75,3 +79,19 @@ class Progress:
         else:
             amount = f"{self.unit} {self.done:g} of {self.total:g}"
         return f"{name}{amount}, {seconds:.0f} s"
+
+
+def say_nothing(name: str, done: int, total: int) -> None:
+    """Show no progress, for those who call from Python."""
+
+
+@contextmanager
+def steps(unit: str = "step") -> Iterator[Said]:
+    """Yield `said(name, done, total)`, which shows how far work of several parts is."""
+    with Progress(0, unit) as bar:
+
+        def said(name: str, done: int, total: int) -> None:
+            bar.rename(name)
+            bar.show(done, total)
+
+        yield said

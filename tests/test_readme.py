@@ -95,6 +95,7 @@ def stable(output: str) -> str:
     """Return the output without what a machine may change: measurements, and the worst points."""
     output = re.sub(r"^refmoe: compiling kernels.*\n", "", output, flags=re.MULTILINE)
     output = re.sub(r"^.*\r(?!\n)", "", output, flags=re.MULTILINE)  # a progress bar
+    output = re.sub(r"^refmoe: .*: step \d+ of \d+, \d+ s\n", "", output, flags=re.MULTILINE)
     output = re.sub(r"\d+\.\d+(e[-+]\d+)?", "#", output)
     output = re.sub(r"#  \S+, bound", "#  POINT, bound", output)
     output = re.sub(r"^ *# +# +#  \S+\n", "", output, flags=re.MULTILINE)  # the worst points

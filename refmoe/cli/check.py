@@ -2,19 +2,23 @@
 
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from refmoe.cli.inputs import read_tokens
 from refmoe.cli.options import ENGINES, PROMPTS, add_json, add_model, refuse
 from refmoe.cli.parser import Parser, describe
 from refmoe.cli.show import EXIT, print_json, remark
-from refmoe.engines import PROFILES
+from refmoe.engines import MATTER, PROFILES
 from refmoe.oracle import repro
+from refmoe.oracle.caches import CACHES
 from refmoe.oracle.check import arbitrate, judge_dump
 from refmoe.oracle.judge import Report
+from refmoe.oracle.profiles import EXAMPLE
 from refmoe.oracle.readers.dump import read_dump
 from refmoe.oracle.truth.check import check_truth
 from refmoe.oracle.truth.file import read_truth
 from refmoe.oracle.words import arbitration_lines, report_lines
+from refmoe.progress import steps
 from refmoe.run.load import load
 
 
@@ -41,16 +45,28 @@ def add(parser: Parser) -> None:
     group = parser.add_argument_group("the engine")
     help = f"hold it to this engine's conventions: {', '.join(ENGINES)}; default: refmoe"
     group.add_argument("--engine", choices=ENGINES, metavar="ENGINE", help=help)
-    profiles = tuple(PROFILES)
-    help = f"its precision: {', '.join(profiles)}; default: that of the values in the dump"
-    group.add_argument("--profile", choices=profiles, metavar="PROFILE", help=help)
+    help = (
+        "set one convention alone, whatever the engine's; may be given several times; names: "
+        f"{', '.join(MATTER)}"
+    )
+    group.add_argument("--convention", action="append", metavar="NAME=VALUE", help=help)
+    help = (
+        f"its precision: {', '.join(PROFILES)}; with types set otherwise behind it, as in "
+        f"{EXAMPLE}; default: guessed from the values of the dump"
+    )
+    group.add_argument("--profile", metavar="PROFILE", help=help)
+    help = (
+        "the type of its cache, where that is narrower than its tensors: "
+        f"{', '.join(CACHES)}; default: none is"
+    )
+    group.add_argument("--cache", metavar="TYPE", help=help)
     group = parser.add_argument_group("a second dump")
     help = "compare with a second dump: which is farther from float64?"
     group.add_argument("--against", type=Path, metavar="DUMP", help=help)
     help = "conventions of the second; default: those of --engine"
     group.add_argument("--against-engine", choices=ENGINES, metavar="ENGINE", help=help)
     help = "precision of the second; default: that of its values"
-    group.add_argument("--against-profile", choices=profiles, metavar="PROFILE", help=help)
+    group.add_argument("--against-profile", metavar="PROFILE", help=help)
     group = parser.add_argument_group("output")
     group.add_argument("--all", action="store_true", help="print every point, not the worst five")
     help = "also write the report as a web page"
@@ -64,22 +80,24 @@ def add(parser: Parser) -> None:
 def run(args: Namespace) -> int:
     """Run `refmoe check` and return its exit code."""
     if args.truth:
-        model_only = ("--model", "--tokens", "--against", "--repro", "--html")
-        refuse(args, model_only, "needs the model; --truth has none")
+        model_only = ("--model", "--tokens", "--against", "--repro", "--html", "--convention")
+        refuse(args, (*model_only, "--cache"), "needs the model; --truth has none")
     if args.against is None:
         refuse(args, ("--against-engine", "--against-profile"), "is for --against DUMP")
     elif not args.json:
         refuse(args, ("--all",), "lists the points of one report; --against compares two")
     dump = read_dump(args.dump)
-    for note in dump.notes:
+    for note in () if dump.form else dump.notes:  # those of log-probabilities are in the report
         remark(f"note: {note}")
     if args.truth:
         report = check_truth(read_truth(args.truth), dump, engine=args.engine, profile=args.profile)
         return _show(report, args)
     model = load(args.model, "float64", reference=True)
     tokens = read_tokens(args.tokens) if args.tokens else None
-    engine = args.engine or "refmoe"
-    case = judge_dump(model, dump, tokens, engine, args.profile)
+    options: Any = {"conventions": args.convention or (), "cache": args.cache}
+    with steps() as said:
+        options["progress"] = said
+        case = judge_dump(model, dump, tokens, args.engine, args.profile, **options)
     if args.repro and case.report.verdict == "fault":
         for path in repro.write(case, args.repro):
             remark(f"wrote {path}")
@@ -91,13 +109,16 @@ def run(args: Namespace) -> int:
         remark(f"wrote {write(case, args.html)}")
     if args.against is None:
         return _show(case.report, args)
-    second = judge_dump(
-        model,
-        read_dump(args.against),
-        tokens,
-        args.against_engine or engine,
-        args.against_profile,
-    )
+    with steps() as said:
+        options["progress"] = said
+        second = judge_dump(
+            model,
+            read_dump(args.against),
+            tokens,
+            args.against_engine or args.engine,
+            args.against_profile,
+            **options,
+        )
     both = arbitrate(case, second)
     if args.json:
         print_json(both.as_json())

@@ -4,13 +4,14 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
-from refmoe.cli.inputs import read_messages, read_sequence
+from refmoe.cli.inputs import read_messages
 from refmoe.cli.options import add_json, add_model, refuse
 from refmoe.cli.parser import Parser, describe
 from refmoe.cli.show import print_json
 from refmoe.files import InputError
 from refmoe.run.load import golden_folder
 from refmoe.text.explain import explain
+from refmoe.text.theirs import read_theirs
 from refmoe.text.tokenizer import Tokenizer
 
 
@@ -19,7 +20,7 @@ def add(parser: Parser) -> None:
     describe(
         parser,
         "Print the token ids of a text, or of messages rendered by the chat template. With "
-        "--against, say where another engine's ids part from these and why (exit code 1).",
+        "--against, say how another engine's ids differ from these and why (exit code 1).",
         [
             'refmoe tok "Good morrow"',
             "refmoe tok --decode 12,345",
@@ -31,7 +32,7 @@ def add(parser: Parser) -> None:
     parser.add_argument("--decode", action="store_true", help=help)
     help = "turn special tokens that TEXT spells, like <|im_end|>, into their ids"
     parser.add_argument("--special", action="store_true", help=help)
-    help = "JSON file: a list of other ids; explain the first difference"
+    help = "other ids: a JSON list, or what a server returned; explain how they differ"
     parser.add_argument("--against", type=Path, metavar="FILE", help=help)
     add_model(parser)
     add_json(parser)
@@ -51,11 +52,19 @@ def run(args: Namespace) -> int:
     words = Tokenizer.load(folder)
     ids, text = _input(args, folder, words)
     pieces = [words.token_bytes(i).decode("utf-8", "backslashreplace") for i in ids]
-    theirs = read_sequence(args.against) if args.against else None
-    found = explain(words, ids, theirs) if theirs is not None else None
+    theirs = read_theirs(args.against) if args.against else None
+    found = (
+        explain(words, ids, theirs.ids) if theirs is not None and theirs.ids is not None else None
+    )
+    fewer = theirs is not None and theirs.ids is None and theirs.number != len(ids)
     if args.json:
-        document = {"text": text, "tokens": ids, "pieces": pieces}
-        print_json({**document, "difference": found._asdict() if found else None})
+        document: dict[str, object] = {"text": text, "tokens": ids, "pieces": pieces}
+        document["difference"] = found._asdict() if found else None
+        if theirs is not None:
+            document["theirs"] = theirs._asdict()
+        print_json(document)
+    elif theirs is not None and theirs.ids is None:
+        print(_compare_counts(len(ids), theirs.number))
     elif found:
         print(f"{found.cause}: at byte {found.byte}, token {found.token}: {found.explanation}")
     elif theirs is not None:
@@ -65,7 +74,18 @@ def run(args: Namespace) -> int:
     else:
         print(" ".join(map(str, ids)))
         print(" ".join(json.dumps(piece, ensure_ascii=False) for piece in pieces))
-    return 1 if found else 0
+    return 1 if found or fewer else 0
+
+
+def _compare_counts(here: int, there: int) -> str:
+    """Return a sentence about two numbers of tokens, which is all that a response told."""
+    if here == there:
+        return f"{there} tokens in both; the response has no ids, so only their number is compared"
+    hint = "; one more there may be a BOS in front" if there == here + 1 else ""
+    return (
+        f"{here} tokens here, {there} there; the response has no ids, so only their number is "
+        f"compared{hint}"
+    )
 
 
 def _input(args: Namespace, folder: Path, words: Tokenizer) -> tuple[list[int], str]:

@@ -36,6 +36,7 @@ from refmoe.model.numerics import Numerics
 from refmoe.model.rope import cos_sin, softmax_scale
 
 SCORES = 1 << 24  # scores at once, 128 MB of float64; longer prompts go in blocks of rows
+WATCHED = 8  # times fewer at once where a watcher makes more of each
 
 
 class AttentionWeights(NamedTuple):
@@ -162,19 +163,22 @@ def _softmax_blocks(
 ) -> np.ndarray:
     """Return softmax(scaled, causally masked scores) @ values, [H, T, ·].
 
-    It works in blocks of rows to bound memory, unless a watcher wants scores or probabilities.
+    It works in blocks of rows to bound memory, unless a watcher wants scores or probabilities
+    whole.
     """
     xp, scale = array_module(values), nx.dtype(softmax_scale(cfg))
-    whole = nx.watches("#scores") or nx.watches("#probs")
-    step = T if whole else max(1, SCORES // (cfg.num_attention_heads * S))
+    watched = [name for name in ("#scores", "#probs") if nx.watches(name)]
+    whole = not all(map(nx.takes_rows, watched))
+    most = SCORES // WATCHED if watched else SCORES
+    step = T if whole else max(1, most // (cfg.num_attention_heads * S))
     blocks = []
     for start in range(0, T, step):
         stop = min(start + step, T)
         s = scores(slice(start, stop)) * scale  # [H, T, S]
-        s = nx.tap("#scores", s.transpose(1, 0, 2)).transpose(1, 0, 2) if whole else s
+        s = nx.tap("#scores", s.transpose(1, 0, 2)).transpose(1, 0, 2) if watched else s
         seen = xp.arange(S - T + start, S - T + stop)[:, None]  # a query's own position, the last
         p = softmax(xp.where(xp.arange(S) <= seen, s, -np.inf))
-        p = nx.tap("#probs", p.transpose(1, 0, 2)).transpose(1, 0, 2) if whole else p
+        p = nx.tap("#probs", p.transpose(1, 0, 2)).transpose(1, 0, 2) if watched else p
         blocks.append(p @ values)
     return blocks[0] if len(blocks) == 1 else xp.concatenate(blocks, axis=1)
 

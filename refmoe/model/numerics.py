@@ -36,6 +36,17 @@ Round = Callable[[np.ndarray], np.ndarray]
 Watch = Callable[[str, np.ndarray], np.ndarray]
 
 
+@dataclass(frozen=True)
+class WatchSome:
+    """A watcher of some points alone: what nobody looks at is never made whole."""
+
+    look: Watch
+    wants: Callable[[str], bool]  # by the point's name
+
+    def __call__(self, path: str, x: np.ndarray) -> np.ndarray:
+        return self.look(path, x)
+
+
 class NonFinite(ArithmeticError):
     """A point held NaN or infinity: `str()` names the first such point and the row."""
 
@@ -97,6 +108,14 @@ class Watching:
             return False
         wants = getattr(self.watch, "wants", None)
         return wants is None or bool(wants(self.path(name)))
+
+    def takes_rows(self, name: str) -> bool:
+        """Tell whether the watcher takes this point in blocks of rows, one after another.
+
+        One without `takes_rows(path)` gets every point whole.
+        """
+        takes = getattr(self.watch, "takes_rows", None)
+        return takes is not None and bool(takes(self.path(name)))
 
     def tap(self, name: str, x: np.ndarray) -> np.ndarray:
         """Show x as it is, and return what the computation goes on with."""

@@ -11,6 +11,7 @@ If nothing fits, the shape of the error is described: what is constant in it is 
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,7 +25,10 @@ from refmoe.oracle.faults.base import Fault, altered, strength_of
 from refmoe.oracle.faults.dictionary import BY_ID, candidates, same_as
 from refmoe.oracle.judge import Cause, Judgement
 from refmoe.oracle.noise import rms
+from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.replay import Replay
+from refmoe.oracle.solve import solve
+from refmoe.progress import Said, say_nothing
 
 NOISE = 0.1  # of what is explained: below it, two hypotheses fit alike
 ALIKE = 1.1  # nor can these numbers decide between two that leave so nearly the same
@@ -53,7 +57,8 @@ class _Trial:
     @property
     def confined(self) -> int:
         """How narrow the fault is: of two that fit alike, the one that explains more rows wins."""
-        return (self.expert is not None) + (self.part is not None)
+        free = self.fault.free is not None  # nor is one with a constant of its own preferred
+        return (self.expert is not None) + (self.part is not None) + free
 
     @property
     def text(self) -> str:
@@ -62,7 +67,7 @@ class _Trial:
         return self.fault.text + where
 
 
-def find_cause(case: Judgement) -> Cause | None:
+def find_cause(case: Judgement, progress: Said = say_nothing) -> Cause | None:
     """Return the fault that explains the first wrong point; None where none does."""
     point = case.report.point
     if point is None or point not in case.exact.theirs:
@@ -70,7 +75,7 @@ def find_cause(case: Judgement) -> Cause | None:
     if case.report.reason == "not finite":
         return _named("not-finite")
     enough = _enough(case, point)
-    trials = [t for t in _trials(case, point) if t.fault.predicts]
+    trials = [t for t in _trials(case, point, progress) if t.fault.predicts]
     trials.sort(key=lambda t: (t.here > enough, max(t.layer, NOISE), t.confined))
     trials = _among_constants(case, point, trials, enough)
     if not trials or trials[0].here > enough:
@@ -213,7 +218,7 @@ def _enough(case: Judgement, point: str) -> float:
     return max(1.0, case.exact.theirs[point].size * TIES) if point.endswith("#experts") else 1.0
 
 
-def _trials(case: Judgement, point: str) -> Iterator[_Trial]:
+def _trials(case: Judgement, point: str, progress: Said) -> Iterator[_Trial]:
     """Try every candidate, in every expert and in those that only the wrong rows have chosen."""
     through = case.report.judged_with(point)
     places: list[tuple[int | None, str | None]] = [(None, None)]
@@ -221,14 +226,22 @@ def _trials(case: Judgement, point: str) -> Iterator[_Trial]:
         (e, part) for e in _suspect_experts(case, point) for part in (None, *MlpWeights._fields)
     ]
     within = _points_of_layer(case, point)
-    for fault in candidates(point, judged_points(point, through), case.decoder.cfg):
+    faults = list(candidates(point, judged_points(point, through), case.decoder.cfg))
+    for i, fault in enumerate(faults):
+        progress("known faults tried", i, len(faults))
+        solved = None
+        if fault.free is not None:
+            constant = _solved(case, fault, point)
+            if constant is None:
+                continue
+            fault, solved = constant
         for expert, part in places:
             try:
                 seen = _replay_layer(case, fault, expert, part, point)
             except ValueError:  # no fault of a single expert, or of a part of it
                 continue
             misfits = {p: _misfit(case, p, seen.ours.get(p)) for p in within}
-            fitted = None
+            fitted = solved
             if fault.fitted is not None and np.isfinite(misfits[point]):
                 healthy, theirs = case.exact.ours[point], case.exact.theirs[point]
                 strength = strength_of(theirs, healthy, seen.ours[point])
@@ -267,6 +280,60 @@ def _replay_layer(
     with np.errstate(all="ignore"):
         run_layer(altered(case.decoder.using(nx), fault, expert=expert, part=part), case, point)
     return seen
+
+
+class _Reached(Exception):
+    """The failing point has been computed, and nothing else is wanted."""
+
+
+class _UntilPoint(Replay):
+    """A replay that ends at one point."""
+
+    def __init__(self, dump: Dump, decoder: Decoder, point: str):
+        super().__init__(dump, decoder)
+        self.point = point
+
+    def __call__(self, path: str, x: np.ndarray) -> np.ndarray:
+        x = super().__call__(path, x)
+        if path == self.point and not path.endswith("kv_b_proj"):  # shown twice: caches.reading
+            raise _Reached
+        return x
+
+
+def replay_until(
+    case: Judgement, decoder: Decoder, point: str, fault: Fault | None = None
+) -> Replay:
+    """Compute what leads to one point, from the engine's inputs, with a fault or under a decoder.
+
+    What follows the point is not computed.
+    """
+    seen = _UntilPoint(case.dump, decoder, point)
+    watched = decoder.using(replace(decoder.nx.watching(seen), stop_at_nonfinite=False))
+    with np.errstate(all="ignore"), suppress(_Reached):
+        run_layer(altered(watched, fault) if fault else watched, case, point)
+    return seen
+
+
+def _solved(case: Judgement, fault: Fault, point: str) -> tuple[Fault, str] | None:
+    """Return a fault with its constant solved for at the failing point; None where it fits none."""
+    theirs = case.exact.theirs[point]
+    if point not in case.rows:
+        return None
+
+    def left(trial: Fault) -> float:
+        seen = replay_until(case, case.decoder, point, trial)
+        ours = seen.ours.get(point)
+        if ours is None or ours.shape != theirs.shape or not np.isfinite(ours).all():
+            return np.inf
+        return float(np.linalg.norm(theirs - ours))
+
+    wrong, _ = _wrong_rows(case, point)
+    if case.rows[point].multiple() <= 1 or not wrong.any():
+        wrong = case.rows[point].error >= case.rows[point].error.max() / 2
+    first = int(case.exact.positions(point)[np.argmax(wrong)])
+    begins = [t for t in (first, first - 1, first + 1) if 0 < t < len(case.tokens)]
+    error = float(np.linalg.norm(theirs - case.exact.ours[point]))
+    return solve(fault, left, error, begins)
 
 
 def run_layer(decoder: Decoder, case: Judgement, point: str) -> None:

@@ -13,27 +13,35 @@ than the noise of a score, and what follows uses the engine's choice (judge.py).
 point every known fault is tried (cause.py).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import log
 from typing import Any
 
 import numpy as np
 
-from refmoe.engines import Profile, find_profile, profile_of
+from refmoe.engines import Profile, read_conventions
 from refmoe.fast.reproducible import reproducible_policy
 from refmoe.fast.threads import single_blas_thread
+from refmoe.files import InputError
+from refmoe.model.decoder import Decoder
 from refmoe.model.points import FORMS, parse
-from refmoe.oracle.cause import describe_error, find_cause
-from refmoe.oracle.envelope import sample_envelope
+from refmoe.oracle.caches import read_cache
+from refmoe.oracle.cause import describe_error
+from refmoe.oracle.envelope import Envelope, Lens, sample_envelope
 from refmoe.oracle.forms.place import Placed, place
-from refmoe.oracle.forms.prefix import after
 from refmoe.oracle.forms.ranks import join_ranks, wrong_ranks
-from refmoe.oracle.judge import Judgement, PromptResult, Report, joined, judge
+from refmoe.oracle.judge import Judgement, PromptResult, Report, joined
+from refmoe.oracle.listing.undo import impossible, undo
+from refmoe.oracle.listing.vocabulary import Vocabulary
+from refmoe.oracle.noise import UNIT
+from refmoe.oracle.profiles import read_profile
 from refmoe.oracle.readers.adapt import adapt
 from refmoe.oracle.readers.base import Dump
-from refmoe.oracle.replay import replay
+from refmoe.oracle.readers.logprobs import settle_dump
+from refmoe.oracle.settle import Bench, Declared, cause_of, settle
 from refmoe.oracle.statistics import ALPHA, RUNS
+from refmoe.progress import Said, say_nothing
 from refmoe.run.load import Model
 
 VERDICTS = ("fault", "undecidable", "pass")  # the worst first
@@ -44,24 +52,32 @@ def check(
     dump: Dump,
     tokens: Sequence[int] | Sequence[Sequence[int]] | None = None,
     *,
-    engine: str = "refmoe",
+    engine: str | None = None,
     profile: Profile | str | None = None,
     alpha: float = ALPHA,
     runs: int = RUNS,
     keep: bool = True,
+    conventions: Iterable[str] = (),
+    cache: str | None = None,
 ) -> Report:
     """Judge a dump of the same tokens and weights.
 
-    tokens   of the dump, or of each of its prompts; without them, those that its file has, or that
-             the rows of its embedding name
-    engine   whose conventions it is to be held to
-    profile  its precision; without one, that of the values in the dump
-    alpha    chance of a false alarm in the whole report
-    runs     emulated runs that an envelope is sampled from
-    keep     False: sample the envelope anew, and leave nothing on disk
+    tokens       of the dump, or of each of its prompts; without them, those that its file has, or
+                 that the rows of its embedding name
+    engine       whose conventions it is to be held to; None: refmoe's, and a free choice of another
+                 engine that explains the dump leaves it undecided
+    profile      its precision, as `read_profile` reads it; None: guessed from the values
+    alpha        chance of a false alarm in the whole report
+    runs         emulated runs that an envelope is sampled from
+    keep         False: sample the envelope anew, and leave nothing on disk
+    conventions  NAME=VALUE each, in place of the engine's sides
+    cache        type of the cache where it is narrower than the tensors, a key of `CACHES`
     Raises `InputError` where tokens are missing, or a name is unknown.
     """
-    return judge_dump(model, dump, tokens, engine, profile, alpha, runs, keep).report
+    case = judge_dump(
+        model, dump, tokens, engine, profile, alpha, runs, keep, True, conventions, cache
+    )
+    return case.report
 
 
 @single_blas_thread()
@@ -69,44 +85,90 @@ def judge_dump(
     model: Model,
     dump: Dump,
     tokens: Sequence[int] | Sequence[Sequence[int]] | None = None,
-    engine: str = "refmoe",
+    engine: str | None = None,
     profile: Profile | str | None = None,
     alpha: float = ALPHA,
     runs: int = RUNS,
     keep: bool = True,
     explain: bool = True,
+    conventions: Iterable[str] = (),
+    cache: str | None = None,
+    progress: Said = say_nothing,
 ) -> Judgement:
     """Judge a dump as `check` does, and return all that the report rests on.
 
     Where the dump has several prompts, or rows that were computed again, each is judged, and what
     is returned is of the first that is wrong; its report tells of all.
-    explain  False: do not look for the cause of a fault
+    explain   False: do not look for the cause of a fault, nor for settings that would explain it
+    progress  is told what is being done, and how much of it is done
     """
-    if isinstance(profile, str):
-        profile = find_profile(profile)
-    decoder = model.decoder.using(reproducible_policy("float64", engine))  # refuses unknown engines
-    profile = profile or profile_of(dump.rounded, engine)
+    declared = _declared(engine, profile, list(conventions), cache)
+    decoder = model.decoder.using(reproducible_policy("float64", declared.sides))
     ranks = tuple(adapt(arrays, model.cfg) for arrays in dump.ranks)
     dump = replace(dump, arrays=adapt(dump.arrays, model.cfg), ranks=ranks)
     if "absorbed" in forms_of(dump.arrays):
         decoder = decoder.using(replace(decoder.nx, attention="absorbed"))
-    identity = model.checkpoint.identity if keep else None
     joined_ranks = join_ranks(dump, model.cfg)
     placed = [
         replace(p, label=", ".join(filter(None, (j.label, p.label))), notes=j.notes + p.notes)
         for j in joined_ranks
-        for p in place(j.dump, decoder, tokens)
+        for p in _placed(model, decoder, j.dump, tokens)
     ]
     found = []
     for each in placed:
-        here = after(decoder, each.before)
-        exact = replay(each.dump, here, each.tokens)
-        own = None if each.before else identity
-        envelope = sample_envelope(here, profile, each.tokens, exact.lenses, runs, own)
         chance = alpha / len(placed)
-        case = judge(here, each.dump, each.tokens, exact, envelope, engine, profile, chance)
-        found.append(_with_place(case, each, joined_ranks[0].parts))
-    return _first_wrong(found, [p.label for p in placed], alpha, explain)
+        how = (decoder.nx.attention, chance, runs, keep, each.before, progress)
+        bench = Bench(model, each.dump, each.tokens, engine or "refmoe", *how)
+        case = settle(bench, declared, explain)
+        case = _with_place(case, each, joined_ranks[0].parts)
+        found.append(_undone(model, case, runs, keep))
+    return _first_wrong(found, [p.label for p in placed], alpha, explain, progress)
+
+
+def _placed(
+    model: Model,
+    decoder: Decoder,
+    dump: Dump,
+    tokens: Sequence[int] | Sequence[Sequence[int]] | None,
+) -> list[Placed]:
+    """Return the sequences of a dump with their tokens; texts of log-probabilities become ids."""
+    if dump.listing is None:
+        return place(dump, decoder, tokens)
+    every = [replace(dump, others=()), *dump.others]
+    given: list[Any] = [tokens] * len(every)
+    if tokens is not None and len(tokens) and not isinstance(tokens[0], int | np.integer):
+        if len(tokens) != len(every):
+            raise InputError(
+                f"{dump.path}: {len(every)} sequences, and the tokens of {len(tokens)} prompts"
+            )
+        given = list(tokens)
+    words = None
+    if any(d.top is None for d in every) or tokens is not None:
+        words = Vocabulary(model.tokenizer) if model.checkpoint.has_words else None
+    out = []
+    for n, (each, own) in enumerate(zip(every, given, strict=True)):
+        if each.top is None or own is not None:
+            each = settle_dump(each, own, words, model.bos)
+        assert each.tokens is not None
+        label = f"sequence {n + 1}" if len(every) > 1 else ""
+        out.append(Placed(label, each.tokens, each, None, each.notes))
+    return out
+
+
+def _declared(
+    engine: str | None, profile: Profile | str | None, conventions: list[str], cache: str | None
+) -> Declared:
+    """Return what a user said of an engine; raise `InputError` for an unknown name or value."""
+    if isinstance(profile, str):
+        profile = read_profile(profile)
+    sides = read_conventions(engine or "refmoe", conventions)
+    pinned = frozenset(setting.partition("=")[0] for setting in conventions)
+    cache = read_cache(cache)
+    if profile is not None and profile.cache not in (None, *UNIT):
+        cache = cache or profile.cache  # what is deterministic is recomputed, and is no noise
+    if profile is not None and cache is not None:
+        profile = replace(profile, cache=None)
+    return Declared(engine, sides, pinned, profile, cache)
 
 
 def forms_of(names: Iterable[str]) -> set[str]:
@@ -132,14 +194,15 @@ def _with_place(case: Judgement, placed: Placed, ranks: int) -> Judgement:
 
 
 def _first_wrong(
-    found: list[Judgement], labels: list[str], alpha: float, explain: bool
+    found: list[Judgement], labels: list[str], alpha: float, explain: bool, progress: Said
 ) -> Judgement:
     """Return the first judgement of the worst verdict, with a report that tells of all."""
     worst = min(found, key=lambda c: VERDICTS.index(c.report.verdict))
     report = worst.report
-    if explain and report.verdict == "fault":
-        cause = find_cause(worst)
-        report = replace(report, cause=cause, shape=None if cause else describe_error(worst))
+    if explain and report.verdict == "fault" and report.cause is None:
+        cause = cause_of(worst, progress)
+        shape = None if cause or report.passes_under else describe_error(worst)
+        report = replace(report, cause=cause, shape=shape)
     if len(found) > 1:
         label = labels[[c is worst for c in found].index(True)]
         results = [
@@ -158,6 +221,22 @@ def _first_wrong(
             coverage=joined([c.report.coverage for c in found if c.report.coverage]),
         )
     return replace(worst, report=report)
+
+
+def _undone(model: Model, found: Judgement, runs: int, keep: bool) -> Judgement:
+    """Return the judgement after what was done to log-probabilities is known and undone."""
+    identity = model.checkpoint.identity if keep else None
+
+    def sample(lenses: Mapping[str, Lens]) -> Envelope:
+        return sample_envelope(found.decoder, found.profile, found.tokens, lenses, runs, identity)
+
+    case = found
+    wrong = impossible(case)
+    if wrong is not None and case.report.verdict == "pass":
+        case = replace(
+            case, report=replace(case.report, verdict="fault", point="lm_head", reason=wrong)
+        )
+    return undo(case, sample, model.tokenizer if model.checkpoint.has_words else None)
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,13 @@ import numpy as np
 from refmoe.engines import Profile
 from refmoe.files import cache_folder, write_atomically
 from refmoe.model.decoder import Decoder
+from refmoe.model.numerics import WatchSome
 from refmoe.oracle.noise import emulated, rms
+from refmoe.progress import Said, say_nothing
 
 KIND = "envelopes"  # of cache folder
 KEPT = 64  # envelopes on disk; the oldest are removed
-VERSION = 1  # of the emulation: another one forgets what the last one sampled
+VERSION = 2  # of the emulation: another one forgets what the last one sampled
 
 
 class Lens(NamedTuple):
@@ -51,13 +53,15 @@ def sample_envelope(
     lenses: Mapping[str, Lens],
     runs: int,
     identity: str | None = None,
+    progress: Said = say_nothing,
 ) -> Envelope:
     """Return the envelope of these points, read back if it was sampled before.
 
     identity  of the checkpoint; None: sample, and leave nothing on disk
+    progress  is told before each run
     """
     if identity is None:
-        return _sample(decoder, profile, tokens, lenses, runs)
+        return _sample(decoder, profile, tokens, lenses, runs, progress)
     facts: list[Any] = [
         identity,
         asdict(profile),
@@ -70,7 +74,7 @@ def sample_envelope(
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     envelope = _recall(key)
     if envelope is None:
-        envelope = _sample(decoder, profile, tokens, lenses, runs)
+        envelope = _sample(decoder, profile, tokens, lenses, runs, progress)
         _remember(key, envelope)
     return envelope
 
@@ -81,17 +85,18 @@ def _sample(
     tokens: Sequence[int],
     lenses: Mapping[str, Lens],
     runs: int,
+    progress: Said,
 ) -> Envelope:
     """Run the exact decoder once and the emulated one `runs` times, and keep what these err."""
     exact: dict[str, np.ndarray] = {}
 
     def record(path: str, x: np.ndarray) -> np.ndarray:
-        if path in lenses or path.endswith(".mlp.gate"):
-            exact[path] = x
+        exact[path] = x
         return x
 
     nx = replace(decoder.nx, stop_at_nonfinite=False)
-    decoder.using(nx.watching(record)).logits(tokens)
+    kept = WatchSome(record, lambda path: path in lenses or path.endswith(".mlp.gate"))
+    decoder.using(nx.watching(kept)).logits(tokens)
     # an expert that only the engine chose has no exact rows; `row_errors` pools what others have
     lenses = {name: lens for name, lens in lenses.items() if name in exact}
     size = {}
@@ -101,6 +106,7 @@ def _sample(
     noise: dict[str, list[np.ndarray]] = {name: [] for name in lenses}
     gates: dict[str, list[float]] = {}
     for seed in range(runs):
+        progress(f"emulated runs of {profile.name}", seed, runs)
         rng = np.random.default_rng(seed)
 
         def inject(path: str, x: np.ndarray, rng: np.random.Generator = rng) -> np.ndarray:
@@ -119,7 +125,7 @@ def _sample(
                 return x
             return exact[path] if lens.known is None else np.where(lens.known, exact[path], x)
 
-        emulated(decoder.using(nx), profile, len(tokens), rng, inject).logits(tokens)
+        emulated(decoder.using(nx), profile, len(tokens), rng, inject, lenses).logits(tokens)
     return Envelope(
         {name: np.stack(rows) for name, rows in noise.items() if rows},
         {name: float(np.sqrt(np.mean(squares))) for name, squares in gates.items()},

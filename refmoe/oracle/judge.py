@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from math import isinf
 from typing import Any
 
@@ -18,6 +18,7 @@ from refmoe.model.router import limit_groups, sigmoid
 from refmoe.oracle.envelope import Envelope
 from refmoe.oracle.forms.prefix import prefix_of, rests_on_prefix
 from refmoe.oracle.forms.rows import ranges
+from refmoe.oracle.noise import UNIT
 from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.replay import TOP, Replay
 from refmoe.oracle.statistics import WIDE, PointResult, RowErrors, judge_points, row_errors
@@ -91,8 +92,15 @@ class Report:
     cause: Cause | None = None
     shape: str | None = None  # of a residual that no known fault explains
     coverage: Coverage | None = None
+    profile_guessed: bool = False
+    profile_from: str | None = None  # what it was guessed from
+    passes_under: tuple[str, ...] = ()  # options under which nothing would be wrong
+    seen: dict[str, str] = field(default_factory=dict)  # sides seen in place of the engine's own
+    cache: str | None = None  # the declared one, in the form that was found
     notes: tuple[str, ...] = ()  # how the dump's rows were placed
     prompts: tuple[PromptResult, ...] = ()  # of each, where the dump has several
+    form: str | None = None  # in which a server wrote log-probabilities
+    undone: tuple[str, ...] = ()  # done to log-probabilities, and undone before they were judged
 
     def judged_with(self, point: str | None) -> tuple[str, ...]:
         """Return the points that the dump lacks and that are judged with this one."""
@@ -151,7 +159,7 @@ def judge(
     outside, points = judge_points(rows, through, alpha)
     flipped = [
         f
-        for f in flips(decoder, exact, envelope)
+        for f in flips(decoder, exact, envelope, profile)
         if not before
         or not rests_on_prefix(f.path, points_between(f.path, fed, order, decoder.cfg))
     ]
@@ -184,6 +192,7 @@ def judge(
         },
         alpha,
         coverage=covered,
+        form=dump.form,
     )
     return Judgement(decoder, tokens, engine, profile, dump, exact, envelope, rows, report)
 
@@ -404,7 +413,7 @@ class Flip:
 DEVIATIONS = 7  # of a difference of two scores: a larger gap is no tie
 
 
-def flips(decoder: Decoder, exact: Replay, envelope: Envelope) -> Iterator[Flip]:
+def flips(decoder: Decoder, exact: Replay, envelope: Envelope, profile: Profile) -> Iterator[Flip]:
     """Yield the tokens whose set of experts is not ours, and whether noise explains it.
 
     Noise explains a flip if the scores that changed places are nearer than seven deviations of a
@@ -421,7 +430,8 @@ def flips(decoder: Decoder, exact: Replay, envelope: Envelope) -> Iterator[Flip]
         score = sigmoid(exact.theirs[gate] if whole else ours)
         score = score + dequantize(weights.gate.e_score_correction_bias, np.float64)
         score, margin = limit_groups(score, decoder.cfg, decoder.nx)
-        tie = float(DEVIATIONS * np.sqrt(2) * 0.25 * envelope.gates[gate] + 4 * 2.0**-24)
+        tie = DEVIATIONS * np.sqrt(2) * 0.25 * envelope.gates[gate]
+        tie = float(tie + 4 * UNIT[profile.weights])  # scores have the type of the weights
         pairs = zip(exact.ours[path].astype(int), exact.theirs[path].astype(int), strict=True)
         for row, (mine, theirs) in enumerate(pairs):
             lost = sorted(set(mine.tolist()) - set(theirs.tolist()))

@@ -1,5 +1,6 @@
 """The decoder on another engine's inputs: what we compute, beside what the engine had."""
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.trace import sketch
 
 TOP = "top log-probabilities"  # what a report calls them
+SCORED = ("#scores", "#probs")  # before #context
 
 
 class Replay:
@@ -35,10 +37,20 @@ class Replay:
         self.broken: list[str] = []  # choices that name no expert; ours are used instead
         self.order: list[str] = []  # of computation
         self.entering: dict[str, np.ndarray] = {}  # what each layer got, whoever computed it
+        self.logits: np.ndarray | None = None  # ours [T, Z]
         self.at: dict[str, np.ndarray] = {}  # positions of the rows compared, where not all are
         self.routed: dict[str, np.ndarray] = {}  # "...experts.E" → positions of its rows
 
+    def wants(self, path: str) -> bool:
+        """Tell whether this point is looked at: of scores, [T, H, T], only what the dump has."""
+        if not path.endswith(SCORED):
+            return True
+        return path in self.dump.arrays or path + "#sketch" in self.dump.arrays
+
     def __call__(self, path: str, x: np.ndarray) -> np.ndarray:
+        if path.endswith("#context"):  # of scores that nobody looked at
+            at = path.removesuffix("#context")
+            self.order += [at + end for end in SCORED if not self.wants(at + end)]
         x = self._go_on(path, x)
         if path == "model.embed_tokens" or path.rpartition(".")[0] == "model.layers":
             self.entering[path] = x
@@ -49,6 +61,8 @@ class Replay:
         self.order.append(path)
         if path.endswith(".mlp.gate"):
             self.gates[path] = x
+        if path == "lm_head":
+            self.logits = x
         if path == "lm_head" and self.dump.top is not None:
             return self._top(path, x)
         if path + "#sketch" in self.dump.arrays:
@@ -191,7 +205,7 @@ class Replay:
         if len(ids) != len(x) or ids.max(initial=-1) >= self.cfg.vocab_size:
             self.misfits[TOP] = f"of {len(ids)} positions for {len(x)} tokens, or of other words"
             return x
-        known = ids >= 0
+        known = (ids >= 0) & np.isfinite(theirs)
         rows = known.any(axis=1)
 
         def look(logits: np.ndarray) -> np.ndarray:
@@ -204,8 +218,20 @@ class Replay:
         else:
             self.at[path] = np.flatnonzero(rows)
             key = hashlib.sha256(ids.tobytes()).hexdigest()
-            self._note(path, x, np.where(known, theirs, 0)[rows], Lens(look, False, key=key))
+            lens = Lens(look, False, self.dump.step, key)
+            self._note(path, x, np.where(known, theirs, 0)[rows], lens)
         return x
+
+    def with_logits_seen(self, lens: Lens, theirs: np.ndarray, at: np.ndarray) -> "Replay":
+        """Return this replay with another view of lm_head; `at` are the positions of its rows."""
+        assert self.logits is not None
+        path = "lm_head"
+        seen = copy.copy(self)
+        seen.ours = self.ours | {path: lens.look(self.logits)}
+        seen.theirs = self.theirs | {path: theirs}
+        seen.lenses = self.lenses | {path: lens}
+        seen.at = self.at | {path: at}
+        return seen
 
 
 def replay(dump: Dump, decoder: Decoder, tokens: Sequence[int]) -> Replay:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from refmoe.engines import CONVENTIONS, MATTER
 from refmoe.oracle.check import Arbitration
 from refmoe.oracle.forms.rows import ranges
 from refmoe.oracle.judge import Coverage, Report
@@ -24,12 +25,21 @@ def report_lines(report: Report, every: bool = False, truth: bool = False) -> It
     how = "end to end" if truth else how_judged(report)
     yield (
         f"{report.compared} tensors compared, {how}; "
-        f"profile {report.profile}, conventions of {report.engine}"
+        f"profile {report.profile}{' (guessed)' if report.profile_guessed else ''}, "
+        f"conventions of {report.engine}"
     )
+    if report.profile_guessed:
+        yield f"  guessed: {report.profile_from}"
+    if report.cache:
+        yield f"  cache: {report.cache}"
+    if report.form is not None:
+        yield f"  {report.form}"
     for note in report.notes:
         yield f"  {note}"
     for name, value in report.conventions.items():
         yield f"  convention: {convention_text(name, value)}"
+    for name, side in report.seen.items():
+        yield f"  convention: {seen_text(name, side, report.engine)}"
     yield ""
     yield f"{'rel error':>10} {'explained':>10} {'multiple':>9}  point"
     worst = sorted(report.points, key=lambda p: -p.multiple)
@@ -54,6 +64,8 @@ def report_lines(report: Report, every: bool = False, truth: bool = False) -> It
         more = f" and {len(through) - THROUGH + 1} more" if len(through) > THROUGH else ""
         first = through[: THROUGH - 1] if more else through
         yield f"judged together with {', '.join(first)}{more}, which the dump lacks"
+    if report.passes_under and report.verdict == "fault":
+        yield f"nothing would be wrong under {' or '.join(report.passes_under)}"
     yield from cause_lines(report)
     yield f"nominal chance of a false alarm in the whole report: {report.alpha:g}"
 
@@ -89,7 +101,7 @@ def cause_lines(report: Report) -> Iterator[str]:
     """Yield the lines that name the cause of a fault, or describe an unknown one."""
     cause = report.cause
     if cause is None:
-        if report.verdict == "fault":
+        if report.verdict == "fault" and not report.passes_under:
             yield f"CAUSE: no known fault fits{f'; {report.shape}' if report.shape else ''}"
         return
     yield f"CAUSE: {cause.text} [{cause.id}]"
@@ -125,6 +137,13 @@ def convention_text(name: str, value: str) -> str:
     theirs, ours = split_convention(value)
     taken = "from config.json" if theirs in ("the config's", "None") else f"= {theirs}"
     return f"{name} {taken}{f' (refmoe: {ours})' if ours else ''}"
+
+
+def seen_text(name: str, side: str, engine: str) -> str:
+    """Return the side that a dump takes in place of its engine's as a phrase."""
+    own = MATTER[name].side(CONVENTIONS[engine])
+    taken = "of config.json" if side == "config" else f"= {side}"
+    return f"{name} {taken} seen ({engine}: {own})"
 
 
 def split_convention(value: str) -> tuple[str, str]:

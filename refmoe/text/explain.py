@@ -3,6 +3,8 @@
 The first question of every investigation is whether a difference is numeric or in the prompt.
 Ids are compared through the bytes they stand for:
 
+    a special token more in front or at the end    special tokens: a BOS, an end
+    special ids that stand for others throughout   special tokens: mapped
     the texts differ                               template (or an added or missing special token)
     same text, a special token on one side only    special tokens: spelled out, or made special
     same text, a token crosses, or ends within,    pre-tokenisation: another regular expression
@@ -33,6 +35,9 @@ def explain(words: Tokenizer, ours: Sequence[int], theirs: Sequence[int]) -> Dif
     """
     if list(ours) == list(theirs):
         return None
+    special_ids = _explain_special_ids(words, list(ours), list(theirs))
+    if special_ids is not None:
+        return special_ids
     token = next(
         (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
         min(len(ours), len(theirs)),
@@ -51,6 +56,62 @@ def explain(words: Tokenizer, ours: Sequence[int], theirs: Sequence[int]) -> Dif
             start, token, "special tokens", f"{name} is one special token {side}; {other} {plain}"
         )
     return _explain_pieces(words, ours, theirs, token, start, ours_text)
+
+
+def spelled(words: Tokenizer, ids: Sequence[int]) -> str:
+    """Return ids with what they stand for, in a message: [BOS] (163584)."""
+    shown = (words.decode([i]) if 0 <= i < words.size else "no token here" for i in ids)
+    return ", ".join(f"{text} ({i})" for i, text in zip(ids, shown, strict=True))
+
+
+def _explain_special_ids(words: Tokenizer, ours: list[int], theirs: list[int]) -> Difference | None:
+    """Explain ids that are the same but for a BOS in front, a map of special ids, or both."""
+    first = min(words.special.values(), default=words.size)
+    added, rest = "", (ours, theirs)
+    for side, longer, shorter in (("there", theirs, ours), ("here", ours, theirs)):
+        if len(longer) != len(shorter) + 1 or longer[0] < first:
+            continue
+        cut = (ours, longer[1:]) if side == "there" else (longer[1:], theirs)
+        if _mapped(*cut, first) is not None:
+            added = f"a BOS in front: {spelled(words, longer[:1])} stands only {side}"
+            rest = cut
+    found = _mapped(*rest, first)
+    if found is None or not (added or found):
+        return None
+    start = 0
+    token = 0
+    if not added:
+        token = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+        start = sum(len(words.token_bytes(i)) for i in ours[:token])
+    parts = [added] if added else []
+    if found:
+        moved = {b - a for a, b in found.items()}
+        by = f", all by {moved.pop():+d}" if len(found) > 1 == len(moved) else ""
+        pairs = ", ".join(f"{a}→{b}" for a, b in found.items())
+        names = spelled(words, list(found))
+        parts.append(f"special ids mapped{by}: {pairs}; here they are {names}")
+    told = ", and ".join(parts)
+    return Difference(
+        start, token, "special tokens", f"the ids differ by {told}; the rest is the same"
+    )
+
+
+def _mapped(ours: Sequence[int], theirs: Sequence[int], first: int) -> dict[int, int] | None:
+    """Return the map of special ids, from `first` on, that makes ours theirs; None: there is none.
+
+    Every occurrence must be mapped alike, and no two ids to one.
+    """
+    if len(ours) != len(theirs):
+        return None
+    out: dict[int, int] = {}
+    for a, b in zip(ours, theirs, strict=True):
+        if a != b and min(a, b) < first:
+            return None
+        if out.setdefault(a, b) != b:
+            return None
+    if len(set(out.values())) != len(out):
+        return None
+    return {a: b for a, b in out.items() if a != b}
 
 
 def _explain_texts(

@@ -189,9 +189,60 @@ def test_tok_renders_messages_and_compares_with_another_engines_ids(tmp_path, ca
     (tmp_path / "ids.json").write_text(json.dumps([2048, *document["tokens"]]))
     code, out, _ = run(*args, "--against", tmp_path / "ids.json", capsys=capsys)
     assert code == 1
-    assert out.startswith("special tokens: at byte 0, token 0: [BOS] stands only there")
+    assert out.startswith("special tokens: at byte 0, token 0: the ids differ by a BOS in front")
     code, _, err = run("tok", capsys=capsys)
     assert (code, err) == (2, "refmoe: give a TEXT or --messages FILE\n")
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        lambda ids: {"count": len(ids), "max_model_len": 9, "tokens": ids},
+        lambda ids: {"tokens": [{"id": i, "piece": "?"} for i in ids]},
+        lambda ids: [{"id": i, "text": "?"} for i in ids],
+        lambda ids: {"input_ids": [ids], "attention_mask": [[1] * len(ids)]},
+        lambda ids: {"prompt_token_ids": ids, "choices": []},
+        lambda ids: {"choices": [{"prompt_token_ids": ids, "token_ids": [5]}]},
+        lambda ids: {"choices": [{"raw_output": {"prompt_token_ids": ids}}]},
+        lambda ids: {"meta_info": {"input_token_logprobs": [[None, i, None] for i in ids]}},
+    ],
+)
+def test_tok_reads_what_servers_say_of_a_prompt(theirs, tmp_path, capsys):
+    text = "Good morrow, my lord"
+    ids = refmoe.load().tokenizer.encode(text)
+    (tmp_path / "t.json").write_text(json.dumps(theirs(ids)))
+    args = ["tok", text, "--against", tmp_path / "t.json"]
+    assert run(*args, capsys=capsys)[:2] == (0, f"the same {len(ids)} tokens\n")
+    (tmp_path / "t.json").write_text(json.dumps(theirs([*ids, 7])))
+    assert run(*args, capsys=capsys)[0] == 1
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        lambda n: {"usage": {"prompt_tokens": n}, "choices": []},
+        lambda n: {"content": "x", "tokens": [5, 6], "tokens_evaluated": n},
+        lambda n: {"response": "x", "prompt_eval_count": n},
+    ],
+)
+def test_tok_compares_numbers_where_a_response_has_no_ids(theirs, tmp_path, capsys):
+    text = "Good morrow, my lord"
+    n = len(refmoe.load().tokenizer.encode(text))
+    args = ["tok", text, "--against", tmp_path / "t.json"]
+    (tmp_path / "t.json").write_text(json.dumps(theirs(n)))
+    code, out, _ = run(*args, capsys=capsys)
+    assert code == 0
+    assert f"{n} tokens in both" in out
+    assert "only their number is compared" in out
+    (tmp_path / "t.json").write_text(json.dumps(theirs(n + 1)))
+    code, out, _ = run(*args, capsys=capsys)
+    assert code == 1
+    assert f"{n} tokens here, {n + 1} there" in out
+    assert "a BOS in front" in out
+    (tmp_path / "t.json").write_text('{"choices": []}')
+    code, _, err = run(*args, capsys=capsys)
+    assert code == 2
+    assert "no token ids in it" in err
 
 
 def test_tiny_writes_a_checkpoint_that_opens(tmp_path, capsys):

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from refmoe import cli
 from refmoe.engines import CONVENTIONS
 from refmoe.files import InputError
 from refmoe.oracle.check import check
+from refmoe.oracle.profiles import read_profile, type_of
 from refmoe.oracle.readers.adapt import fit
 from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.readers.dump import read_dump
@@ -58,8 +60,11 @@ def test_logits_alone_are_judged_end_to_end(tmp_path):
     assert len(report.points[0].through) > 80
     off = logits * (1 + 1e-3)
     np.savez(tmp_path / "off.npz", lm_head=off, tokens=np.array(TOKENS))
-    report = check(MODEL, read_dump(tmp_path / "off.npz"), engine="mlx")
+    report = check(MODEL, read_dump(tmp_path / "off.npz"), engine="mlx", profile="float32")
     assert (report.verdict, report.point) == ("fault", "lm_head")
+    report = check(MODEL, read_dump(tmp_path / "off.npz"), engine="mlx")
+    assert report.verdict == "undecidable"
+    assert "--profile bfloat16" in report.passes_under
 
 
 def test_conventions_explain_what_is_no_fault(random_bf16):
@@ -201,6 +206,79 @@ def test_of_two_engines_the_one_that_drifts_is_named(random_bf16, tmp_path, caps
     assert 1e3 < document["ratio"] < 1e6  # 2^-8 against 2^-24
     assert cli.main(["check", a, "--against", a, "--model", str(random_bf16)]) == 0
     assert "further from float64: neither" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory):
+    """tiny-k2 without quantisation, as transformers opens it."""
+    folder = tmp_path_factory.mktemp("twin")
+    make.twin(golden_folder() / "tiny-k2", folder, torch.float32)
+    return folder
+
+
+def opened(folder, dtype):
+    model = engines.planted.hf.DeepseekV3ForCausalLM.from_pretrained(folder, dtype=dtype)
+    model.config._experts_implementation = "eager"
+    return model.eval()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("engine", ["transformers", None])
+def test_a_run_under_autocast_passes_and_its_profile_is_guessed(twin, dtype, engine):
+    """Products in bf16, norms and residual stream in float32 where the weights are."""
+    live = opened(twin, getattr(torch, dtype))
+    seen = dumper.watch(live)
+    with torch.autocast("cpu", torch.bfloat16):
+        dump = engines.transformers_run(live, seen, TOKENS)
+    report = check(MODEL, dump, engine=engine)
+    assert report.verdict == "pass", report.reason
+    assert report.profile_guessed
+    guess = {"storage": "bfloat16", "logits": "bfloat16", "weights": "bfloat16"}
+    profile = read_profile(report.profile)
+    assert guess.items() <= vars(profile).items()
+    wide = dtype == "float32"
+    assert dict(profile.points) == ({"norms": "float32", "residual": "float32"} if wide else {})
+    assert profile.activations == ("bfloat16" if wide else None)
+    assert ("norms float32" in report.profile_from) == wide
+    assert check(MODEL, dump, engine=engine, profile="bfloat16").verdict == "fault"
+
+
+def test_under_autocast_a_fault_of_a_norm_is_not_hidden_by_its_products(twin):
+    """The norm's float32 is part of the guess: a thousandth is seen, a third of bf16's rounding."""
+    live = opened(twin, torch.float32)
+    seen = dumper.watch(live)
+    with torch.autocast("cpu", torch.bfloat16):
+        dump = engines.transformers_run(live, seen, TOKENS)
+    at = "model.layers.2.input_layernorm"
+    dump.arrays[at] = dump.arrays[at] * np.float32(1.001)
+    report = check(MODEL, dump, engine="transformers")
+    assert report.verdict == "pass"  # as an engine that rounds inside the norm would
+    assert f"{at} would be wrong" in report.profile_from
+    declared = check(MODEL, dump, engine="transformers", profile=FINE)
+    assert (declared.verdict, declared.point) == ("fault", at)
+
+
+FINE = (
+    "bfloat16,logits=bfloat16,weights=bfloat16,activations=bfloat16,norms=float32,residual=float32"
+)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_bfloat16_engine_with_a_float32_head_passes(twin, normed):
+    live = opened(twin, torch.bfloat16)
+    live.lm_head.float()
+    if normed:
+        live.model.norm.float()
+    live.lm_head.register_forward_pre_hook(lambda module, args: (args[0].float(),))
+    dump = engines.transformers_run(live, dumper.watch(live), TOKENS)
+    assert type_of(dump.arrays["lm_head"]) == "float32"
+    report = check(MODEL, dump, engine="transformers")
+    assert (report.verdict, report.profile) == ("pass", "bfloat16"), report.reason
+    assert check(MODEL, dump, engine="transformers", profile="float32").verdict == "fault"
+    alone = replace(dump, arrays={"lm_head": dump.arrays["lm_head"]}, rounded="float32")
+    report = check(MODEL, alone, engine="transformers")
+    assert report.verdict == "undecidable"
+    assert "--profile bfloat16" in report.passes_under
 
 
 def test_experts_left_random_by_a_loader_are_caught(tmp_path):

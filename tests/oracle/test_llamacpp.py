@@ -15,6 +15,7 @@ from refmoe.engines import CONVENTIONS
 from refmoe.fast.engine import engine
 from refmoe.oracle.base_logits import divergence, read_base, write_base
 from refmoe.oracle.readers.dump import read_dump
+from refmoe.oracle.words import report_lines
 from refmoe.run.export import to_gguf
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "llamacpp"
@@ -68,6 +69,24 @@ def test_without_its_betas_it_is_caught_and_they_are_named(exports):
     report = refmoe.check(model, dump, engine="llama.cpp")
     assert report.verdict == "pass"
     assert "yarn_betas" in report.conventions
+
+
+@pytest.mark.parametrize("name", ["f32", "f32-ignored", "q8_0", "q8_0-ignored"])
+def test_with_betas_by_hand_or_without_it_is_right_and_what_was_seen_is_told(name, exports):
+    """Its own 32 and 1 depart from the model's: those of config.json are as good."""
+    file = exports[name.removesuffix("-ignored")]
+    model = refmoe.load(file, "float64", reference=True)
+    dump = read_dump(GOLDEN / f"{name}.safetensors")
+    report = refmoe.check(model, dump, engine="llama.cpp")
+    assert report.verdict == "pass", report.reason
+    by_hand = not name.endswith("-ignored")
+    assert report.seen == ({"yarn_betas": "config"} if by_hand else {})
+    told = "  convention: yarn_betas of config.json seen (llama.cpp: 32/1)"
+    assert (told in report_lines(report)) == by_hand
+    if by_hand:  # said beforehand, it is judged at once
+        sides = ["yarn_betas=config"]
+        report = refmoe.check(model, dump, engine="llama.cpp", conventions=sides)
+        assert (report.verdict, report.seen) == ("pass", {})
 
 
 @pytest.fixture(scope="module")

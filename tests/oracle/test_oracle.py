@@ -86,8 +86,11 @@ def test_printed_corners_are_judged_as_far_as_they_go(model, random_bf16):
     assert report.compared == len(shown)
     wrong = dict(shown)
     wrong["model.layers.1"] = printed(arrays["model.layers.1"] * 1.01)
-    report = check(model, replace(dump, arrays=wrong))
+    report = check(model, replace(dump, arrays=wrong), profile="float32")
     assert (report.verdict, report.point) == ("fault", "model.layers.1")
+    report = check(model, replace(dump, arrays=wrong))  # of products nothing shows the precision
+    assert (report.verdict, report.point) == ("undecidable", "model.layers.1")
+    assert "--profile llama.cpp-q8" in report.passes_under
     last = np.full(arrays["lm_head"].shape, np.nan)
     last[-1, :3] = arrays["lm_head"][-1, :3]  # one row of one tensor is something
     dump = replace(dump, arrays={"lm_head": last}, partial=frozenset(["lm_head"]))

@@ -155,7 +155,9 @@ def test_a_pass_says_so_and_what_it_rests_on(pages, cases):
 
 def test_a_fault_says_where_why_and_how_sure(pages, cases):
     text, r = pages["fault"].text, cases["fault"].report
-    assert "✗ FAULT at model.layers.1.mlp Here the engine first goes wrong: its error is 40" in text
+    times = next(int(p.multiple) for p in r.points if p.name == r.point)
+    said = "✗ FAULT at model.layers.1.mlp Here the engine first goes wrong: its error is"
+    assert f"{said} {times}" in text
     assert "The dump lacks model.layers.1.mlp.experts , so it is judged together with it" in text
     assert "Cause routed_scaling_factor is not applied scaling-dropped" in text
     assert r.cause.fitted in text
@@ -198,7 +200,7 @@ def test_a_report_of_any_kind_is_a_json_document(cases, name):
 @pytest.mark.parametrize("name", KINDS)
 def test_flips_are_those_that_the_report_counts(cases, name):
     case, counted = cases[name], cases[name].report.router
-    found = list(flips(case.decoder, case.exact, case.envelope))
+    found = list(flips(case.decoder, case.exact, case.envelope, case.profile))
     assert len(found) == counted["flips"]
     assert sum(f.explained for f in found) == counted["explained"]
     wrong = [f for f in found if not f.explained]

@@ -31,7 +31,7 @@ def test_an_added_bos_is_named():
     found = explain(WORDS, ours, [WORDS.special["[BOS]"], *ours])
     assert found is not None
     assert (found.byte, found.token, found.cause) == (0, 0, "special tokens")
-    assert found.explanation == "[BOS] stands only there; the rest is the same"
+    assert found.explanation.endswith("stands only there; the rest is the same")
     dropped = explain(WORDS, ours, ours[:-1])
     assert dropped is not None
     assert dropped.explanation == "<|im_assistant|> stands only here; the rest is the same"
@@ -92,3 +92,32 @@ def test_positions_behind_special_tokens_are_right():
     found = explain(WORDS, ours, theirs)
     assert found is not None
     assert (found.byte, found.cause) == (at, "pre-tokenisation")
+
+
+def test_a_bos_in_front_and_a_map_of_special_ids_are_told_as_that():
+    ours = WORDS.encode(DIALOGUE)
+    bos, end = WORDS.special["[BOS]"], WORDS.special["<|im_end|>"]
+    first = min(WORDS.special.values())
+    there = explain(WORDS, ours, [bos, *ours])
+    assert there is not None
+    assert there.explanation == (
+        f"the ids differ by a BOS in front: [BOS] ({bos}) stands only there; the rest is the same"
+    )
+    here = explain(WORDS, [bos, *ours], ours)
+    assert here is not None
+    assert "a BOS in front: [BOS]" in here.explanation
+    assert "stands only here" in here.explanation
+    mapped = explain(WORDS, ours, [i + 300 if i == end else i for i in ours])
+    assert mapped is not None
+    assert mapped.cause == "special tokens"
+    assert f"special ids mapped: {end}→{end + 300}; here they are <|im_end|>" in mapped.explanation
+    moved = explain(WORDS, ours, [i + 300 if i >= first else i for i in ours])
+    assert moved is not None
+    assert "special ids mapped, all by +300: " in moved.explanation
+    both = explain(WORDS, ours, [bos + 300, *(i + 300 if i >= first else i for i in ours)])
+    assert both is not None
+    assert "a BOS in front: no token here" in both.explanation
+    assert "and special ids mapped, all by +300" in both.explanation
+    plain = explain(WORDS, ours, [i if n else 7 for n, i in enumerate(ours)])
+    assert plain is not None
+    assert "mapped" not in plain.explanation

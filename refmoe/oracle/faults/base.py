@@ -59,6 +59,18 @@ class Fitted(NamedTuple):
         return 1 + strength * (self.value(cfg) - 1)
 
 
+class Free(NamedTuple):
+    """A constant of which engines with a fault have any value, so that it is solved for.
+
+    Of a factor or a limit, the values are tried and the best is refined; of a position, those at
+    which the engine's rows begin to be wrong are tried.
+    """
+
+    name: str  # as the answer gives it: NAME 0.25
+    alter: Callable[[float], "Alter"]  # the fault with this value
+    sort: Literal["factor", "position"]
+
+
 @dataclass(frozen=True)
 class Models:
     """Which models can have a fault: in words, and as a test of their config."""
@@ -87,6 +99,7 @@ class Fault:
     where: Models = ALL
     predicts: bool = True  # False: its numbers cannot be foretold, so that no replay confirms it
     by: Literal["result", "reading", "weights"] = "result"  # what the engine has wrong
+    free: Free | None = None  # where it has a constant that is no one's in particular
 
 
 class Family:
@@ -226,6 +239,16 @@ class Planted:
     expert: int | None = None
     seen: dict[str, np.ndarray] = field(default_factory=dict)
 
+    def wants(self, path: str) -> bool:
+        """Tell whether this point is looked at: scores, [T, H, T], where a change or one inside is.
+
+        Whatever else is computed is kept for the changes of its layer.
+        """
+        if not path.endswith((SCORES, PROBS)) or {SCORES, PROBS} & {*self.writes, *self.reads}:
+            return True
+        wants = getattr(self.decoder.nx.watch, "wants", None)
+        return self.decoder.nx.watch is not None and (wants is None or bool(wants(path)))
+
     def __call__(self, path: str, x: np.ndarray) -> np.ndarray:
         if "@" in path:
             raise ValueError(f"{path}: faults are planted in runs of one prompt")
@@ -323,6 +346,11 @@ def changed(
 ) -> Fault:
     """Return a fault of weights, routing or layers."""
     return Fault(id, text, tuple(references.split()), points, alter, by="weights", **more)
+
+
+def with_free(fault: Fault, name: str, sort: Literal["factor", "position"], make: Any) -> Fault:
+    """Return the fault with a constant that is solved for; make(value) is the fault with it."""
+    return replace(fault, strength=None, free=Free(name, lambda value: make(value).alter, sort))
 
 
 # --- ends of points' names

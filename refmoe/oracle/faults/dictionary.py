@@ -13,6 +13,7 @@ from refmoe.files import InputError
 from refmoe.model.points import kind
 from refmoe.oracle.faults.attention import ATTENTION
 from refmoe.oracle.faults.base import Fault
+from refmoe.oracle.faults.caches import CACHE
 from refmoe.oracle.faults.experts import EXPERTS
 from refmoe.oracle.faults.layers import ENDS, LAYERS
 from refmoe.oracle.faults.norms import NORMS
@@ -20,7 +21,7 @@ from refmoe.oracle.faults.positions import POSITIONS
 from refmoe.oracle.faults.router import ROUTER
 from refmoe.oracle.faults.stored import STORED
 
-FAMILIES = (ROUTER, EXPERTS, STORED, NORMS, POSITIONS, ATTENTION, LAYERS, ENDS)
+FAMILIES = (ROUTER, EXPERTS, STORED, NORMS, POSITIONS, ATTENTION, CACHE, LAYERS, ENDS)
 FAULTS: tuple[Fault, ...] = tuple(fault for family in FAMILIES for fault in family)
 BY_ID = {f.id: f for f in FAULTS}
 
@@ -120,6 +121,8 @@ def _told(f: Fault) -> str:
         return "its numbers cannot be foretold"
     if f.fitted is not None:
         return f.fitted.name
+    if f.free is not None:
+        return f"{f.free.name}, solved for"
     return {"result": "wrong result", "reading": "wrongly read", "weights": "other weights"}[f.by]
 
 

@@ -34,19 +34,20 @@ def rotate_as(
     betas: Callable[[Config], tuple[float, float] | None] = lambda cfg: None,
     stretch: Callable[[Config], float] = lambda cfg: 1.0,
     shift: int = 0,
+    positions: Callable[[np.ndarray], np.ndarray] = lambda x: np.arange(len(x)),
     by: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] = rotate,
 ) -> Change:
     """Rotate anew: under another config, other betas or positions, or by another rule.
 
-    `change` of the config, `betas` in its place, positions times `stretch` plus `shift`, `by` a
-    function of channels, cosines and sines.
+    `change` of the config, `betas` in its place, the `positions` of rows times `stretch` plus
+    `shift`, `by` a function of channels, cosines and sines.
     """
 
     def rotation(x: np.ndarray, here: Here) -> np.ndarray:
         nx = here.nx
         sides = replace(nx.conventions, yarn_betas=betas(here.cfg) or nx.conventions.yarn_betas)
-        positions = np.arange(len(x)) * stretch(here.cfg) + shift
-        cos, sin = cos_sin(positions, change(here.cfg), replace(nx, conventions=sides))
+        at = positions(x) * stretch(here.cfg) + shift
+        cos, sin = cos_sin(at, change(here.cfg), replace(nx, conventions=sides))
         if here.path.endswith(Q):
             cos, sin = cos[:, None], sin[:, None]
         return by(unrotated(x, here), cos, sin)

@@ -13,6 +13,7 @@ import numpy as np
 
 from refmoe.files import InputError
 from refmoe.model.decoder import Decoder
+from refmoe.model.numerics import WatchSome
 from refmoe.model.points import parse
 from refmoe.oracle.forms.prefix import find_prefix
 from refmoe.oracle.forms.ranks import (
@@ -342,7 +343,8 @@ def _survey(decoder: Decoder, prompts: list[list[int]], names: set[str]) -> Arra
             seen[path + "#sketch"].append(sketch(path, x))
         return x
 
-    nx = replace(decoder.nx.watching(record), stop_at_nonfinite=False)
+    some = WatchSome(record, lambda path: path in seen or path + "#sketch" in seen)
+    nx = replace(decoder.nx.watching(some), stop_at_nonfinite=False)
     for prompt in prompts:
         decoder.using(nx).logits(prompt)
     return {n: np.concatenate(parts) for n, parts in seen.items() if parts}
@@ -443,7 +445,8 @@ def _survey_sums(
             whole = path.endswith((".self_attn", ".mlp"))  # what comes after has the whole sum
             return full[path][start : start + len(x)] if whole else x
 
-        nx = replace(other.nx.watching(record), stop_at_nonfinite=False)
+        some = WatchSome(record, lambda path: is_sum(path) or path.endswith((".self_attn", ".mlp")))
+        nx = replace(other.nx.watching(some), stop_at_nonfinite=False)
         other.using(nx).logits(prompt)
     return {n: np.concatenate(parts) for n, parts in seen.items()}
 
@@ -519,6 +522,8 @@ def _taken(
     for group, chosen, at in parts:
         whole = np.array_equal(at, np.arange(length))
         for name, x in group.arrays.items():
+            if name in dump.partial and np.isnan(x[chosen]).all():
+                continue  # nothing of it is of this prompt
             arrays[name] = x[chosen]
             if not whole:
                 rows[name] = at

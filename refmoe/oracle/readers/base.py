@@ -19,11 +19,14 @@ large or something else; nothing in a file is ever executed.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from refmoe.files import InputError
+
+if TYPE_CHECKING:
+    from refmoe.oracle.listing.base import Listing
 
 Arrays = dict[str, np.ndarray]
 
@@ -42,9 +45,13 @@ class Dump:
     step: float = 0.0  # half of the last decimal, where numbers were printed
     top: tuple[np.ndarray, np.ndarray] | None = None  # ids [T, K], -1: none; log-probabilities
     notes: tuple[str, ...] = ()  # what was not read, and why
-    unread: Mapping[str, str] = field(
-        default_factory=dict
-    )  # array of the file → why it is not here
+    form: str | None = None  # in which a server wrote log-probabilities
+    listing: "Listing | None" = None  # log-probabilities whose tokens are not known yet
+    logits: bool = False  # the numbers of `top` are logits
+    sampled: bool = False  # the numbers are of after sampling, as the file itself says
+    generated: int | None = None  # index of the first token that was generated; None: none was
+    others: "tuple[Dump, ...]" = ()  # further sequences of the same file
+    unread: Mapping[str, str] = field(default_factory=dict)  # of the file → why it is not here
     prompts: tuple[list[int], ...] = ()  # token ids of each, where there are several
     ranks: tuple[Arrays, ...] = ()  # of each rank of a parallel engine, instead of `arrays`
     rows: Mapping[str, np.ndarray] = field(default_factory=dict)  # name → positions; absent: all

@@ -4,22 +4,29 @@
         [ [ [   0.1234,   ..., ] ] ]        three first and three last of each axis, four decimals
         sum = 12.345678                     in float32, one after another: not used
 
+Both streams may be in the log, `2>&1`, or standard output alone, which has no tokens. What else
+writes into a tensor is skipped where the tensor can still be told. The tool ends without waiting
+for its printing: a log may end anywhere, and its last tensor is read as far as it goes.
+
 The shape `ne` has the innermost axis first, [D, T] for most. What was not printed is NaN in the
 arrays, and a printed NaN is infinite. Older prints say `ggml_debug`; some show only the three first
 of an axis. A product whose name does not tell its place is known by its weight. The last layer's
 MLP and what follows hold only the rows whose logits were asked for, in a prompt the last one.
 Choices of experts, and the weights of the chosen, are read only where every one is printed: with
 holes, nothing says which weight belongs to which expert. The tool logs the ids of its tokens first.
+A prompt longer than a batch (-ub) is several passes, which are put together.
 
 Sources: ggml-org/llama.cpp common/debug.cpp (the print), examples/eval-callback (the tokens),
 src/models/deepseek2.cpp and src/llama-graph.cpp, build_moe_ffn (the names).
 """
 
+import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import TextIO
 
 import numpy as np
 
@@ -72,16 +79,60 @@ PRODUCTS = {
     "ffn_up_shexp": "mlp.shared_experts.up_proj",
 }
 LINE = 4096  # characters; a header has at most some 400
+JSON = '{"type":"log"'
 PRINTED = 6**3  # numbers of one tensor
+COLOUR = re.compile("\x1b\\[[0-9;]*m")
+_VALUE = r"-?(?:\d+\.\d+|nan|inf)"
+BEGUN = re.compile(rf"\s*\[\s*{_VALUE}(?:\s*,\s*(?:{_VALUE}|\.\.\.))*\s*,?")
+OPEN = re.compile(r"\s*\[")
+ROW = re.compile(rf"\[\s*{_VALUE}(?:\s*,\s*(?:{_VALUE}|\.\.\.))*\s*,?\s*\][\s,\]]*$")
+BARE = re.compile(r"[\s\[\],.]*")  # what is printed between rows
 
 
-class Block(NamedTuple):
+@dataclass
+class Block:
     """One printed tensor."""
 
     name: str
     point: str
     shape: tuple[int, ...]  # four axes, the outermost first
     numbers: list[str]
+    cut: bool = False  # the log ends inside it
+
+
+@dataclass
+class _Pass:
+    """The tensors of one forward pass, by point."""
+
+    prompt: int  # how many prompts the log had begun before it
+    blocks: dict[str, Block] = field(default_factory=dict)
+    seen: set[tuple[str, str]] = field(default_factory=set)
+    last: str = ""  # name of the last one
+
+    @property
+    def rows(self) -> int:
+        """The largest number of rows of its tensors."""
+        return max(map(_rows, self.blocks.values()), default=0)
+
+
+@dataclass
+class _Log:
+    """The passes of a log, the tokens of each prompt, and what stands between."""
+
+    passes: list[_Pass] = field(default_factory=list)
+    prompts: list[tuple[int, list[int]]] = field(default_factory=list)  # how many, and which
+    strays: list[str] = field(default_factory=list)  # lines of something else inside tensors
+    headless: int = 0  # tensors whose header is none
+    cut: bool = False  # it ends inside a tensor
+
+    def add(self, block: Block) -> None:
+        """Add a tensor; a name seen before begins the next pass: the graph from its beginning."""
+        key = block.name, block.point
+        if not self.passes or key in self.passes[-1].seen:
+            self.passes.append(_Pass(len(self.prompts)))
+        self.passes[-1].seen.add(key)
+        self.passes[-1].blocks[block.point] = block
+        self.passes[-1].last = block.name
 
 
 def recognise(path: Path) -> bool:
@@ -92,72 +143,128 @@ def recognise(path: Path) -> bool:
 def read(path: Path) -> Dump:
     """Read every tensor whose name is a point's; raise `InputError` if none is.
 
-    Of several forward passes the one with most rows is read.
+    The passes of one prompt are put together in order; of several prompts the longest is read.
     """
-    tokens: list[int] = []
-    passes = _passes(_blocks(path, tokens))
-    if not passes:
+    log = _read_log(path)
+    if not log.passes:
         raise InputError(
             f"{path}: no tensor of llama-eval-callback in it that is a point of K2's; expected "
             "lines like common_debug_cb_eval: attn_norm-3 = (f32) ..."
         )
-    longest = max(passes, key=_rows)
-    total, first = _rows(longest), longest is passes[0]
-    size = sum(total * prod(b.shape) // _rows({"": b}) for b in longest.values())
+    passes, tokens = _longest(log)
+    total = sum(p.rows for p in passes)
+    widths = {b.point: prod(b.shape) // _rows(b) for p in passes for b in p.blocks.values()}
+    size = total * sum(widths.values())
     if size > MOST_NUMBERS:
         raise InputError(
             f"{path}: {size} numbers in {total} rows, of which six are printed; at most "
             f"{MOST_NUMBERS} are read: print a shorter prompt"
         )
-    notes = []
-    if len(passes) > 1:
-        notes.append(f"{len(passes)} forward passes; that with most rows, {total}, is read")
-    arrays = {point: _array(path, block) for point, block in longest.items()}
-    short = _pad_rows(arrays, total)
-    notes += _drop_partial_choices(arrays)
-    notes += [f"{p}: {short[p]} of {total} rows, taken as the last" for p in arrays if p in short]
-    known = tokens[:total] if first else tokens
-    partial = frozenset(n for n, x in arrays.items() if np.isnan(x).any())
-    found = known if len(known) == total else None
-    step = _half_of_last_decimal(longest)
-    return Dump(path, arrays, found, "float32", partial, step, notes=tuple(notes))
+    arrays, damaged, notes = _put_together(passes, total)
+    if not arrays:
+        name = passes[0].last
+        why = damaged.get(next(iter(passes[0].blocks)), f"nothing is printed of {name}")
+        raise InputError(f"{path}: {name}: {why}; was the log cut off? run the tool again")
+    notes = _said(log, passes, total) + notes + _drop_partial_choices(arrays)
+    notes += [f"{name}: {why}; it is not read" for name, why in damaged.items()]
+    # what is printed whole is rounded to its decimals too: nothing goes on with it but choices
+    partial = frozenset(n for n in arrays if not n.endswith("#experts"))
+    step = _half_of_last_decimal(passes)
+    found = tokens if len(tokens) == total else None
+    return Dump(path, arrays, found, "float32", partial, step, notes=tuple(notes), unread=damaged)
 
 
-def _passes(blocks: Iterator[Block]) -> list[dict[str, Block]]:
-    """Return each forward pass as its blocks by point: a name seen before begins the next one."""
-    passes: list[dict[str, Block]] = []
-    seen: set[tuple[str, str]] = set()
-    for block in blocks:
-        key = block.name, block.point
-        if not passes or key in seen:  # the graph from its beginning
-            passes.append({})
-            seen.clear()
-        seen.add(key)
-        passes[-1][block.point] = block
-    return passes
+def _longest(log: _Log) -> tuple[list[_Pass], list[int]]:
+    """Return the passes of the longest prompt in order, and its tokens where the log has them.
 
-
-def _pad_rows(arrays: Arrays, total: int) -> dict[str, int]:
-    """Put NaN before the rows of arrays that have fewer than `total`: point → its own rows.
-
-    Such arrays hold the rows whose logits were asked for, which are the last ones.
+    A prompt's passes have no more rows together than it has tokens. Where the log does not say how
+    many, a pass of more rows than the one before begins another prompt: chunks are of one size but
+    for the last, and what is decoded is one row each.
     """
-    short = {point: len(x) for point, x in arrays.items() if len(x) < total}
-    for point, rows in short.items():
-        x, arrays[point] = arrays[point], np.full((total, *arrays[point].shape[1:]), np.nan)
-        arrays[point][total - rows :] = x
-    return short
+    sequences: list[list[_Pass]] = []
+    left = before = 0
+    for i, p in enumerate(log.passes):
+        follows = i > 0 and p.prompt == log.passes[i - 1].prompt
+        counted = log.prompts[p.prompt - 1][0] if p.prompt else 0
+        if not follows:
+            left = counted
+        if follows and (p.rows <= left if counted else p.rows <= before):
+            sequences[-1].append(p)
+        else:
+            sequences.append([p])
+        left, before = left - p.rows, p.rows
+    chosen = max(sequences, key=lambda passes: sum(p.rows for p in passes))
+    prompt = chosen[0].prompt
+    return chosen, log.prompts[prompt - 1][1] if prompt else []
 
 
-def _half_of_last_decimal(blocks: dict[str, Block]) -> float:
+def _said(log: _Log, passes: list[_Pass], total: int) -> list[str]:
+    """Return notes on what was put together, and what was left out."""
+    notes = []
+    if len(passes) < len(log.passes):
+        others = len(log.passes) - len(passes)
+        notes.append(f"{others} forward passes are of other prompts and are not read")
+    if len(passes) > 1:
+        notes.append(f"{len(passes)} forward passes are read as one sequence of {total} rows")
+    if log.strays:
+        notes.append(
+            f"{len(log.strays)} lines inside tensors are no part of them and are skipped, first "
+            f"{log.strays[0]!r}"
+        )
+    if log.cut:
+        notes.append(
+            f"the log ends within {log.passes[-1].last} or after it, and nothing later is there: "
+            "the tool does not wait for what it has still to print; run it again"
+        )
+    if log.headless:
+        notes.append(f"{log.headless} tensors have no line that says their name, and are not read")
+    return notes
+
+
+def _put_together(passes: list[_Pass], total: int) -> tuple[Arrays, dict[str, str], list[str]]:
+    """Return the points [T, ...], NaN where nothing is printed, the damaged ones and notes.
+
+    A tensor with fewer rows than its pass holds those whose logits were asked for, the last.
+    """
+    arrays: Arrays = {}
+    damaged: dict[str, str] = {}
+    rows: dict[str, int] = {}
+    end = 0
+    for p in passes:
+        end += p.rows
+        for point, block in p.blocks.items():
+            x = _array(block)
+            if x is None and block.cut and not block.numbers:
+                continue  # nothing of it is there
+            if x is None:
+                shape = list(reversed(block.shape))
+                damaged[point] = f"{shape}, of which {len(block.numbers)} numbers are printed"
+                continue
+            whole = arrays.setdefault(point, np.full((total, *x.shape[1:]), np.nan))
+            if whole.shape[1:] != x.shape[1:]:
+                damaged[point] = (
+                    f"{list(whole.shape[1:])} in one pass, {list(x.shape[1:])} in another"
+                )
+                continue
+            whole[end - len(x) : end] = x
+            rows[point] = rows.get(point, 0) + len(x)
+    for point in damaged:
+        arrays.pop(point, None)
+    which = "the last" if len(passes) == 1 else "the last of each pass"
+    short = [p for p in arrays if rows[p] < total]
+    return arrays, damaged, [f"{p}: {rows[p]} of {total} rows, taken as {which}" for p in short]
+
+
+def _half_of_last_decimal(passes: list[_Pass]) -> float:
     """Return half a unit of the last decimal that was printed."""
-    first = next((n for b in blocks.values() for n in b.numbers if "." in n), None)
+    blocks = (b for p in passes for b in p.blocks.values())
+    first = next((n for b in blocks for n in b.numbers if "." in n), None)
     return 0.5 * 10.0 ** -len(first.partition(".")[2]) if first else 0.0
 
 
-def _rows(blocks: dict[str, Block]) -> int:
-    """Return the largest number of rows of these tensors."""
-    return max(b.shape[1] if _turned(b) else b.shape[2] for b in blocks.values())
+def _rows(block: Block) -> int:
+    """Return how many rows a tensor has."""
+    return block.shape[1] if _turned(block) else block.shape[2]
 
 
 def _turned(block: Block) -> bool:
@@ -169,14 +276,11 @@ def _turned(block: Block) -> bool:
     return one_each or block.point.endswith(("#q_pe", "#k_pe"))
 
 
-def _array(path: Path, block: Block) -> np.ndarray:
-    """Return a tensor [T, ...] with NaN where it was not printed."""
-    x = _place(block.shape, block.numbers)
+def _array(block: Block) -> np.ndarray | None:
+    """Return a tensor [T, ...], NaN where it was not printed; None where numbers are missing."""
+    x = _place(block.shape, block.numbers, block.cut)
     if x is None:
-        raise InputError(
-            f"{path}: {block.name} is {list(reversed(block.shape))} and {len(block.numbers)} "
-            "numbers are printed of it; is the file cut off?"
-        )
+        return None
     _, a, b, c = block.shape
     if block.point.endswith("#q_pe"):
         return x.reshape(a, b, c)
@@ -201,34 +305,102 @@ def _drop_partial_choices(arrays: Arrays) -> list[str]:
     return [f"experts and weights of {layers} layers: not all are printed, so none is compared"]
 
 
-def _blocks(path: Path, tokens: list[int]) -> Iterator[Block]:
-    """Yield the printed tensors in order; `tokens` is filled with the ids that the tool logs."""
+class _Rows:
+    """The rows of one tensor as they are printed, and what something else writes between them."""
+
+    def __init__(self, log: _Log):
+        self.log = log
+        self.numbers: list[str] | None = None  # None between two tensors
+        self.begun = ""  # of a row that something else was written into
+
+    def start(self) -> list[str]:
+        """Begin a tensor; return the list that its numbers go into."""
+        self.numbers, self.begun = [], ""
+        return self.numbers
+
+    def end(self) -> None:
+        """End a tensor."""
+        self.numbers, self.begun = None, ""
+
+    def take(self, line: str) -> bool:
+        """Take a line that is a row, or inside a tensor; False for one that stands elsewhere."""
+        row = ROW.search(self.begun + line) or ROW.search(line)
+        if row and self.numbers is None:
+            self.log.headless += 1
+            self.numbers = []  # nobody's
+        elif row and len(self.numbers or []) <= PRINTED:
+            assert self.numbers is not None
+            self.numbers += [m[0] for m in NUMBER.finditer(row[0])]
+            if not self.begun:
+                self._stray(line[: row.start()])
+            self.begun = ""
+        elif self.numbers is None:
+            return False
+        elif not row and not BARE.fullmatch(line):
+            part = BEGUN.match(line) or OPEN.match(line)
+            self.begun = part[0] if part else self.begun
+            self._stray(line[part.end() :] if part else line)
+        return True
+
+    def _stray(self, text: str) -> None:
+        """Note a text that is no part of a tensor."""
+        if text.strip():
+            self.log.strays.append(text.strip()[:80])
+
+
+def _lines(file: TextIO) -> Iterator[str]:
+    """Yield the lines of a log; of one in JSON (--log-jsonl), those that its messages make up."""
+    whole = ""
+    while line := file.readline(LINE):
+        try:
+            message = json.loads(line) if line.startswith(JSON) else None
+        except ValueError:  # cut off, or not of this kind
+            message = None
+        if not isinstance(message, dict) or not isinstance(message.get("msg"), str):
+            yield line
+            continue
+        *lines, whole = (whole + message["msg"]).split("\n")
+        yield from lines
+    if whole:
+        yield whole
+
+
+def _read_log(path: Path) -> _Log:
+    """Return what a log of standard output, standard error or both says."""
+    log = _Log()
+    rows = _Rows(log)
     head: Block | None = None
-    numbers: list[str] = []
     expected = 0
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
-            while line := file.readline(LINE):
+            for printed in _lines(file):
+                line = COLOUR.sub("", printed).rstrip()
                 if found := HEADER.search(line[:512]):
                     if head:
-                        yield head
-                    numbers = []
-                    head = _block(found, numbers)
+                        log.add(head)
+                    head = _block(found, rows.start())
                 elif "sum =" in line:
-                    numbers = []  # of the next batch entry, or the log's
-                elif head and len(numbers) <= PRINTED:
-                    numbers += [m[0] for m in NUMBER.finditer(line)]
+                    rows.end()  # numbers of the next batch entry are nobody's
+                elif rows.take(line):
+                    continue
                 elif count := COUNT.search(line):
                     expected = int(count[1]) if len(count[1]) < 9 else 0
-                    tokens.clear()
-                elif (token := TOKEN.fullmatch(line)) and len(tokens) < expected:
-                    tokens.append(int(token[1]) if len(token[1]) < 9 else -1)
+                    log.prompts.append((expected, []))
+                elif (token := TOKEN.fullmatch(line)) and log.prompts:
+                    ids = log.prompts[-1][1]
+                    if len(ids) < expected:
+                        ids.append(int(token[1]) if len(token[1]) < 9 else -1)
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e})") from None
+    if rows.numbers is not None:  # the tool ends without waiting for what it has still to print
+        log.cut = True
+        if rows.begun and log.strays:
+            del log.strays[-1]
+        if head:
+            head.cut = True
     if head:
-        yield head
-    if len(tokens) != expected:
-        tokens.clear()
+        log.add(head)
+    return log
 
 
 def _block(head: re.Match[str], numbers: list[str]) -> Block | None:
@@ -257,21 +429,25 @@ def _point(name: str, op: str, sources: str) -> str | None:
     return f"model.layers.{int(layer)}" + (end if end[:1] in ("", "#") else f".{end}")
 
 
-def _place(shape: tuple[int, ...], numbers: list[str]) -> np.ndarray | None:
+def _place(shape: tuple[int, ...], numbers: list[str], cut: bool) -> np.ndarray | None:
     """Return the tensor with the printed numbers in their places, NaN elsewhere.
 
-    None if there are as many numbers as no way to print this shape would give.
+    None if there are as many numbers as no way to print this shape would give. Of a tensor that the
+    log ends in there may be fewer; they are taken for the first of a newer print.
     """
-    for tail in (3, 0):  # newer prints show the last three as well
-        axes = [
-            list(range(n)) if n <= 3 + tail else [*range(3), *range(n - tail, n)] for n in shape
-        ]
-        if prod(map(len, axes)) == len(numbers):
-            out = np.full(shape, np.nan)
-            values = np.array(numbers, float).reshape([len(a) for a in axes])
-            out[np.ix_(*axes)] = np.where(np.isnan(values), np.inf, values)  # a fault, no hole
-            return out
-    return None
+    axes = [  # newer prints show the last three as well
+        [list(range(n)) if n <= 3 + tail else [*range(3), *range(n - tail, n)] for n in shape]
+        for tail in (3, 0)
+    ]
+    counts = [prod(map(len, a)) for a in axes]
+    if len(numbers) not in counts and not (cut and 0 < len(numbers) < counts[0]):
+        return None
+    form = counts.index(len(numbers)) if len(numbers) in counts else 0
+    shown, values = np.array(numbers, float), np.full(counts[form], np.nan)
+    values[: len(shown)] = np.where(np.isnan(shown), np.inf, shown)  # a fault, no hole
+    out = np.full(shape, np.nan)
+    out[np.ix_(*axes[form])] = values.reshape([len(a) for a in axes[form]])
+    return out
 
 
 register(Reader("llama.cpp", ".txt", recognise, read))

@@ -1,94 +1,114 @@
-"""Top-k log-probabilities as JSON, ours or as vLLM's server returns them.
+"""Log-probabilities of the likeliest tokens: responses of servers, as JSON or as a stream.
 
-    ours     {"tokens": [...], "top_logprobs": [{"id": logprob, ...} or null, ...]}
-             entry t is what follows token t
-    vLLM's   {"prompt_token_ids": [...], "prompt_logprobs": [null, {"id": {"logprob": x, ...},
-             ...}, ...]}, alone or in `choices`; entry t is of token t itself
-
-Source: vllm-project/vllm, entrypoints/openai/protocol.py.
+listing/forms.py lists the forms. A file may hold one response, a list of them, one in each line,
+or the events of a stream. Where texts are to become token ids, or the prompt's tokens are to be
+given, the dump is settled once the model is at hand (`settle_dump`).
 """
 
-import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from refmoe.files import InputError, read_json
-from refmoe.oracle.readers.base import Dump, Reader, read_ids, register
+from refmoe.files import InputError
+from refmoe.oracle.listing.base import Listing
+from refmoe.oracle.listing.forms import read_response
+from refmoe.oracle.listing.settle import are_logits, needs_more, settle
+from refmoe.oracle.listing.text import is_stream, read_responses
+from refmoe.oracle.listing.vocabulary import Vocabulary
+from refmoe.oracle.readers.base import Dump, Reader, register
 
-MOST_PROBABILITY = 1.1  # sum of a row's probabilities; some servers print few digits
-NONE_BELOW = -9000.0  # vLLM writes -9999 where it has no log-probability
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".sse")
+DECIMALS = 7  # more than these are no rounding of what was written
+FEWEST = 8  # numbers that show how many decimals are written
 
 
 def recognise(path: Path) -> bool:
-    """Tell whether this is a .json file."""
-    return path.is_file() and path.suffix == ".json"
+    """Tell whether this is a file of JSON, of JSON lines or of events."""
+    return path.is_file() and path.suffix in SUFFIXES
+
+
+def recognise_stream(path: Path) -> bool:
+    """Tell whether this is a text that begins as a stream of events does."""
+    if not path.is_file() or path.suffix not in (".txt", ".log"):
+        return False
+    with path.open("rb") as file:
+        start = file.read(4096).decode("utf-8", "replace")
+    return is_stream([line.strip() for line in start.splitlines() if line.strip()])
 
 
 def read(path: Path) -> Dump:
-    """Read tokens and log-probabilities; `rounded` is bfloat16, as nothing else is known."""
-    tokens, top = read_logprobs(path)
-    return Dump(path, {}, tokens, "bfloat16", top=top)
-
-
-def read_logprobs(path: Path) -> tuple[list[int] | None, tuple[np.ndarray, np.ndarray]]:
-    """Return the tokens, and for each position ids [T, K] (-1: none) with log-probabilities [T, K].
-
-    Row t is the distribution of what follows token t.
-    """
-    tokens, rows = _rows(path)
-    found = [_pairs(f"{path}: position {t}", row) for t, row in enumerate(rows)]
-    width = max(map(len, found))
-    ids, values = np.full((len(rows), width), -1), np.full((len(rows), width), np.nan)
-    for t, row in enumerate(found):
-        ids[t, : len(row)], values[t, : len(row)] = list(row), list(row.values())
-    if not width or (np.nan_to_num(values) == 0).all():
-        raise InputError(f"{path}: every log-probability is 0 or missing; the server gave none")
-    return tokens, (ids, values)
-
-
-def _rows(path: Path) -> tuple[list[int] | None, list[Any]]:
-    """Return the tokens and, for each, the object that says what follows it."""
-    value = read_json(path)
-    value = value if isinstance(value, dict) else {}
-    inside = value.get("choices") or [{}]
-    if isinstance(inside, list) and isinstance(inside[0], dict):
-        value = {**inside[0], **{k: v for k, v in value.items() if v is not None}}
-    tokens = value.get("tokens") or value.get("prompt_token_ids")
-    rows = value.get("top_logprobs")
-    if rows is None and isinstance(own := value.get("prompt_logprobs"), list):
-        rows = [*own[1:], None]  # what is said of token t is the distribution after token t - 1
-    if not isinstance(rows, list) or not rows:
-        raise InputError(f"{path}: neither top_logprobs nor prompt_logprobs is a list in it")
-    tokens = None if tokens is None else read_ids(f"{path}: tokens", tokens)
-    if tokens is not None and len(tokens) != len(rows):
+    """Read every response; `rounded` is bfloat16, as nothing else is known of its precision."""
+    responses = read_responses(path)
+    listings: list[Listing] = []
+    for n, response in enumerate(responses):
+        where = str(path) if len(responses) == 1 else f"{path}: response {n}"
+        listings += read_response(where, response)
+    if not listings:
         raise InputError(
-            f"{path}: log-probabilities of {len(rows)} positions, and other tokens ({len(tokens)})"
+            f"{path}: no log-probabilities in it, neither top_logprobs nor prompt_logprobs, "
+            "logprobs of choices, input_token_logprobs or completion_probabilities; ask the "
+            "server for them (docs/dumps.md says how)"
         )
-    return tokens, rows
+    first, *others = (_dump(path, listing) for listing in listings)
+    return replace(first, others=tuple(others))
 
 
-def _pairs(where: str, row: Any) -> dict[int, float]:
-    """Return id → log-probability of one position; nothing for null."""
-    if row is None:
-        return {}
-    try:
-        pairs = {int(i): float(x["logprob"] if isinstance(x, dict) else x) for i, x in row.items()}
-    except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
-        raise InputError(f"{where} is no object of token ids and log-probabilities") from None
-    for i, x in pairs.items():
-        if not 0 <= i < 2**31 or not NONE_BELOW < x < 1e-3:
-            hint = " (-9999 stands for none)" if x <= NONE_BELOW else ""
-            raise InputError(
-                f"{where}: token {i} has log-probability {x}, expected one below 0{hint}"
-            )
-    if len(pairs) != len(row):
-        raise InputError(f"{where}: the same token twice; the keys must be ids, not texts")
-    total = math.fsum(map(math.exp, pairs.values()))
-    if total > MOST_PROBABILITY:
-        raise InputError(f"{where}: the probabilities add up to {total:.3g}; are they logarithms?")
-    return pairs
+def _dump(path: Path, listing: Listing) -> Dump:
+    """Return the dump of one listing, settled if nothing else is needed for that."""
+    are_logits(path, listing)  # refuses numbers that are neither
+    dump = Dump(path, {}, None, "bfloat16", form=listing.form, listing=listing)
+    return dump if needs_more(listing) else settle_dump(dump)
 
 
+def settle_dump(
+    dump: Dump,
+    tokens: Sequence[int] | None = None,
+    words: Vocabulary | None = None,
+    bos: int | None = None,
+) -> Dump:
+    """Return a dump of log-probabilities with its tokens and rows.
+
+    tokens  given beside the file: of the prompt, or of all
+    words   turn texts into ids
+    bos     put in front of a prompt's text by the server
+    Raises `InputError` where the tokens cannot be known, or are not the response's own.
+    """
+    if dump.listing is None:
+        return dump
+    found = settle(dump.path, dump.listing, tokens, words, bos)
+    some = (found.ids >= 0) & np.isfinite(found.values)
+    what = "probabilities after sampling" if dump.listing.sampled else "log-probabilities"
+    what = "logits" if found.logits else what
+    form = (
+        f"{what} of {int(some.sum())} tokens at {int(some.any(axis=1).sum())} positions, in "
+        f"{dump.listing.form}"
+    )
+    return replace(
+        dump,
+        tokens=found.tokens,
+        top=(found.ids, found.values),
+        form=form,
+        logits=found.logits,
+        sampled=dump.listing.sampled,
+        generated=found.prompt,
+        step=0.0 if dump.listing.probabilities else _half_step(found.values),
+        notes=dump.notes + dump.listing.notes + found.notes,
+    )
+
+
+def _half_step(values: np.ndarray) -> float:
+    """Return half of the last decimal that is written, 0 where numbers are not rounded so."""
+    finite = values[np.isfinite(values)]
+    finite = finite[finite != 0]
+    if len(finite) < FEWEST:
+        return 0.0
+    for decimals in range(DECIMALS):
+        if (np.abs(finite * 10**decimals - np.rint(finite * 10**decimals)) < 1e-6).all():
+            return float(0.5 * 10.0**-decimals)
+    return 0.0
+
+
+register(Reader("event streams", ".sse", recognise_stream, read))
 register(Reader("logprobs", ".json", recognise, read))

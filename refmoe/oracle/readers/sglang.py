@@ -1,23 +1,21 @@
-"""A folder of SGLang's dumper, with a file for each tensor, named by its tags.
+"""A folder of tensors that SGLang dumped, put together: ranks, steps, and which prompt they are of.
 
-    step=0___rank=0___dump_index=7___name=NAME___layer_id=3.pt    {"value": tensor, "meta": {...}}
+sglang_files.py says what the files are. The server's head is called by no hook: its logits are
+those of each pass' last row (`next_token_logits`).
 
-NAME is `non_intrusive__` and a module path with `.output`, `.output.0`, `.output.1` or
-`.inputs.0` (DUMPER_NON_INTRUSIVE_MODE=all), a field of the batch (`input_ids`, `positions`), or
-what the user called it, with `layer_id` beside it. The server's head is called by no hook: its
-logits are those of each pass' last row (`next_token_logits`).
-
-Steps are forward passes. Those of one prompt follow each other, as `positions` tell, and are read
-as one sequence; without positions all steps are. Ranks that hold equal tensors are read once. Parts
-are put together along the axis that `dims` names in `meta`: "t h[tp]" (comparator/dims_spec), older
-"t h(tp)". Parts without `dims` are not read, and the notes say so.
+Steps are forward passes. `positions` or `position_ids` tell which rows are of one prompt: they
+begin at 0 and go on, side by side in a step or in one step after another. Each prompt's rows are
+put together in order, those that were computed again too; without positions all rows are one
+prompt's. Ranks that hold equal tensors are read once.
+Parts are put together along the axis that `dims` names in `meta`: "t h[tp]" (comparator/dims_spec),
+older "t h(tp)". Parts without `dims` are not read, and the notes say so.
 
 Source: sgl-project/sglang, python/sglang/srt/debug_utils/dumper.py.
 """
 
-import os
 import re
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,232 +24,239 @@ import numpy as np
 from refmoe.files import InputError
 from refmoe.oracle.readers.arrays import dump_of_arrays
 from refmoe.oracle.readers.base import MOST_NUMBERS, Arrays, Dump, Reader, register
-from refmoe.oracle.readers.torch_file import ForeignError, load_torch
+from refmoe.oracle.readers.sglang_files import (
+    CHOICES,
+    LOGITS,
+    Files,
+    Tensor,
+    find_files,
+    grouped,
+    load,
+)
+from refmoe.oracle.readers.torch_file import ForeignError
 
-INPUTS = {"o_proj": "#context", "down_proj": ".act"}  # a module's input that is a point
-FIRST = ("0", "x", "input", "input_", "hidden_states")
-FIELDS = ("seq_lens", "req_pool_indices", "rids", "position_ids", "cu_seqlens_q", "cu_seqlens_kv")
-LOGITS = "next_token_logits"
 DIM = re.compile(r"(?:\w+|\([\w*]+\))(?:\[(\S+)\]|\((\S+)\))?")
 
-Files = dict[str, dict[int, dict[int, Path]]]  # name → step → rank
+
+class _Part(NamedTuple):
+    """Rows of one step that are of one prompt."""
+
+    step: int
+    rows: slice
+    first: int  # its position in the prompt
+
+
+@dataclass
+class _Prompt:
+    """The parts of one prompt, in order."""
+
+    parts: list[_Part] = field(default_factory=list)
+    following: int = 0  # the position of the next row
+
+    def add(self, step: int, rows: slice, first: int) -> None:
+        """Add the rows of a step that begin at this position."""
+        self.parts.append(_Part(step, rows, first))
+        self.following = first + rows.stop - rows.start
+
+
+class _Steps(NamedTuple):
+    """How many rows each step has, and whose they are."""
+
+    lengths: dict[int, int]  # step → rows
+    parts: list[_Part]  # of all prompts, one after the other
+    batches: dict[int, tuple[int, int]]  # step → prompts, rows of each; empty: all side by side
+
+    @property
+    def ends(self) -> dict[int, int]:
+        """How many rows a prompt has after each step that has no other prompt's."""
+        alone = Counter(p.step for p in self.parts)
+        return {p.step: p.first + self.lengths[p.step] for p in self.parts if alone[p.step] == 1}
 
 
 class _Whole(NamedTuple):
     """Tensors whose parts and steps are put together."""
 
     arrays: Arrays
-    lengths: dict[int, int]  # step → rows, where input_ids or positions tell
     unread: dict[str, str]  # name → why it could not be put together
+    nothing: dict[str, str]  # name → why there is nothing of the model in it
 
 
 def recognise(path: Path) -> bool:
-    """Tell whether this is a folder; `read` says whether it is one of the dumper's."""
+    """Tell whether this is a folder; `read` says whether it is one of SGLang's."""
     return path.is_dir()
 
 
 def read(path: Path) -> Dump:
     """Read every tensor of the folder, a name at a time.
 
-    Raises `InputError` where a file cannot be read, or holds several prompts.
+    Raises `InputError` where a file cannot be read, where a step may go on with several prompts,
+    and where nothing but the fields of a batch was dumped.
     """
-    found, notes = _find_files(path)
-    steps, said = _steps_of_prompt(path, found)
-    if steps is not None:
-        found = {n: {s: by[s] for s in by.keys() & steps} for n, by in found.items()}
-    arrays, lengths, unread = _put_together(found)
-    partial = frozenset[str]()
+    found, notes = find_files(path)
+    positions = _positions(found.pop("positions", {}))
+    prompts, said = _find_prompts(path, positions)
+    lengths = {s: x.size for s, x in positions.items()} if prompts else _lengths(found)
+    if not prompts and lengths:
+        prompts = [_Prompt()]
+        for step, rows in lengths.items():
+            prompts[0].add(step, slice(0, rows), prompts[0].following)
+    batched = any(len(x) > 1 for x in positions.values())
+    batches = {s: (len(x), x.shape[1]) for s, x in positions.items() if batched}
+    steps = _Steps(lengths, [part for p in prompts for part in p.parts], batches)
+    if positions:
+        used = {part.step for part in steps.parts}
+        found = {n: {s: by[s] for s in by.keys() & used} for n, by in found.items()}
+    whole = _put_together(found, steps)
+    arrays, partial = whole.arrays, frozenset[str]()
     if LOGITS in found and "lm_head" not in arrays:
-        logits = _logits(found[LOGITS], lengths)
+        logits = _logits(found[LOGITS], steps)
         if isinstance(logits, str):
-            unread[LOGITS] = logits
+            whole.nothing[LOGITS] = logits
         else:
             arrays["lm_head"], partial = logits, frozenset({"lm_head"})
-    notes += said + _grouped(unread)
-    used = {step for by_step in found.values() for step in by_step}
-    if len(used) > 1:
-        notes.append(f"{len(used)} steps are read as one sequence")
-    tokens, _ = arrays.pop("input_ids", None), arrays.pop("positions", None)
-    return dump_of_arrays(path, arrays, tokens, tuple(notes), partial)
+    notes += said + grouped(whole.unread | whole.nothing)
+    count = len({step for by_step in found.values() for step in by_step})
+    if count > 1:
+        what = "one sequence" if len(prompts) < 2 else f"{len(prompts)} prompts"
+        notes.append(f"{count} steps are read as {what}")
+    tokens = _tokens(arrays.pop("input_ids", None), prompts)
+    dump = dump_of_arrays(path, arrays, tokens, tuple(notes), partial, unread=whole.unread)
+    return dump
 
 
-def _put_together(found: Files) -> _Whole:
-    """Join the parts of each tensor's ranks and the rows of its steps."""
-    arrays: Arrays = {}
-    lengths: dict[int, int] = {}
-    unread: dict[str, str] = {}
+def _tokens(ids: np.ndarray | None, prompts: list[_Prompt]) -> Any:
+    """Return the token ids of each prompt; `ids` has those of all parts, in their order."""
+    if ids is None or sum(p.rows.stop - p.rows.start for q in prompts for p in q.parts) != ids.size:
+        return ids
+    out, flat, at = [], ids.reshape(-1).tolist(), 0
+    for prompt in prompts:
+        own: dict[int, int] = {}
+        for part in prompt.parts:
+            for i in range(part.rows.stop - part.rows.start):
+                own[part.first + i] = flat[at]
+                at += 1
+        out.append([own[i] for i in sorted(own)])
+    return out if len(out) > 1 else out[0]
+
+
+def _lengths(found: Files) -> dict[int, int]:
+    """Return the rows of each step whose token ids are there."""
+    parts = {s: _whole(ranks) for s, ranks in sorted(found.get("input_ids", {}).items())}
+    return {s: x.size for s, x in parts.items() if not isinstance(x, str)}
+
+
+def _put_together(found: Files, rows: _Steps) -> _Whole:
+    """Join the parts of each tensor's ranks, and the rows of its steps."""
+    whole = _Whole({}, {}, {})
     for name, by_step in found.items():
         if name == LOGITS or not by_step:
             continue
         parts = {step: _whole(by_step[step]) for step in sorted(by_step)}
-        whole = [x for x in parts.values() if not isinstance(x, str)]
-        if name in ("input_ids", "positions"):
-            lengths |= {s: x.size for s, x in parts.items() if not isinstance(x, str)}
-        if len(whole) < len(parts):
-            unread[name] = next(why for why in parts.values() if isinstance(why, str))
-        elif name.endswith("#experts") and whole[0].dtype.kind not in "iu":
-            unread[name] = "no indices; this backend keeps its choices to itself"
-        elif (joined := _joined(whole)) is None:
-            unread[name] = "its shape is another in each step"
+        steps = {s: x for s, x in parts.items() if not isinstance(x, str)}
+        if len(steps) < len(parts):
+            why = next(why for why in parts.values() if isinstance(why, str))
+            (whole.nothing if why.endswith("no tensor") else whole.unread)[name] = why
+        elif (joined := _joined(steps, rows)) is None:
+            whole.unread[name] = "its shape is another in each step"
         else:
-            arrays[name] = joined
-    return _Whole(arrays, lengths, unread)
+            whole.arrays[name] = joined
+    _sort_choices(whole.arrays)
+    for name, x in list(whole.arrays.items()):
+        if name.endswith("#experts") and x.dtype.kind not in "iu":
+            whole.nothing[name] = "no indices; this backend keeps its choices to itself"
+            del whole.arrays[name]
+    return whole
 
 
-def _find_files(folder: Path) -> tuple[Files, list[str]]:
-    """Return the files by name, step and rank, in the order of dumping, and notes; open none."""
-    listed, others = [], 0
-    with os.scandir(folder) as scan:
-        entries = list(scan)
-    for entry in entries:
-        tags = dict(part.partition("=")[::2] for part in entry.name[:-3].split("___"))
-        if not entry.name.endswith(".pt") or "name" not in tags or not entry.is_file():
-            others += 1
-        elif tags.get("recompute_status") != "recompute":  # a second time, for the gradients
-            order = [_number(entry.name, tags, key) for key in ("step", "dump_index", "rank")]
-            listed.append((order, tags, Path(entry.path)))
-    if not listed:
-        inside = sorted(e.name for e in entries if e.is_dir())[:3]
-        hint = f"; give a folder inside it: {', '.join(inside)}" if inside else ""
-        raise InputError(
-            f"{folder}: no .pt file named like step=0___rank=0___dump_index=7___name=..., as "
-            f"SGLang's dumper writes one for each tensor{hint}"
-        )
-    found: Files = {}
-    fused, again = set(), Counter[str]()
-    for (step, _, rank), tags, path in sorted(listed, key=lambda t: t[0]):
-        if re.search(r"post_attention_layernorm\.inputs\.(1|residual)$", tags["name"]):
-            fused.add(_layer(tags["name"]))
-        name = _point(tags)
-        if name is not None:
-            ranks = found.setdefault(name, {}).setdefault(step, {})
-            again[name] += rank in ranks
-            ranks.setdefault(rank, path)
-    for layer in fused:  # it adds the residual itself: its input is not the sum
-        found.pop(f"model.layers.{layer}#attn_residual", None)
-    notes = [f"{others} entries are no .pt files of the dumper"] if others else []
-    twice = {n: "called more than once in a step, the first is read" for n in again if again[n]}
-    fields = ("input_ids", "positions")  # every layer is given them
-    return found, notes + _grouped({n: why for n, why in twice.items() if n not in fields})
+def _sort_choices(arrays: Arrays) -> None:
+    """Put the integers that a gate returned under the name of choices, whatever their order."""
+    for gate in {n.partition("#")[0] for n in arrays if n.partition("#")[0].endswith(".gate")}:
+        names = [n for n in (gate, *(gate + end for end in CHOICES)) if n in arrays]
+        integers = [n for n in names if arrays[n].dtype.kind in "iu"]
+        if len(integers) == 1 and integers[0] != f"{gate}#experts":
+            chosen = arrays.pop(integers[0])
+            if f"{gate}#experts" in arrays:
+                arrays[integers[0]] = arrays.pop(f"{gate}#experts")
+            arrays[f"{gate}#experts"] = chosen
 
 
-def _number(file: str, tags: dict[str, str], key: str) -> int:
-    """Return the number that a tag of a file's name has."""
-    text = tags.get(key, "0")
-    if not text.isdecimal() or len(text) > 18:
-        raise InputError(f"{file}: {key} is {text!r}, expected a number; was the file renamed?")
-    return int(text)
+def _positions(by_step: dict[int, dict[int, Tensor]]) -> dict[int, np.ndarray]:
+    """Return the positions [B, T] of each step's rows; none where their form is not known."""
+    out = {}
+    for step, ranks in sorted(by_step.items()):
+        x = load(ranks[min(ranks)])[0]
+        if not isinstance(x, np.ndarray) or not x.size or x.dtype.kind not in "iu":
+            return {}
+        out[step] = x.reshape(-1, x.shape[-1] if x.ndim else 1)
+    return out
 
 
-def _layer(name: str) -> str | None:
-    """Return the number of the layer in a module path."""
-    found = re.search(r"(?:^|\.)layers\.(\d+)(?:\.|$)", name)
-    return found[1] if found else None
+def _find_prompts(
+    folder: Path, positions: dict[int, np.ndarray]
+) -> tuple[list[_Prompt], list[str]]:
+    """Return the prompts whose beginning is there, and notes on what is not read.
 
-
-def _point(tags: dict[str, str]) -> str | None:
-    """Return a tensor's name as adapt.py knows it; None for what is no result of a module."""
-    name = tags["name"]
-    if name in ("input_ids", "positions"):
-        return name  # also from within a layer
-    if name in FIELDS or name.startswith(("param__", "grad__")):
-        return None
-    if not name.startswith("non_intrusive__"):
-        name = name.removesuffix("__output").removesuffix(".output")
-        bare = "layer_id" in tags and _layer(name) is None
-        return f"model.layers.{tags['layer_id']}.{name}" if bare else name
-    path = name.removeprefix("non_intrusive__")
-    found = re.fullmatch(r"(?:(.*)\.)?(output|inputs)(?:\.(\w+))?", path)
-    if found is None:
-        return None
-    module, role, key = found[1] or "", found[2], found[3]
-    at, _, last = module.rpartition(".")
-    if role == "inputs":
-        if last == "post_attention_layernorm" and key in FIRST:
-            return f"{at}#attn_residual"
-        return at + INPUTS[last] if last in INPUTS and key in FIRST else None
-    if key == LOGITS:
-        return LOGITS
-    if last == "topk":  # weights, ids, logits; the weights are scaled by some backends
-        return f"{at}.gate#experts" if key == "1" else None
-    if key is None:
-        return module
-    if key == "0" and not last.isdecimal():  # of a layer it is the mlp's part without the residual
-        return module
-    return f"{module}#residual" if key == "1" and last.endswith("norm") else None
-
-
-def _steps_of_prompt(folder: Path, found: Files) -> tuple[set[int] | None, list[str]]:
-    """Return the steps of the prompt to read, the longest, and notes on the others.
-
-    The steps are None where no positions tell which belong together. Raises `InputError` where a
-    step holds several prompts, or no prompt is there from its beginning.
+    Raises `InputError` where a step may go on with several prompts, or none is there from its
+    beginning.
     """
-    prompts: list[list[int]] = []
+    prompts: list[_Prompt] = []
     late: list[int] = []
-    following: int | None = None
-    for step, ranks in sorted(found.get("positions", {}).items()):
-        x = _load(ranks[min(ranks)])[0]
-        if not isinstance(x, np.ndarray) or x.ndim != 1 or not x.size or x.dtype.kind not in "iu":
-            return None, []
-        if (np.diff(x) != 1).any():
-            raise InputError(
-                f"{folder}: step {step} holds several prompts (positions {x[:40].tolist()}); dump "
-                "one request at a time"
-            )
-        if x[0] == 0:
-            prompts.append([])
-        elif x[0] != following:
-            late.append(step)
-            following = None
-            continue
-        prompts[-1].append(step)
-        following = int(x[-1]) + 1
-    if not prompts:
-        if late:
-            raise InputError(
-                f"{folder}: no step begins at position 0, so a prefix came from the cache; start "
-                "the server with --disable-radix-cache"
-            )
-        return None, []
-    # the server warms up with a prompt of its own, which is short
-    chosen = max(prompts, key=lambda steps: (_rows(found, steps), steps))
-    others = sorted({s for steps in prompts for s in steps} - set(chosen))
+    for step, x in positions.items():
+        going = list(prompts)
+        for rows, first in _runs(x):
+            on = [p for p in going if p.following == first]
+            if first == 0:
+                on = [_Prompt()]
+                prompts += on
+            elif not on and going and first < going[-1].following:
+                on = going[-1:]  # computed again from here on
+            if len(on) > 1:
+                begin = _listed([p.parts[0].step for p in on])
+                raise InputError(
+                    f"{folder}: step {step} begins at position {first} and may go on with any of "
+                    f"the prompts that begin at steps {begin}; dump one request at a time"
+                )
+            for prompt in on:
+                prompt.add(step, rows, first)
+                going = [p for p in going if p is not prompt]
+            if not on:
+                late.append(step)
+    dry = [p for p in prompts if p.following == 1]  # a server's dry runs have nothing to say
     notes = []
-    if others:
-        notes.append(f"steps {_listed(others)} are other prompts and are not read")
+    if 0 < len(dry) < len(prompts):
+        prompts = [p for p in prompts if p.following > 1]
+        notes.append(f"{len(dry)} prompts of a single token, as of dry runs, are not read")
+    if late and not prompts:
+        raise InputError(
+            f"{folder}: no step begins at position 0, so a prefix came from the cache; start "
+            "the server with --disable-radix-cache"
+        )
     if late:
         notes.append(
-            f"steps {_listed(late)} follow no other and are not read; if their prefix came from "
-            "the cache, start the server with --disable-radix-cache"
+            f"steps {_listed(late)} have rows that follow no other and are not read: padding, or a "
+            "prefix came from the cache; then start the server with --disable-radix-cache"
         )
-    return set(chosen), notes
+    return prompts, notes
 
 
-def _rows(found: Files, steps: list[int]) -> int:
-    """Return the number of positions in these steps."""
-    by_step = found["positions"]
-    return sum(_load(by_step[s][min(by_step[s])])[0].size for s in steps)
+def _runs(positions: np.ndarray) -> list[tuple[slice, int]]:
+    """Return rows of [B, T], as one axis, that go on with each other, and the first position."""
+    flat = positions.reshape(-1)
+    breaks = np.flatnonzero(np.diff(flat) != 1) + 1
+    width = positions.shape[1]
+    starts = sorted({0, *breaks.tolist(), *range(0, flat.size, width)})
+    return [
+        (slice(a, b), int(flat[a])) for a, b in zip(starts, [*starts[1:], flat.size], strict=True)
+    ]
 
 
-def _load(file: Path) -> tuple[Any, dict[str, Any]]:
-    """Return the value of a file, lists of integers as arrays, and its meta."""
-    saved = load_torch(file)
-    if not isinstance(saved, dict) or "value" not in saved:
-        return saved, {}
-    value, meta = saved["value"], saved.get("meta")
-    if isinstance(value, list | tuple) and value and all(type(x) is int for x in value):
-        value = np.array(value)
-    return value, meta if isinstance(meta, dict) else {}
-
-
-def _whole(ranks: dict[int, Path]) -> np.ndarray | str:
+def _whole(ranks: dict[int, Tensor]) -> np.ndarray | str:
     """Return what all ranks hold together, or in words why that is not known."""
     first, split, size = None, None, 0
     parts: dict[int, np.ndarray] = {}
-    for rank, file in sorted(ranks.items()):
+    for rank, tensor in sorted(ranks.items()):
         try:
-            x, meta = _load(file)
+            x, meta = load(tensor)
         except ForeignError:
             return "no tensor"
         if not isinstance(x, np.ndarray):
@@ -305,31 +310,73 @@ def _same(x: np.ndarray, y: np.ndarray) -> bool:
     return x is y or (x.shape == y.shape and np.array_equal(x, y, equal_nan=x.dtype.kind == "f"))
 
 
-def _joined(parts: list[np.ndarray]) -> np.ndarray | None:
-    """Put the rows of one step after those of another, behind a batch axis of one too.
+def _joined(steps: dict[int, np.ndarray], rows: _Steps) -> np.ndarray | None:
+    """Put the rows of each prompt after those of the one before; None where they do not fit.
 
-    None where the shapes do not fit each other.
+    Keys and values that were made anew for the whole cache have the rows of all steps before: the
+    last ones are the step's own.
     """
-    if len(parts) == 1:
-        return parts[0]
-    if parts[0].ndim and len({x.shape[1:] for x in parts}) == 1:
-        return np.concatenate(parts)
-    if all(x.ndim > 2 and len(x) == 1 for x in parts) and len({x.shape[2:] for x in parts}) == 1:
-        return np.concatenate(parts, axis=1)
-    return None
+    ranks = {x.ndim for x in steps.values()}
+    if len(ranks) > 1 or ranks == {0}:
+        return next(iter(steps.values())) if len(steps) == 1 else None
+    lengths = rows.lengths
+    flat = {s: _one_axis(x, rows.batches.get(s)) for s, x in steps.items()}
+    axis, ends = _row_axis(flat, lengths), rows.ends
+    cache = _row_axis(flat, ends) if axis is None else None
+    own = [p for p in rows.parts if p.step in steps]
+    if axis is not None:
+        parts = [flat[p.step].take(range(p.rows.start, p.rows.stop), axis) for p in own]
+    elif cache is not None:
+        axis = cache
+        parts = [flat[p.step].take(range(p.first, ends[p.step]), axis) for p in own]
+    else:  # the rows of an expert, or nobody said how many a step has
+        order = [p.step for p in own] if lengths else list(steps)
+        if order != sorted(set(order)):
+            return None  # which of its rows are whose is not known
+        parts = [flat[step] for step in order]
+        shapes = [x.shape for x in parts]
+        axis = next((a for a in range(len(shapes[0])) if len({s[a] for s in shapes}) > 1), 0)
+    if len({(*x.shape[:axis], *x.shape[axis + 1 :]) for x in parts}) > 1:
+        return None
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
 
 
-def _logits(by_step: dict[int, dict[int, Path]], lengths: dict[int, int]) -> np.ndarray | str:
-    """Return logits [T, Z], NaN but for the last row of each step, or in words why not."""
+def _one_axis(x: np.ndarray, batch: tuple[int, int] | None) -> np.ndarray:
+    """Return a batch [B, T, ...] or [B, 1, S, ...] with one axis of rows, of S the last T."""
+    if batch is None or x.ndim < 2 or len(x) != batch[0]:
+        return x
+    if x.ndim == 4 and x.shape[1] == 1 and x.shape[2] >= batch[1] > 1:
+        x = x[:, 0, -batch[1] :]
+    return x.reshape(-1, *x.shape[2:]) if x.shape[1] == batch[1] else x
+
+
+def _row_axis(parts: dict[int, np.ndarray], lengths: dict[int, int]) -> int | None:
+    """Return the axis that is as long as each step; of several, one that is not always one."""
+    axes = range(next(iter(parts.values())).ndim)
+    fit = [a for a in axes if all(x.shape[a] == lengths.get(s) for s, x in parts.items())]
+    return min(fit, key=lambda a: all(x.shape[a] == 1 for x in parts.values()), default=None)
+
+
+def _logits(by_step: dict[int, dict[int, Tensor]], steps: _Steps) -> np.ndarray | str:
+    """Return logits [T, Z], NaN but for the last rows of each part, or in words why not.
+
+    A step that has a row of logits for each of its prompts has the last ones.
+    """
     out = None
-    total = sum(lengths.values())
+    total = sum(p.rows.stop - p.rows.start for p in steps.parts)
     end = 0
-    for step, length in sorted(lengths.items()):
+    for part in steps.parts:
+        length = part.rows.stop - part.rows.start
         end += length
-        x = _whole(by_step[step]) if step in by_step else None
+        x = _whole(by_step[part.step]) if part.step in by_step else None
         if isinstance(x, str):
             return x
-        if x is None or x.ndim != 2 or x.dtype.kind != "f" or len(x) > length:
+        if x is None or x.ndim != 2 or x.dtype.kind != "f" or len(x) > steps.lengths[part.step]:
+            continue
+        beside = sorted(p.rows.start for p in steps.parts if p.step == part.step)
+        if len(x) == len(beside) > 1:
+            x = x[beside.index(part.rows.start)][None]
+        elif len(beside) > 1:
             continue
         if out is None:
             if total * x.shape[1] > MOST_NUMBERS:
@@ -338,17 +385,6 @@ def _logits(by_step: dict[int, dict[int, Path]], lengths: dict[int, int]) -> np.
         if x.shape[1] == out.shape[1]:  # NaN is "unknown" here: the engine's own becomes infinite
             out[end - len(x) : end] = np.where(np.isnan(x), np.inf, x)
     return "without input_ids or positions nobody knows its rows" if out is None else out
-
-
-def _grouped(reasons: dict[str, str]) -> list[str]:
-    """Return a line for each reason, which stands for all layers and experts that it is said of."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name, why in reasons.items():
-        groups.setdefault((re.sub(r"\.\d+(?=\W|$)", ".*", name), why), []).append(name)
-    return [
-        f"{names[0] if len(names) == 1 else f'{kind} ({len(names)} of them)'}: {why}"
-        for (kind, why), names in groups.items()
-    ]
 
 
 def _listed(steps: list[int]) -> str:

@@ -49,7 +49,7 @@ def render(case: Judgement, title: str | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    report, found = case.report, list(flips(case.decoder, case.exact, case.envelope))
+    report, found = case.report, list(flips(case.decoder, case.exact, case.envelope, case.profile))
     cells = Cells(case, found)
     grid = Map(case, cells)
     model = [n for n in dict.fromkeys(case.exact.order) if parse(n).layer is None]

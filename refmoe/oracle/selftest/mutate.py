@@ -279,13 +279,13 @@ class Mutator:
         """Return a mutant; None where the fault is inert (above)."""
         model, profile = self.models[checkpoint], PROFILES[name]
         dump = self.dump(checkpoint, profile, fault, layer=layer, seed=seed)
-        case = judge_dump(model, dump, profile=profile)
+        case = judge_dump(model, dump, engine="refmoe", profile=profile)
         if case.report.verdict != "fault":
             same = self.dump(checkpoint, profile, None, seed=seed).arrays
             if all(np.array_equal(x, same[name]) for name, x in dump.arrays.items()):
                 return None  # in this run it changed no bit
             exact = self.dump(checkpoint, PROFILES["float64"], fault, layer=layer, seed=seed)
-            effect = judge_dump(model, exact, profile=profile).report
+            effect = judge_dump(model, exact, engine="refmoe", profile=profile).report
             most = max((p.multiple for p in effect.points), default=0.0)
             if most < EFFECT and not effect.router["unexplained"]:
                 return None
@@ -317,7 +317,7 @@ class Mutator:
             while strength > LEAST:
                 where = {"layer": first.layer, "strength": strength / 4}
                 dump = self.dump("tiny-k2", profile, fault, **where)
-                found = judge_dump(model, dump, profile=profile, explain=False)
+                found = judge_dump(model, dump, engine="refmoe", profile=profile, explain=False)
                 if found.report.verdict != "fault":
                     break
                 strength /= 4

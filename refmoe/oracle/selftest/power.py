@@ -30,8 +30,10 @@ from refmoe.model.decoder import Decoder
 from refmoe.model.formats.fp8_block import E4M3, Fp8Block
 from refmoe.model.matrix import Matrix, dequantize, round_bf16
 from refmoe.model.numerics import round_float16
+from refmoe.oracle.caches import CACHES, reading
 from refmoe.oracle.check import check
 from refmoe.oracle.judge import Cause, Report
+from refmoe.oracle.noise import storage_of
 from refmoe.oracle.readers.base import Dump
 from refmoe.oracle.trace import Recorder
 from refmoe.run.load import Model, golden_folder, load
@@ -160,6 +162,8 @@ def really_rounding(decoder: Decoder, profile: Profile, seed: int, seen: Recorde
         elif profile.activations == "fp8/128" and isinstance(m, Fp8Block):
             x = _nearest_e4m3(x)
         w = dequantize(m, x.dtype)
+        if profile.activations in ROUND:
+            x, w = (ROUND[profile.activations](operand) for operand in (x, w))
         order = rng.permutation(x.shape[1])
         cuts = np.sort(rng.integers(0, x.shape[1] + 1, 3))
         y = np.zeros((len(x), len(w)), x.dtype)
@@ -169,18 +173,17 @@ def really_rounding(decoder: Decoder, profile: Profile, seed: int, seen: Recorde
 
     def watch(path: str, x: np.ndarray) -> np.ndarray:
         if x.dtype.kind == "f":
-            kind = profile.storage
-            if path.endswith(".mlp.gate"):
-                kind = profile.logits
-            elif path.endswith("gate#weights"):
-                kind = profile.weights
-            x = ROUND[kind](x)
+            x = ROUND[storage_of(profile, path)](x)
         x = seen(path, x)
-        if profile.cache and path.endswith(("kv_a_layernorm", "#k_pe")):
+        if profile.cache in ROUND and path.endswith(("kv_a_layernorm", "#k_pe")):
             x = ROUND[profile.cache](x)
         return x
 
-    return decoder.using(replace(nx, linear=linear, watch=watch))
+    engine = decoder.using(replace(nx, linear=linear, watch=watch))
+    if profile.cache is None or profile.cache in ROUND:
+        return engine
+    form = CACHES[profile.cache][0]
+    return reading(engine, lambda i: form)
 
 
 def _groups(x: np.ndarray, size: int) -> Iterator[np.ndarray]:

@@ -44,7 +44,9 @@ from refmoe.oracle.truth.layout import (
 )
 from refmoe.oracle.truth.values import DumpValues
 
-TYPES = [f.name for f in fields(Profile) if f.name not in ("name", "cache", "activations")]
+TYPES = [
+    f.name for f in fields(Profile) if f.name not in ("name", "cache", "activations", "points")
+]
 
 
 @single_blas_thread()
@@ -93,6 +95,8 @@ def check_truth(
         points=tuple(judged.values()),
         router=router,
         alpha=alpha,
+        form=seen.dump.form,
+        notes=seen.dump.notes if seen.dump.form else (),
     )
 
 
@@ -117,8 +121,9 @@ def _kept_profile(truth: Truth, dump: Dump, engine: str, name: str | None) -> Pr
     for p in truth.profiles.values():
         types = [(getattr(p, f), getattr(wanted, f)) for f in TYPES]
         types.append((p.cache or p.storage, wanted.cache or wanted.storage))
+        types += [(p.storage, type) for _, type in wanted.points]
         if wanted.activations in (None, p.activations) and all(
-            UNIT[a] >= UNIT[b] for a, b in types
+            a == b or UNIT.get(a, 0) >= UNIT.get(b, 1) for a, b in types
         ):
             if UNIT[p.storage] < UNIT[truth.numerics]:
                 break

@@ -8,6 +8,7 @@ from refmoe.files import InputError
 from refmoe.oracle.forms.shapes import split_axes
 from refmoe.oracle.readers.adapt import adapt, fit
 from refmoe.oracle.readers.base import Dump
+from refmoe.oracle.readers.logprobs import settle_dump
 from refmoe.oracle.replay import TOP
 from refmoe.oracle.trace import sketch
 from refmoe.oracle.truth.file import Truth
@@ -23,6 +24,8 @@ class DumpValues:
 
     def __init__(self, truth: Truth, dump: Dump):
         self.truth, self.cfg = truth, truth.cfg
+        if dump.listing is not None:
+            dump = _settled(truth, dump)
         self.dump = replace(dump, arrays=adapt(dump.arrays, truth.cfg))
         self.T = len(truth.tokens) if dump.tokens is None else len(dump.tokens)
         if dump.tokens is not None and list(dump.tokens) != truth.tokens[: self.T]:
@@ -48,7 +51,13 @@ class DumpValues:
             x = self._point(path) if not path.startswith(LOGITS) else None
             if x is not None:
                 out[path] = x
-        out |= self._logits() if self.dump.top is None else self._top_logprobs()
+        if self.dump.top is None:
+            out |= self._logits()
+        elif self.dump.logits or self.dump.sampled:
+            what = "of after sampling" if self.dump.sampled else "logits"
+            self.misfits[TOP] = f"they are {what}; a truth can judge log-probabilities alone"
+        else:
+            out |= self._top_logprobs()
         for path in [p for p, x in out.items() if not p.startswith(LOGITS)]:
             if not np.isfinite(out[path]).all():
                 self.suspects[path] = "not finite"
@@ -131,6 +140,7 @@ class DumpValues:
             return {}
         ours, known = self.ours[LOGITS], self.ours["lm_head#ids"]
         out = np.full(ours.shape, np.nan)
+        ids = np.where(np.isneginf(values), -1, ids)  # what cannot come has no number to compare
         listed = (ids >= 0).sum(axis=1)
         for t in np.flatnonzero(listed):
             row = dict(zip(ids[t].tolist(), values[t].tolist(), strict=True))
@@ -143,3 +153,26 @@ class DumpValues:
         usual = int(np.median(listed[listed > 0]))
         self.rungs = [max(n for n in ladder(self.truth.top) if n <= max(1, usual))]
         return {LOGITS: out}
+
+
+def _settled(truth: Truth, dump: Dump) -> Dump:
+    """Return a dump of log-probabilities with its tokens, as far as the truth's go.
+
+    The truth's tokens stand for those of the prompt that the response lacks. Raises `InputError`
+    where the response has several sequences, or names tokens by their texts.
+    """
+    if dump.others:
+        raise InputError(
+            f"{dump.path}: {len(dump.others) + 1} sequences; a truth is of one, so give one"
+        )
+    if dump.top is None:
+        dump = settle_dump(dump, truth.tokens)
+    assert dump.top is not None
+    assert dump.tokens is not None
+    T = min(len(truth.tokens), len(dump.tokens))
+    if dump.tokens[:T] != truth.tokens[:T] or len(dump.tokens) == T:
+        return dump
+    ids, values = (x[:T] for x in dump.top)
+    left = int((dump.top[0][T:] >= 0).any(axis=1).sum())
+    note = f"{left} positions behind the truth's {T} tokens not judged"
+    return replace(dump, tokens=dump.tokens[:T], top=(ids, values), notes=(*dump.notes, note))
