@@ -19,7 +19,8 @@ import numpy as np
 from refmoe.model.decoder import Decoder, head, layer
 from refmoe.model.experts import MlpWeights
 from refmoe.model.mla import Segment
-from refmoe.model.points import SWIGLU, parse
+from refmoe.model.points import SWIGLU, kind, parse
+from refmoe.oracle.constants import SURE, Found, noise_of, related, solve_constants
 from refmoe.oracle.faults.base import Fault, altered, strength_of
 from refmoe.oracle.faults.dictionary import BY_ID, candidates, same_as
 from refmoe.oracle.judge import Cause, Judgement
@@ -31,7 +32,10 @@ from refmoe.progress import Said, say_nothing
 
 NOISE = 0.1  # of what is explained: below it, two hypotheses fit alike
 ALIKE = 1.1  # nor can these numbers decide between two that leave so nearly the same
+PART = 1e-5  # of the squared error is left by one who only rounds a constant
+SAME = 0.01  # times the variance: squares between two that are one thing under two names
 UNRELATED = 0.3  # a correlation below it leaves nothing of the right weights in a tensor
+CLEAR = 0.6  # of what is explained is left at most by a fault that no constant need compete with
 TIES = 1 / 100  # of all choices of experts may differ by ties
 MOST_EXPERTS = 4  # are tried one by one
 
@@ -46,6 +50,9 @@ class _Trial:
     here: float  # misfit at the failing point, of what is explained; for choices, wrong ones in all
     layer: float  # the worst misfit of the layer's points, this one included
     fitted: str | None = None
+    squares: float = np.inf  # Σ (error / noise)² over the layer's points
+    found: Found | None = None  # where it is no fault of the dictionary, but a constant
+    alike: tuple[str, ...] = ()  # of a constant: ids of others that fit as well
 
     @property
     def confined(self) -> int:
@@ -70,6 +77,7 @@ def find_cause(case: Judgement, progress: Said = say_nothing) -> Cause | None:
     enough = _enough(case, point)
     trials = [t for t in _trials(case, point, progress) if t.fault.predicts]
     trials.sort(key=lambda t: (t.here > enough, max(t.layer, NOISE), t.confined))
+    trials = _among_constants(case, point, trials, enough)
     if not trials or trials[0].here > enough:
         return _random_weights(case, point)
     return _cause(trials, enough)
@@ -97,8 +105,93 @@ def _cause(trials: list[_Trial], enough: float) -> Cause:
         best.fitted,
         others[0].fault.id if others else None,
         worse if np.isfinite(worse) else None,
-        tuple(alike),
+        tuple(alike) if best.fault.id in BY_ID else best.alike,
+        best.found.solved if best.found else None,
     )
+
+
+def _among_constants(
+    case: Judgement, point: str, trials: list[_Trial], enough: float
+) -> list[_Trial]:
+    """Return the faults, and the constants that can explain the point; the best first.
+
+    Where a fault leaves nothing, it competes with the constant that it is a value of, and with the
+    others only if that beats it.
+    """
+    error = _squares(case, _points_of_layer(case, point), case.exact)
+    if trials and trials[0].here <= CLEAR and trials[0].layer <= 1:
+        only = trials[0].fault.id
+        if not related(only):
+            return trials
+        among = _with_constants(trials, list(_constants(case, point, only)), enough, error)
+        if among[0].fault.id in BY_ID:
+            return among
+    return _with_constants(trials, list(_constants(case, point, None)), enough, error)
+
+
+def _constants(case: Judgement, point: str, only: str | None) -> Iterator[_Trial]:
+    """Solve for the constants that can explain the point, or those of one fault."""
+    within = _points_of_layer(case, point)
+    kinds = [kind(p) for p in (point, *judged_points(point, case.report.judged_with(point)))]
+
+    def replayed(fault: Fault) -> Replay:
+        return _replay_layer(case, fault, None, None, point)
+
+    for found in solve_constants(case, point, kinds, replayed, only):
+        seen = replayed(found.fault)
+        misfits = {p: _misfit(case, p, seen.ours.get(p)) for p in within}
+        if all(m <= _enough(case, p) for p, m in misfits.items()):
+            squares = _squares(case, within, seen)
+            worst = max(misfits.values())
+            fault = replace(found.fault, text=found.text)
+            trial = _Trial(fault, None, None, misfits[point], worst, found.fitted, squares)
+            yield replace(trial, found=found)
+
+
+def _squares(case: Judgement, within: list[str], seen: Replay) -> float:
+    """Return the squared errors of a hypothesis in units of their noise, over these points."""
+    total = 0.0
+    for p in within:
+        if not p.endswith("#experts"):
+            ours, theirs = seen.ours.get(p), case.exact.theirs[p]
+            if ours is None or ours.shape != theirs.shape:
+                return np.inf
+            noise = noise_of(case, p)
+            total += float((((theirs - ours).reshape(len(ours), -1) / noise) ** 2).sum())
+    return total if np.isfinite(total) else np.inf
+
+
+def _with_constants(
+    trials: list[_Trial], solved: list[_Trial], enough: float, error: float
+) -> list[_Trial]:
+    """Return faults and constants, the best first: a fault that fits as well as any constant wins.
+
+    A fault is beaten where a constant leaves fewer squares by those of `SURE` deviations, and by
+    `PART` of all that is to be explained: its value is then surely another than the fault's. Of
+    constants that are not beaten, one with another model's value wins, and all are in `fitted`.
+    error  the squares that a healthy engine's hypothesis leaves
+    """
+    found = [(t, t.found) for t in solved if t.found is not None]
+    if not found:
+        return trials
+    closest, its = min(found, key=lambda pair: pair[0].squares)
+    most = closest.squares + max(SURE**2 * its.spread, PART * (error - closest.squares))
+
+    known = next((t for t in trials if t.here <= enough and t.squares <= most), None)
+    if known is not None:
+        of = [f for t, f in found if known.fault.id in f.constant.faults and t.squares <= most]
+        if of:
+            said = known.fitted or of[0].fitted
+            known = replace(known, fitted=said, found=of[0])
+        return [known, *(t for t in trials if t.fault.id != known.fault.id)]
+    alike = [(t, f) for t, f in found if t.squares <= most]
+    same = [t for t, _ in alike if t.squares <= closest.squares + SAME * its.spread]
+    best = next((t for t, f in alike if f.solved.whose), same[0])
+    others = [t for t, _ in alike if t is not best]
+    said = "; or ".join(str(t.fitted) for t in (best, *others))
+    best = replace(best, fitted=said, alike=tuple(t.fault.id for t in others))
+    rest = [*trials, *(t for t in solved if t.fault.id != best.fault.id)]
+    return [best, *sorted(rest, key=lambda t: (t.here > enough, max(t.layer, NOISE), t.confined))]
 
 
 def _named(id: str) -> Cause:
@@ -155,7 +248,9 @@ def _trials(case: Judgement, point: str, progress: Said) -> Iterator[_Trial]:
                 found = fault.fitted.at(case.decoder.cfg, strength)
                 right = fault.fitted.value(case.decoder.cfg)
                 fitted = f"{fault.fitted.name} {found:.5g}, expected {right:.5g}"
-            yield _Trial(fault, expert, part, misfits[point], max(misfits.values()), fitted)
+            squares = _squares(case, within, seen)
+            worst = max(misfits.values())
+            yield _Trial(fault, expert, part, misfits[point], worst, fitted, squares)
 
 
 def judged_points(point: str, through: tuple[str, ...]) -> list[str]:

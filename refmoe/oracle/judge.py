@@ -25,8 +25,19 @@ from refmoe.oracle.statistics import WIDE, PointResult, RowErrors, judge_points,
 
 
 @dataclass(frozen=True)
+class Solved:
+    """A constant of the model that was solved for."""
+
+    constant: str  # a name of faults/constants.py
+    value: float
+    uncertainty: float  # one deviation; 0 of a whole number that no neighbour fits
+    expected: float | None  # None: a window, where all is expected
+    whose: tuple[str, ...]  # models that have this value
+
+
+@dataclass(frozen=True)
 class Cause:
-    """The fault of the dictionary that explains the first wrong point."""
+    """The fault that explains the first wrong point, of the dictionary or a constant's value."""
 
     id: str
     text: str  # a sentence, with the layer's expert where it is one expert's
@@ -35,6 +46,7 @@ class Cause:
     runner_up: str | None  # id of the next best that is not equivalent to it
     times_worse: float | None  # its residual over the best one's
     equivalent: tuple[str, ...]  # ids that these numbers cannot tell from it
+    solved: Solved | None = None  # the constant that it is, where it is one
 
 
 @dataclass(frozen=True)
