@@ -84,6 +84,7 @@ class Engine:
     profile: Profile | None = None  # as it is usually run
     yarn: YarnReading | None = None
     sources: Mapping[str, str] = field(default_factory=dict)  # by the key of a `Matter`
+    rounds_as_activations: bool = False  # its rounded products: to nothing, where these are float32
 
 
 ENGINES = (
@@ -148,6 +149,7 @@ ENGINES = (
             "router_logits": "vllm-project/vllm `gate_linear.py`",
             "routed_scale": "vllm-project/vllm `deepseek_v2.py` (`apply_routed_scale_to_output`)",
         },
+        rounds_as_activations=True,
     ),
     Engine(
         "sglang",
@@ -237,6 +239,13 @@ def find_conventions(name: str) -> Conventions:
     if name not in CONVENTIONS:
         raise InputError(f"engine {name!r}; known: {', '.join(CONVENTIONS)}")
     return CONVENTIONS[name]
+
+
+def in_precision(sides: Conventions, engine: str | None, profile: Profile) -> Conventions:
+    """Return an engine's sides in this precision: whether it rounds products may depend on it."""
+    rounds = any(e.rounds_as_activations for e in ENGINES if e.name == engine)
+    wide = profile.storage in ("float32", "float64")
+    return replace(sides, rounded_products=()) if rounds and wide else sides
 
 
 def find_profile(name: str) -> Profile:

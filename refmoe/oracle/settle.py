@@ -25,9 +25,11 @@ import numpy as np
 from refmoe.engines import (
     CONVENTIONS,
     MATTERS,
+    STORED,
     Conventions,
     Matter,
     Profile,
+    in_precision,
     other_sides,
     published_side,
 )
@@ -194,7 +196,10 @@ def settle(bench: Bench, declared: Declared, explain: bool = True) -> Judgement:
 
 def _under(bench: Bench, declared: Declared, profile: Profile) -> State:
     """Judge under one profile; follow the published sides of departures, and the cache's forms."""
-    setting = Setting(declared.sides, profile)
+    sides = declared.sides
+    if not declared.pinned & set(STORED):
+        sides = in_precision(sides, declared.engine, profile)
+    setting = Setting(sides, profile)
     if declared.cache is not None:
         setting = replace(setting, forms=_everywhere(bench, CACHES[declared.cache][0]))
     state = State(setting, bench.judge(setting))

@@ -14,9 +14,11 @@ from refmoe.oracle.check import check
 from refmoe.oracle.faults.dictionary import BY_ID
 from refmoe.oracle.profiles import guess_profiles, read_profile, type_of
 from refmoe.oracle.readers.base import Dump
+from refmoe.oracle.readers.dump import read_dump
 from refmoe.oracle.selftest.power import rounded_run
 from refmoe.oracle.trace import write
 from refmoe.oracle.words import report_lines
+from tests.conftest import ROOT
 
 TOKENS = [i * 7 % 500 for i in range(16)]
 
@@ -246,3 +248,14 @@ def test_a_fault_is_no_precision(model, random_bf16):
     arrays["lm_head"] = arrays["lm_head"] * np.float32(1.001)
     report = check(model, dump_of(arrays), engine="refmoe")
     assert (report.verdict, report.point, report.passes_under) == ("fault", "lm_head", ())
+
+
+def test_vllm_in_float32_rounds_no_product():
+    """Its kernels round code times scale to the activations' type; the recorded run is healthy."""
+    model = refmoe.load(None, "float64", reference=True)
+    dump = read_dump(ROOT / "golden" / "vllm" / "float32-healthy.safetensors")
+    report = check(model, dump, engine="vllm")
+    assert report.verdict == "pass", report.reason
+    assert "rounded_products" not in report.conventions
+    report = check(model, dump, engine="vllm", conventions=["int4=rounded"])
+    assert (report.verdict, report.point) == ("fault", "model.layers.1.mlp")
