@@ -251,7 +251,11 @@ def in_precision(sides: Conventions, engine: str | None, profile: Profile) -> Co
 def find_profile(name: str) -> Profile:
     """Return the precision profile of this name; raise `InputError` for an unknown one."""
     if name not in PROFILES:
-        raise InputError(f"profile {name!r}; known: {', '.join(PROFILES)}")
+        from difflib import get_close_matches  # only needed for a mistake
+
+        near = get_close_matches(name, PROFILES, 2)
+        meant = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise InputError(f"profile {name!r}{meant or ';'} known: {', '.join(PROFILES)}")
     return PROFILES[name]
 
 

@@ -8,12 +8,12 @@ from refmoe.cli.inputs import read_tokens
 from refmoe.cli.options import ENGINES, PROMPTS, add_json, add_model, refuse
 from refmoe.cli.parser import Parser, describe
 from refmoe.cli.show import EXIT, print_json, remark
-from refmoe.engines import MATTER, PROFILES
+from refmoe.engines import MATTER, PROFILES, read_conventions
 from refmoe.oracle import repro
 from refmoe.oracle.caches import CACHES
 from refmoe.oracle.check import arbitrate, judge_dump
 from refmoe.oracle.judge import Report
-from refmoe.oracle.profiles import EXAMPLE
+from refmoe.oracle.profiles import EXAMPLE, read_profile
 from refmoe.oracle.readers.dump import read_dump
 from refmoe.oracle.truth.check import check_truth
 from refmoe.oracle.truth.file import read_truth
@@ -86,6 +86,9 @@ def run(args: Namespace) -> int:
         refuse(args, ("--against-engine", "--against-profile"), "is for --against DUMP")
     elif not args.json:
         refuse(args, ("--all",), "lists the points of one report; --against compares two")
+    for profile in filter(None, (args.profile, args.against_profile)):
+        read_profile(profile)  # refused before anything is read
+    read_conventions(args.engine or "refmoe", args.convention or ())
     dump = read_dump(args.dump)
     for note in () if dump.form else dump.notes:  # those of log-probabilities are in the report
         remark(f"note: {note}")

@@ -10,7 +10,8 @@ What was declared is binding. What was not is settled so:
                  that explains the dump, leaves it undecided
     cache        as wide as the tensors. A narrower one (caches.py) is recomputed from the dump's
                  own latents; if that leaves only rounding, the dump is undecided until it is
-                 declared. One that was declared and fits in no known form is allowed for as noise
+                 declared. One that was declared and fits in no known form is allowed for as noise,
+                 unless a known fault explains the dump
 
 A change is tried at the first wrong point, in its layer alone, and only where the point depends on
 it. It is kept if it mends that point and spoils none.
@@ -211,7 +212,7 @@ def _under(bench: Bench, declared: Declared, profile: Profile) -> State:
             state = _tried(bench, state, change) or state
     if declared.cache is not None and not state.good:
         state = _in_some_form(bench, state, (declared.cache,)) or state
-        if not state.good:
+        if not state.good and cause_of(state.case, bench.progress) is None:
             noisy = replace(state.setting, forms={}, profile=replace(profile, cache=declared.cache))
             other = State(noisy, bench.judge(noisy), state.changes)
             state = other if other.good else state

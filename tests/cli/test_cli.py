@@ -344,9 +344,11 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path, capsys):
     assert "No such file or directory" in capsys.readouterr().err
 
 
-def test_several_sequences_are_refused_where_one_is_taken(tmp_path, capsys):
+def test_several_prompts_are_judged_each_and_what_fits_none_is_told(tmp_path, capsys):
     (tmp_path / "t.json").write_text("[[1, 2], [3]]")
     np.savez(tmp_path / "d.npz", lm_head=np.zeros((2, 3)))
     args = ["check", str(tmp_path / "d.npz"), "--tokens", str(tmp_path / "t.json")]
     assert cli.main(args) == 2
-    assert "one sequence is taken here, not 2" in capsys.readouterr().err
+    shown = capsys.readouterr().out
+    assert "UNDECIDABLE" in shown
+    assert "could not be fitted, first lm_head" in shown

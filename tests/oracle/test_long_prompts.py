@@ -63,7 +63,7 @@ def test_scores_that_a_dump_holds_are_compared_whole(random_bf16, tmp_path, larg
     assert max(largest) == heads * T * T
     wrong = dump.arrays["model.layers.1.self_attn#probs"]
     wrong[90] = wrong[90, :, ::-1]
-    report = check(model, dump, runs=2, keep=False)
+    report = check(model, dump, runs=2, keep=False, profile="float32")
     assert (report.verdict, report.point) == ("fault", "model.layers.1.self_attn#probs")
 
 

@@ -553,9 +553,9 @@ def _told(groups: dict[tuple[int, int], _Group], prompts: list[list[int]]) -> li
     total = sum(map(len, prompts))
     for group in groups.values():
         at = group.positions
-        if at is None:
-            continue
         names = list(group.arrays)
+        if at is None or not names:
+            continue
         count = f"{len(names)} tensors have" if len(names) > 1 else f"{names[0]} has"
         cut = int((at == NONE).sum()) - len(group.odd)
         if cut:
