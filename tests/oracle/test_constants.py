@@ -130,7 +130,14 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+PRECISIONS = ["bfloat16", pytest.param("float32", marks=pytest.mark.long)]
+KEPT = [
+    pytest.param(lambda path: True, id="all", marks=pytest.mark.long),
+    pytest.param(modules_only, id="modules"),
+]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_with_another_value_is_named_with_that_value(name, precision):
     value, changes = CONFIGS[name]
@@ -159,8 +166,8 @@ def test_the_eps_of_the_inner_norms_is_solved_for():
     assert abs(cause.solved.value - 3e-4) <= 4 * cause.solved.uncertainty < 1e-5
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
-@pytest.mark.parametrize("keep", [lambda path: True, modules_only], ids=["all", "modules"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("keep", KEPT)
 def test_any_softmax_scale_is_solved_for(precision, keep):
     """A fault of the dictionary that is nearly as large, 1.2247 times, is not named."""
     right = constant("softmax-scale", tiny().cfg)
@@ -172,7 +179,7 @@ def test_any_softmax_scale_is_solved_for(precision, keep):
         assert abs(cause.solved.value - 1.21 * right) <= 4 * cause.solved.uncertainty
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
     ("name", "offset", "ends"),
     [
@@ -196,8 +203,8 @@ def test_an_offset_shows_in_the_attention_of_a_dump_without_rotated_channels():
     assert "of the queries alone 3" in (cause.fitted or "")
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
-@pytest.mark.parametrize("keep", [lambda path: True, modules_only], ids=["all", "modules"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("keep", KEPT)
 @pytest.mark.parametrize(("window", "first"), [(5, 0), (9, 4)])
 def test_the_length_of_a_window_is_found(window, first, keep, precision):
     cause = cause_of(engine(precision, None, hidden(window, first), keep), precision)
@@ -256,7 +263,7 @@ def test_of_a_running_vllm_the_value_it_has_is_told_where_the_config_has_another
 # --- what is no constant
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_healthy_engine_has_no_cause(precision):
     report = judged(engine(precision), precision)
     assert (report.verdict, report.cause) == ("pass", None)
@@ -299,8 +306,8 @@ def noisy(path: str, x: np.ndarray) -> np.ndarray:
     return (x * (1 + 0.03 * rng.standard_normal(x.shape))).astype(x.dtype)
 
 
-@pytest.mark.parametrize("keep", [lambda path: True, modules_only], ids=["all", "modules"])
-@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+@pytest.mark.parametrize("keep", KEPT)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("change", [halves, one_row, one_head, first_pairs, noisy])
 def test_what_is_no_constant_gets_no_constants_name(change, precision, keep):
     dump = engine(precision, None, change, keep)
