@@ -156,7 +156,7 @@ def test_the_options_are_read_on_the_command_line(random_bf16, tmp_path, capsys)
     assert document["profile_from"].endswith("are float32")
     for wrong, said in (
         (["--convention", "x=1"], "known names"),
-        (["--profile", "bf16"], "profile 'bf16'; known: float64"),
+        (["--profile", "bf16"], "profile 'bf16'; did you mean bfloat16? known: float64"),
         (["--cache", "fp4"], "cache 'fp4'; known: float32"),
     ):
         assert cli.main([*args, *wrong]) == 2
@@ -173,7 +173,7 @@ def test_a_profile_is_read_with_types_of_its_own():
     assert read_profile(profile.name) == profile
     assert read_profile("bfloat16") is PROFILES["bfloat16"]
     for text, said in (
-        ("bf16", "profile 'bf16'; known"),
+        ("bf16", "profile 'bf16'; did you mean bfloat16"),
         ("bfloat16,lm_head", "is no SETTING=TYPE"),
         ("bfloat16,lm_head=int3", "lm_head is 'int3'; known: bfloat16"),
         ("bfloat16,lm_haed=float32", "'lm_haed' is no setting"),
