@@ -344,7 +344,7 @@ def test_values_are_written_to_the_first_uncertain_digit():
     assert plain(0.8302, 0.0003) == 0.83
 
 
-@pytest.mark.parametrize("change", [halves, first_pairs])
+@pytest.mark.parametrize("change", [halves, pytest.param(first_pairs, marks=pytest.mark.long)])
 def test_from_logits_alone_no_value_is_made_up(change):
     dump = engine("float32", None, change, lambda path: path == "lm_head")
     report = judged(dump, "float32")
@@ -352,6 +352,7 @@ def test_from_logits_alone_no_value_is_made_up(change):
     assert report.cause is None or report.cause.id in BY_ID
 
 
+@pytest.mark.long
 def test_from_logits_alone_another_models_value_is_named():
     dump = engine("float32", configured(rope_theta=1e6), keep=lambda path: path == "lm_head")
     cause = cause_of(dump, "float32")
