@@ -30,7 +30,7 @@ from refmoe.oracle.caches import read_cache
 from refmoe.oracle.cause import describe_error
 from refmoe.oracle.envelope import Envelope, Lens, sample_envelope
 from refmoe.oracle.forms.place import Placed, place
-from refmoe.oracle.forms.ranks import join_ranks, wrong_ranks
+from refmoe.oracle.forms.ranks import Joined, join_ranks, wrong_ranks
 from refmoe.oracle.judge import Judgement, PromptResult, Report, joined
 from refmoe.oracle.listing.undo import impossible, undo
 from refmoe.oracle.listing.vocabulary import Vocabulary
@@ -120,7 +120,7 @@ def judge_dump(
         how = (decoder.nx.attention, chance, runs, keep, each.before, progress)
         bench = Bench(model, each.dump, each.tokens, engine or "refmoe", *how)
         case = settle(bench, declared, explain)
-        case = _with_place(case, each, joined_ranks[0].parts)
+        case = _with_place(case, each, joined_ranks[0])
         found.append(_undone(model, case, runs, keep))
     return _first_wrong(found, [p.label for p in placed], alpha, explain, progress)
 
@@ -177,12 +177,12 @@ def forms_of(names: Iterable[str]) -> set[str]:
     return {p.where for p in points if p is not None and p.where in FORMS}
 
 
-def _with_place(case: Judgement, placed: Placed, ranks: int) -> Judgement:
+def _with_place(case: Judgement, placed: Placed, ranks: Joined) -> Judgement:
     """Return a judgement whose report says what `place` had to do, and which rank is wrong."""
     report = replace(case.report, notes=placed.notes)
     point = report.point
-    if ranks > 1 and point in case.exact.theirs and point in case.exact.ours:
-        said = wrong_ranks(case.exact.ours[point], case.exact.theirs[point], ranks)
+    if point in ranks.split and point in case.exact.theirs and point in case.exact.ours:
+        said = wrong_ranks(case.exact.ours[point], case.exact.theirs[point], ranks.parts)
         report = replace(report, notes=(*placed.notes, said) if said else placed.notes)
     if placed.wrong_tokens is not None and report.verdict == "pass":
         reason = f"wrong list of tokens: {placed.wrong_tokens}; with its own, {report.reason}"

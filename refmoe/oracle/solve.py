@@ -46,7 +46,7 @@ def solve(
             return None
         i = POWERS.index(power)
         low, high = POWERS[max(i - 1, 0)], POWERS[min(i + 1, len(POWERS) - 1)]
-        best = 2.0 ** _golden(lambda k: leaves(2.0**k), low, high)
+        best = 2.0 ** golden_section(lambda k: leaves(2.0**k), low, high, STEPS)
         if by_power[power] <= leaves(best):
             best = 2.0**power
     return _with(fault, best), f"{free.name} {best:.5g}"
@@ -58,11 +58,14 @@ def _with(fault: Fault, value: float) -> Fault:
     return replace(fault, alter=fault.free.alter(value))
 
 
-def _golden(f: Callable[[float], float], low: float, high: float) -> float:
-    """Return where f is least between low and high, by golden section."""
+def golden_section(f: Callable[[float], float], low: float, high: float, steps: int) -> float:
+    """Return where f is least between low and high, to 0.618^steps of their distance.
+
+    Source: Kiefer, Proceedings of the American Mathematical Society 4, 1953.
+    """
     a, b = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
     at_a, at_b = f(a), f(b)
-    for _ in range(STEPS):
+    for _ in range(steps):
         if at_a < at_b:
             high, b, at_b = b, a, at_a
             a = high - GOLDEN * (high - low)

@@ -129,6 +129,27 @@ def test_a_single_row_of_the_head_is_the_last_or_no_pass(model, healthy):
     assert "positions 14" in report.coverage.unfitted["lm_head"]
 
 
+@pytest.mark.parametrize("row", [3, -1])
+def test_a_row_that_is_wrong_in_every_tensor_is_no_padding(model, healthy, row):
+    """Neither between rows of a prompt, nor at its end, where a row of it is missing then."""
+    arrays = {}
+    for seed, (n, x) in enumerate(sorted(few(healthy, *ENDS).arrays.items())):
+        arrays[n] = x[4:].copy()
+        noise = np.random.default_rng(seed).standard_normal(x[0].shape)
+        arrays[n][row] = -x[4:][row] + np.abs(x).mean() * noise
+    report = judged(model, replace(healthy, arrays=arrays))
+    assert report.verdict != "pass", report.notes
+
+
+def test_columns_beyond_the_vocabulary_are_cut_and_told(model, healthy):
+    """An engine pads the head so that ranks share it evenly; what is cut is said."""
+    dump = few(healthy, *ENDS)
+    padded = np.pad(dump.arrays["lm_head"], ((0, 0), (0, 64)))
+    report = judged(model, replace(dump, arrays=dump.arrays | {"lm_head": padded}))
+    assert report.verdict == "pass", report.reason
+    assert "lm_head has 64 columns beyond the vocabulary, which are not compared" in report.notes
+
+
 def test_a_known_point_that_is_not_computed_here_forbids_a_pass(model, healthy):
     dump = few(healthy, *ENDS)
     for name in (

@@ -124,6 +124,25 @@ def test_copies_that_differ_are_judged_each(model, whole, tmp_path):
     assert "rank 1's copies of 1 tensors" in report.reason
 
 
+def test_half_of_a_copy_is_blamed_on_no_rank(model, whole, tmp_path):
+    """A norm is on every rank whole: which half of it is wrong says nothing of ranks."""
+    name = "model.layers.1.input_layernorm"
+    x = whole.arrays[name].copy()
+    x[:, x.shape[1] // 2 :] *= 2
+    ranks = [of_rank(model, replace(whole, arrays=whole.arrays | {name: x}), r, 2) for r in (0, 1)]
+    folder_of(tmp_path / "d", ranks)
+    report = check(model, read_dump(tmp_path / "d"), engine="vllm", profile="vllm")
+    assert (report.verdict, report.point) == ("fault", name)
+    assert not any("wrong columns" in n for n in report.notes)
+
+
+def test_files_of_steps_are_no_ranks(whole, tmp_path):
+    for i in range(2):
+        np.savez(tmp_path / f"step{i}.npz", lm_head=whole.arrays["lm_head"])
+    with pytest.raises(refmoe.InputError):
+        read_dump(tmp_path)
+
+
 def test_ranks_that_miss_or_name_other_tokens_are_refused(model, whole, tmp_path):
     ranks = [of_rank(model, whole, r, 2) for r in range(2)]
     folder_of(tmp_path / "d", [ranks[0], replace(ranks[1], tokens=[1, 2])])

@@ -185,6 +185,7 @@ THETAS = {  # config.json of meta-llama/Meta-Llama-3-8B, moonshotai/Kimi-VL-A3B,
     "Kimi-VL-A3B": 800_000.0,
     "Qwen2.5": 1_000_000.0,
 }
+FACTORED = Models("YaRN with a factor above 1", lambda cfg: yarn_factor(cfg) > 1)
 MSCALES = {"DeepSeek-V2": 0.707}  # config.json of deepseek-ai/DeepSeek-V2 and -V2-Lite
 SCALINGS = {"DeepSeek-V2": 16.0, "DeepSeek-V2-Lite": 1.0}
 
@@ -254,7 +255,7 @@ CONSTANTS = (
         0.0,
         12.0,
         "linear",
-        Models("YaRN with a factor above 1", lambda cfg: yarn_factor(cfg) > 1),
+        FACTORED,
         MSCALES,
     ),
     Constant(
@@ -266,7 +267,7 @@ CONSTANTS = (
         0.0,
         12.0,
         "linear",
-        Models("YaRN with a factor above 1", lambda cfg: yarn_factor(cfg) > 1),
+        FACTORED,
         MSCALES,
     ),
     Constant(
@@ -278,7 +279,7 @@ CONSTANTS = (
         0.0,
         12.0,
         "linear",
-        Models("YaRN with a factor above 1", lambda cfg: yarn_factor(cfg) > 1),
+        FACTORED,
         MSCALES,
     ),
     Constant(

@@ -17,6 +17,7 @@ from refmoe.model.numerics import WatchSome
 from refmoe.model.points import parse
 from refmoe.oracle.forms.prefix import find_prefix
 from refmoe.oracle.forms.ranks import (
+    SPLIT,
     Rank,
     find_rank,
     is_sum,
@@ -24,27 +25,12 @@ from refmoe.oracle.forms.ranks import (
     with_part_of_sums,
 )
 from refmoe.oracle.forms.rows import NONE, align, distances, ranges, visits
-from refmoe.oracle.forms.shapes import Rows, split_axes
+from refmoe.oracle.forms.shapes import Rows, cut_vocabulary, split_axes
 from refmoe.oracle.forms.tokens import EMBEDDING, NORM, Named, name_rows, wrong_list
 from refmoe.oracle.readers.base import Arrays, Dump
 from refmoe.oracle.trace import sketch
 
 SURVEYED = 8  # tensors that rows are placed by
-SPLIT = (  # ends of points whose columns ranks share out
-    "q_b_proj",
-    "q_proj",
-    "kv_b_proj",
-    "#q_pe",
-    "#q_latent",
-    "#context_latent",
-    "#context",
-    "#scores",
-    "#probs",
-    "gate_proj",
-    "up_proj",
-    "act",
-    "lm_head",
-)
 HEAD = ("model.norm", "lm_head")  # engines compute them for the last row of a prompt alone
 
 
@@ -79,10 +65,13 @@ def place(
     tokens  of the one prompt, or of each; None: those that the dump has, or that its rows name
     Raises `InputError` where nothing tells the tokens, or the batch has another number of prompts.
     """
+    arrays, cut = cut_vocabulary(dump.arrays, decoder.cfg)
+    dump = replace(dump, arrays=arrays)
     rows = {n: r for n, x in dump.arrays.items() if (r := split_axes(n, x, decoder.cfg))}
     rows = {n: r for n, r in rows.items() if parse(n).expert is None}
     batch = max((r.batch or 1 for r in rows.values()), default=1)
     prompts, notes = _prompts(dump, decoder, tokens, rows, batch)
+    notes = cut + notes
     groups = _groups(rows, batch)
     wrong = None
     for _ in range(2):  # with the tokens given, then with those that the rows name
@@ -194,11 +183,13 @@ def _named_otherwise(
         point = next((p for p in (EMBEDDING, NORM) if p in group.whole), None)
         if point is not None:
             telling[key] = name_rows(group.arrays[point], decoder, point)
+    lengths = np.array([len(p) for p in prompts])
     for key, group in groups.items():
         if group.positions is not None:
-            group.odd = _odd_rows(group, telling.get(key), decoder)
+            group.odd = _odd_rows(group, telling.get(key), decoder, lengths)
     for key, named in telling.items():
         positions, odd = groups[key].positions, groups[key].odd
+        odd = odd[named.sure[odd]]  # of other tokens
         regular = len(prompts) == 1 and key[0] == len(listed)
         if len(prompts) > 1 or (positions is None and not regular):
             continue
@@ -221,22 +212,34 @@ def _named_otherwise(
     return None
 
 
-def _odd_rows(group: _Group, named: Named | None, decoder: Decoder) -> np.ndarray:
+def _odd_rows(
+    group: _Group, named: Named | None, decoder: Decoder, lengths: np.ndarray
+) -> np.ndarray:
     """Return the rows that belong nowhere although they are no padding.
 
-    Padding is zeros in every tensor, or no word's row of the embedding, or one word again and again
-    (an engine's own padding token).
+    Padding is zeros in every tensor. Other rows are padding only before a prompt's first row or
+    after its last, so that a row that is wrong in all tensors is never taken for it, and there only
+    if they are no word's row of the embedding, or one word's again and again (an engine's own
+    padding token). Without an embedding nothing tells.
     """
     assert group.positions is not None
-    rows = np.flatnonzero(group.positions == NONE)
+    at = group.positions
+    empty = [~x.reshape(len(x), -1).any(axis=1) for x in group.arrays.values()]
+    rows = np.flatnonzero((at == NONE) & ~np.all(empty, axis=0))
     if named is None:
-        zero = [~x.reshape(len(x), -1).any(axis=1) for x in group.arrays.values()]
-        return rows[~np.all(zero, axis=0)[rows]]
-    sure = rows[named.sure[rows]]
-    words = np.unique(named.ids[sure])
-    if len(words) == 1 and (len(sure) > 1 or words[0] in decoder.cfg.eos_token_id):
-        return sure[:0]
-    return sure
+        return rows
+    lasts = np.cumsum(lengths) - 1
+    placed = np.flatnonzero(at != NONE)
+    before = np.array([at[placed[placed < r][-1:]].sum() if r > placed[0] else -1 for r in rows])
+    after = np.array([at[placed[placed > r][:1]].sum() if r < placed[-1] else -1 for r in rows])
+    outside = (np.isin(before, lasts) | (before < 0)) & (
+        np.isin(after, lasts - lengths + 1) | (after < 0)
+    )
+    sure = named.sure[rows]
+    words = np.unique(named.ids[rows[sure]])
+    if len(words) == 1 and (sure.sum() > 1 or words[0] in decoder.cfg.eos_token_id):
+        sure = np.zeros(len(rows), bool)
+    return rows[sure | ~outside]
 
 
 def _shown(ids: Sequence[int]) -> str:

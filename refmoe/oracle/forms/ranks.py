@@ -23,6 +23,21 @@ from refmoe.model.points import parse
 from refmoe.oracle.forms.shapes import split_axes
 from refmoe.oracle.readers.base import Arrays, Dump
 
+SPLIT = (  # ends of points whose columns ranks share out
+    "q_b_proj",
+    "q_proj",
+    "kv_b_proj",
+    "#q_pe",
+    "#q_latent",
+    "#context_latent",
+    "#context",
+    "#scores",
+    "#probs",
+    "gate_proj",
+    "up_proj",
+    "act",
+    "lm_head",
+)
 SUMS = ("o_proj", "self_attn", "down_proj", "mlp", "experts", "shared_experts", "embed_tokens")
 ALIKE = 0.9  # cosine of two ranks' tensors above which they are copies, rounded each on its own
 PLACED = 0.5  # distance below which a part is that of a rank; that of unrelated numbers is 1
@@ -35,6 +50,7 @@ class Joined(NamedTuple):
     label: str  # whose copies it has, where copies differ
     notes: tuple[str, ...]
     parts: int  # of how many ranks
+    split: frozenset[str]  # tensors whose columns were put side by side
 
 
 def is_sum(name: str) -> bool:
@@ -48,7 +64,7 @@ def join_ranks(dump: Dump, cfg: Config) -> list[Joined]:
     `dump.ranks` holds the arrays of each rank under the names of points.
     """
     if not dump.ranks:
-        return [Joined(dump, "", (), 1)]
+        return [Joined(dump, "", (), 1, frozenset())]
     ranks = _global_experts(dump.ranks, cfg)
     names = dict.fromkeys(n for arrays in ranks for n in arrays)
     whole: Arrays = {}
@@ -79,12 +95,14 @@ def join_ranks(dump: Dump, cfg: Config) -> list[Joined]:
             f"{len(summed)} of their partial sums before the all-reduce, first {summed[0]}"
         )
     one = replace(dump, arrays=whole, ranks=())
-    out = [Joined(one, "", ("; ".join(notes),), len(ranks))]
+    out = [Joined(one, "", ("; ".join(notes),), len(ranks), frozenset(split))]
     for r, own in enumerate(copies):
         other = {n: x for n, x in own.items() if not _equal(x, whole[n])}
         if other:
             said = f"rank {r}'s copies of {len(other)} tensors, first {next(iter(other))}"
-            out.append(Joined(replace(one, arrays=whole | other), said, (), len(ranks)))
+            out.append(
+                Joined(replace(one, arrays=whole | other), said, (), len(ranks), frozenset(split))
+            )
     return out
 
 

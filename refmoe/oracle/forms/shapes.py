@@ -14,6 +14,7 @@ import numpy as np
 
 from refmoe.config import Config
 from refmoe.model.points import AXES, Parsed, parse
+from refmoe.oracle.readers.base import Arrays
 
 VOCABULARY_PADDING = 1024  # columns at most that an engine adds to the head, to split it evenly
 
@@ -35,8 +36,6 @@ def split_axes(name: str, x: np.ndarray, cfg: Config) -> Rows | None:
     own = _own_axes(parsed, x, cfg)
     if name.endswith("#sketch"):
         own = [x.shape[-1]]
-    if parsed.name == "lm_head" and own[0] < x.shape[-1] <= own[0] + VOCABULARY_PADDING:
-        x = x[..., : own[0]]
     arranged = _arrange(x, own)
     if arranged is None:
         return None
@@ -48,6 +47,16 @@ def split_axes(name: str, x: np.ndarray, cfg: Config) -> Rows | None:
     batch = lead[0] if len(lead) == 2 else None
     parts = own[0] // axes[0] if own else 1
     return Rows(arranged.reshape(*lead, *axes), batch, lead[-1], parts)
+
+
+def cut_vocabulary(arrays: Arrays, cfg: Config) -> tuple[Arrays, tuple[str, ...]]:
+    """Return the arrays with the head's columns of the vocabulary alone, and what is to be said."""
+    x = arrays.get("lm_head")
+    extra = 0 if x is None or not x.ndim else x.shape[-1] - cfg.vocab_size
+    if x is None or not 0 < extra <= VOCABULARY_PADDING or x.dtype.kind != "f":
+        return arrays, ()
+    said = f"lm_head has {extra} columns beyond the vocabulary, which are not compared"
+    return arrays | {"lm_head": x[..., : cfg.vocab_size]}, (said,)
 
 
 def _own_axes(parsed: Parsed, x: np.ndarray, cfg: Config) -> list[int]:

@@ -19,6 +19,7 @@ from functools import cached_property
 import numpy as np
 
 from refmoe.oracle.listing.processing import Kept, Listed, Processing, Scope, logsumexp
+from refmoe.oracle.solve import golden_section
 
 ROWS = 128  # that numbers are fitted to, at most
 BASES = (2.0, 10.0)
@@ -128,19 +129,7 @@ def _minimise(loss: Callable[[float], float], grid: np.ndarray) -> float:
     values = [loss(float(x)) for x in grid]
     best = int(np.argmin(values))
     a, b = float(grid[max(0, best - 1)]), float(grid[min(len(grid) - 1, best + 1)])
-    ratio = (np.sqrt(5) - 1) / 2
-    c, d = b - ratio * (b - a), a + ratio * (b - a)
-    at_c, at_d = loss(c), loss(d)
-    for _ in range(SECTIONS):
-        if at_c < at_d:
-            b, d, at_d = d, c, at_c
-            c = b - ratio * (b - a)
-            at_c = loss(c)
-        else:
-            a, c, at_c = c, d, at_d
-            d = a + ratio * (b - a)
-            at_d = loss(d)
-    return (a + b) / 2
+    return golden_section(loss, a, b, SECTIONS)
 
 
 def _fitted(

@@ -15,7 +15,7 @@ from refmoe.oracle.readers.npz_file import read as read_npz
 from refmoe.oracle.readers.safetensors_file import read as read_safetensors
 from refmoe.oracle.readers.torch_file import read as read_torch
 
-RANK = re.compile(r"(?:rank|tp|ep)(?:[-_= ]?rank)?[-_= ]?(\d+)", re.IGNORECASE)
+RANK = re.compile(r"(?<![a-z])(?:rank|tp|ep)(?:[-_= ]?rank)?[-_= ]?(\d+)", re.IGNORECASE)
 READ = {
     ".safetensors": read_safetensors,
     ".npz": read_npz,
